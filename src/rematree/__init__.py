@@ -1,0 +1,84 @@
+"""rematree: say how many bytes you have; get the fastest exact training step that fits.
+
+The public surface is this page. Names are loaded on first use, so that `import rematree` does not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from rematree.cost import Measured, Roofline
+    from rematree.errors import (
+        InfeasibleBudgetError,
+        PlanMismatchError,
+        RecomputeMismatchError,
+        RematreeError,
+        UnsupportedModelError,
+        UsageError,
+        VerificationError,
+    )
+    from rematree.execute.handle import Handle, apply
+    from rematree.measure import PeakMeter
+    from rematree.planning import Planner, frontier, plan
+    from rematree.plans import Plan
+    from rematree.saved import SavedTensor, saved_tensors
+    from rematree.verification import Verification, verify
+
+_HOMES: Final = {
+    "Handle": "rematree.execute.handle",
+    "InfeasibleBudgetError": "rematree.errors",
+    "Measured": "rematree.cost",
+    "PeakMeter": "rematree.measure",
+    "Plan": "rematree.plans",
+    "PlanMismatchError": "rematree.errors",
+    "Planner": "rematree.planning",
+    "RecomputeMismatchError": "rematree.errors",
+    "RematreeError": "rematree.errors",
+    "Roofline": "rematree.cost",
+    "SavedTensor": "rematree.saved",
+    "UnsupportedModelError": "rematree.errors",
+    "UsageError": "rematree.errors",
+    "Verification": "rematree.verification",
+    "VerificationError": "rematree.errors",
+    "apply": "rematree.execute.handle",
+    "frontier": "rematree.planning",
+    "plan": "rematree.planning",
+    "saved_tensors": "rematree.saved",
+    "verify": "rematree.verification",
+}
+
+__all__ = [
+    "Handle",
+    "InfeasibleBudgetError",
+    "Measured",
+    "PeakMeter",
+    "Plan",
+    "PlanMismatchError",
+    "Planner",
+    "RecomputeMismatchError",
+    "RematreeError",
+    "Roofline",
+    "SavedTensor",
+    "UnsupportedModelError",
+    "UsageError",
+    "Verification",
+    "VerificationError",
+    "apply",
+    "frontier",
+    "plan",
+    "saved_tensors",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'rematree' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value  # `rematree.plan` is the function, also after the module of that name was imported
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

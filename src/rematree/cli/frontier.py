@@ -1,0 +1,58 @@
+"""`rematree frontier`: the fastest step for every amount of memory."""
+
+from typing import Annotated
+
+import typer
+
+from rematree.cli import options
+from rematree.cli.options import DEFAULT
+from rematree.cli.output import emit_json, emit_table, hint
+from rematree.report.tables import frontier_columns, frontier_facts
+
+Points = Annotated[int, typer.Option(min=1, help="At most so many points, if no budgets are given.")]
+Budgets = Annotated[
+    list[str],
+    typer.Option(help="Sizes with units, separated by commas: plan these instead.", show_default=False),
+]
+
+
+def frontier(
+    ctx: typer.Context,
+    model: options.Model,
+    points: Points = 12,
+    budgets: Budgets = [],  # noqa: B006
+    per_device_train_batch_size: options.BatchSize = DEFAULT["per_device_train_batch_size"],
+    max_length: options.MaxLength = DEFAULT["max_length"],
+    packing: options.Packing = DEFAULT["packing"],
+    gradient_accumulation_steps: options.Accumulation = DEFAULT["gradient_accumulation_steps"],
+    lora_r: options.LoraR = DEFAULT["lora_r"],
+    lora_alpha: options.LoraAlpha = DEFAULT["lora_alpha"],
+    lora_dropout: options.LoraDropout = DEFAULT["lora_dropout"],
+    lora_target_modules: options.LoraTargets = options.TARGETS,
+    full: options.Full = False,
+    revision: options.Revision = DEFAULT["revision"],
+    dtype: options.Dtype = DEFAULT["dtype"],
+    forbid: options.Forbid = [],  # noqa: B006
+    as_json: options.Json = False,
+) -> None:
+    """List peak and step time, from the smallest to the largest useful budget.
+
+    Every point is a confirmed plan; times are also given as a multiple of the plain step, which recomputes nothing.
+    """
+    config = options.train_config(ctx)
+    wanted = [options.parse_budget(text, "--budgets") for text in options.split_list(budgets)]
+    from rematree.finetune.synthetic import prepare_shape
+    from rematree.planning import Planner
+    from rematree.report.sweep import plain_step, sweep
+
+    hint(f"loading {model}")
+    shape = prepare_shape(config, full=full)
+    hint("planning")
+    planner = Planner(
+        shape.model, shape.batch, accumulation_steps=config.gradient_accumulation_steps, forbid=config.forbid
+    )
+    found = sweep(planner, wanted, points)
+    if as_json:
+        emit_json(frontier_facts(found, plain_step(planner)))
+    else:
+        emit_table(frontier_columns(found, plain_step(planner)))

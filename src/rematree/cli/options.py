@@ -1,0 +1,111 @@
+"""Options that several commands share, named as in PEFT, TRL and transformers' Trainer.
+
+A parameter has the name of the field of `TrainConfig` that it sets, and the default of that field.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from rematree.errors import UsageError
+from rematree.finetune.config import TrainConfig
+from rematree.units import parse_bytes
+
+DEFAULT: Final[dict[str, Any]] = {
+    item.name: item.default for item in dataclasses.fields(TrainConfig) if item.default is not dataclasses.MISSING
+}
+_LISTS: Final = ("forbid", "lora_target_modules")
+_MODEL, _SHAPE, _LORA = "Model", "Batch", "Adapters"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Hub id, directory, .gguf file, or builtin:smollm2-135m.", show_default=False, rich_help_panel=_MODEL
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=_MODEL)]
+Dtype = Annotated[str, typer.Option(help="Of the base model: auto, float32 or bfloat16.", rich_help_panel=_MODEL)]
+Budget = Annotated[
+    str,
+    typer.Option(
+        help="Peak memory the step may reach, with a unit: 14GiB, 900MiB, 24GB. Counts weights, adapters, gradients, "
+        "optimizer state, saved tensors and workspaces.",
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option("--per-device-train-batch-size", "--batch-size", help="Rows in a step.", rich_help_panel=_SHAPE),
+]
+MaxLength = Annotated[int, typer.Option(help="Tokens in a row.", rich_help_panel=_SHAPE)]
+Packing = Annotated[bool, typer.Option(help="Put several short examples into one row.", rich_help_panel=_SHAPE)]
+Accumulation = Annotated[
+    int,
+    typer.Option(
+        "--gradient-accumulation-steps",
+        help="Forward and backward passes in one optimizer step.",
+        rich_help_panel=_SHAPE,
+    ),
+]
+LoraR = Annotated[int, typer.Option("--lora-r", help="Rank of the adapters.", rich_help_panel=_LORA)]
+LoraAlpha = Annotated[int, typer.Option("--lora-alpha", help="Scale of the adapters.", rich_help_panel=_LORA)]
+LoraDropout = Annotated[
+    float, typer.Option("--lora-dropout", help="Dropout in front of the adapters.", rich_help_panel=_LORA)
+]
+LoraTargets = Annotated[
+    list[str],
+    typer.Option(
+        "--lora-target-modules",
+        help='"all-linear", or names of modules, separated by commas or each with the option before it.',
+        rich_help_panel=_LORA,
+    ),
+]
+Full = Annotated[bool, typer.Option("--full", help="Train all parameters, without adapters.", rich_help_panel=_LORA)]
+Forbid = Annotated[
+    list[str],
+    typer.Option(help="Lever the plan may not use; chunked_loss changes rounding.", show_default=False),
+]
+Seed = Annotated[int, typer.Option(help="Of adapter initialisation, data order and dropout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.JSON", help="A stored plan.", show_default=False)]
+TARGETS: Final = [str(DEFAULT["lora_target_modules"])]
+
+
+def train_config(ctx: typer.Context, **values: Any) -> TrainConfig:
+    """The run that the options of a command describe.
+
+    Args:
+        ctx: Of the command; its parameters that are fields of `TrainConfig` are taken.
+        values: Fields that the command has no option for.
+    Raises:
+        UsageError: a size without a unit, or a value that no run can have.
+    """
+    fields = {item.name for item in dataclasses.fields(TrainConfig)}
+    taken: dict[str, Any] = {name: value for name, value in ctx.params.items() if name in fields}
+    for name in _LISTS:
+        if name in taken:
+            taken[name] = split_list(taken[name])
+    if taken.get("lora_target_modules") == ("all-linear",):
+        taken["lora_target_modules"] = "all-linear"
+    if "output_dir" in taken:
+        taken["output_dir"] = Path(taken["output_dir"])
+    if isinstance(taken.get("budget"), str):
+        taken["budget"] = parse_budget(taken["budget"])
+    # A shape without a run: nothing is read and nothing written.
+    absent: dict[str, Any] = {"data": "", "budget": 1, "output_dir": Path()}
+    return TrainConfig(**{**absent, **taken, **values})
+
+
+def parse_budget(text: str, option: str = "--budget") -> int:
+    """`parse_bytes` that names the option."""
+    try:
+        return parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error.message}") from error
+
+
+def split_list(values: Any) -> tuple[str, ...]:
+    """Values of an option that is given several times, or once with commas."""
+    return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())

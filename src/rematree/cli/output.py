@@ -1,0 +1,97 @@
+"""What a command prints: data on standard output, progress and hints on standard error."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from rematree.errors import UsageError
+from rematree.plans import Plan
+from rematree.report.tables import Columns
+
+
+def hint(line: str) -> None:
+    """A line of progress."""
+    typer.echo(line, err=True)
+
+
+def emit_json(data: Any) -> None:
+    """`data` as indented JSON."""
+    typer.echo(json.dumps(data, indent=1))
+
+
+def emit_table(columns: Columns) -> None:
+    """A table: coloured and wrapped on a terminal, plain and whole in a pipe."""
+    if not sys.stdout.isatty():
+        typer.echo(columns.plain())
+        return
+    console = Console()
+    for line in columns.above:
+        console.print(line, markup=False, highlight=False)
+    console.print(columns.rich())
+    for line in columns.below:
+        console.print(line, markup=False, highlight=False)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file.
+
+    Raises:
+        UsageError: there is no such file, or it is no plan; names the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}",
+            remedies=["rematree plan --model ... --budget ... --output plan.json"],
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a plan: not UTF-8 at byte {error.start}") from error
+    try:
+        return Plan.from_json(text)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written before any work is done for it."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory, not a file to write")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no directory {path.parent}")
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Store a plan, whole or not at all."""
+    from rematree.finetune.storage import write_text
+
+    try:
+        write_text(path, plan.to_json() + "\n")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", remedies=["another --output"]) from error
+
+
+def command_with(ctx: typer.Context, **changes: Any) -> str:
+    """The command as it was given, with other values for some of its parameters, ready for a shell."""
+    words = ["rematree", ctx.info_name or ""]
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        source = ctx.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if not given and name not in changes:
+            continue
+        value = changes.get(name, ctx.params[name])
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        elif isinstance(value, (list, tuple)):
+            words += [parameter.opts[0], ",".join(map(str, value))]  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            words += [parameter.opts[0], str(value)]
+    return shlex.join(words)

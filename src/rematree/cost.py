@@ -1,0 +1,253 @@
+"""Seconds and hidden bytes of an op: Measured on the device that is here, Roofline for one that is not.
+
+The unit of price is one ATen op with its argument shapes, dtypes and strides. A step of a transformer is made of a few
+hundred different ones, repeated in every block, so each is measured once, alone, on tensors of the same layout.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy
+from torch.autograd.profiler import ProfilerConfig, ProfilerState
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from rematree.units import MIB
+
+_MAX_REPETITIONS: Final = 5
+_ENOUGH_SECONDS: Final = 0.05
+# An op whose tensors are larger is not run for its price: the price must not be what runs out of memory.
+_LARGEST_PROBE: Final = 1024 * MIB
+_OVERHEAD_SECONDS: Final = 5e-6
+
+
+@dataclass(frozen=True, slots=True)
+class OpPrice:
+    """Price of one op.
+
+    Attributes:
+        seconds: Wall time on the device.
+        workspace_bytes: Largest number of bytes live at once inside the op that it allocated itself, outputs included.
+    """
+
+    seconds: float
+    workspace_bytes: int
+
+
+class Cost(Protocol):
+    """Prices ops."""
+
+    def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
+        """Price of `func(*args, **kwargs)`, which gave `outputs`. Tensors may be fake."""
+        ...
+
+
+class Free:
+    """Prices nothing: for runs in which only bytes matter and kernels' own are unknown."""
+
+    def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
+        """No time, no hidden bytes."""
+        return OpPrice(0.0, 0)
+
+
+def tensors_in(*values: Any) -> Iterator[torch.Tensor]:
+    """Tensors in nested lists, tuples and dicts; op arguments hold nothing else. Ten times faster than a pytree."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(*value)
+        elif isinstance(value, dict):
+            yield from tensors_in(*value.values())
+
+
+def _key(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """What decides the price of an op: which it is, tensor layouts, and the other arguments."""
+    return (func, *(_key_of(value) for value in args), *((k, _key_of(v)) for k, v in kwargs.items()))
+
+
+def _key_of(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple([_key_of(item) for item in value])
+    return value
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    counter = flop_registry.get(func.overloadpacket)
+    if counter is None:
+        return 0
+    try:
+        return int(counter(*args, **kwargs, out_val=out))
+    except (TypeError, ValueError, AssertionError):  # an overload the counter does not know
+        return 0
+
+
+class Roofline:
+    """seconds = max(FLOPs / peak FLOP/s, bytes moved / bandwidth), each at a stated efficiency.
+
+    Args:
+        flops_per_second: Peak of the matmul dtype.
+        bytes_per_second: Memory bandwidth.
+        efficiency: Fraction of both that real kernels reach; 0.6 is typical of large matmuls.
+    """
+
+    def __init__(self, flops_per_second: float, bytes_per_second: float, efficiency: float = 0.6) -> None:
+        self._flops_per_second = flops_per_second * efficiency
+        self._bytes_per_second = bytes_per_second * efficiency
+        self._prices: dict[Any, OpPrice] = {}
+
+    def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
+        """Time by the roofline; hidden bytes are unknown and count as the outputs'."""
+        key = _key(func, args, kwargs)
+        price = self._prices.get(key)
+        if price is None:
+            moved = _num_bytes(tensors_in(args, kwargs)) + _num_bytes(outputs)
+            flops = _flops(func, args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs))
+            seconds = max(flops / self._flops_per_second, moved / self._bytes_per_second)
+            price = self._prices[key] = OpPrice(seconds + _OVERHEAD_SECONDS, _num_bytes(outputs))
+        return price
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a real tensor needs to be like for an op to take the same time on it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Measured:
+    """Runs each distinct op alone on `device` and remembers the fastest of its runs.
+
+    Args:
+        device: Where the step will run.
+        fallback: Prices ops too large to probe and ops that cannot run alone. Default: a roofline fitted to a matmul
+            and a copy on the device.
+    Cost:
+        At most five runs of each distinct op (50 ms of them), once in the life of this object.
+    Not covered:
+        Ops whose time depends on values (sparse routing is priced on zeros); caches warmed by the op before.
+    """
+
+    def __init__(self, device: torch.device, fallback: Cost | None = None) -> None:
+        self._device = device
+        self._prices: dict[Any, OpPrice] = {}
+        self._fallback = fallback or _fitted_roofline(device)
+
+    def __len__(self) -> int:
+        return len(self._prices)
+
+    def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
+        """Measured price, from the table if this op was seen before."""
+        key = _key(func, args, kwargs)
+        price = self._prices.get(key)
+        if price is None:
+            layouts = tree_map_only(torch.Tensor, _layout, (args, kwargs))
+            if _num_bytes(tensors_in(args, kwargs)) + 2 * _num_bytes(outputs) > _LARGEST_PROBE:
+                price = self._fallback.price(func, args, kwargs, outputs)
+            else:
+                with _disable_current_modes(), torch.no_grad():
+                    try:
+                        price = self._measure(func, *layouts)
+                    except (RuntimeError, IndexError, TypeError, NotImplementedError):
+                        price = None  # cannot run on made-up values
+                if price is None:
+                    price = self._fallback.price(func, args, kwargs, outputs)
+            self._prices[key] = price
+        return price
+
+    def _measure(self, func: Any, args: Any, kwargs: Any) -> OpPrice:
+        cuda = self._device.type == "cuda"
+        with torch.random.fork_rng(devices=[self._device] if cuda else []):
+            args, kwargs = tree_map_only(_Layout, self._materialise, (args, kwargs))
+            if cuda and "device" in kwargs:
+                kwargs = {**kwargs, "device": self._device}
+            workspace = _cuda_workspace(func, args, kwargs) if cuda else _cpu_workspace(func, args, kwargs)
+            times: list[float] = []
+            while len(times) < _MAX_REPETITIONS and (len(times) < 2 or sum(times) < _ENOUGH_SECONDS):
+                start = time.perf_counter()
+                func(*args, **kwargs)
+                if cuda:
+                    torch.cuda.synchronize(self._device)
+                times.append(time.perf_counter() - start)
+        return OpPrice(min(times), workspace)  # whatever else the machine does can only add
+
+    def _materialise(self, layout: _Layout) -> torch.Tensor:
+        tensor = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=self._device)
+        if layout.dtype.is_floating_point and 0 not in layout.stride:
+            return tensor.uniform_(0.1, 0.9)
+        return tensor.zero_() if 0 not in layout.stride else torch.zeros((), dtype=layout.dtype).expand(layout.shape)
+
+
+def _layout(tensor: torch.Tensor) -> _Layout:
+    return _Layout(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+def _cpu_workspace(func: Any, args: Any, kwargs: Any) -> int:
+    """Largest sum of live bytes the op allocated.
+
+    From the allocation events of the thread-local profiler: thirty times cheaper to start than the kineto one, which
+    matters for hundreds of small probes; CPU kernels allocate in the calling thread.
+    """
+    nothing: Any = getattr(torch._C, "_profiler")._ExperimentalConfig()  # noqa: B009 (absent from the stubs)
+    config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, nothing)  # only profile_memory
+    _enable_profiler_legacy(config)
+    try:
+        out = func(*args, **kwargs)
+    finally:
+        threads = _disable_profiler_legacy()
+    live = peak = 0
+    events: list[Any] = [event for thread in threads for event in thread]
+    for event in events:
+        if event.kind() == "memory_alloc":
+            live += event.cpu_memory_usage()
+            peak = max(peak, live)
+    del out
+    return peak
+
+
+def _cuda_workspace(func: Any, args: Any, kwargs: Any) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = func(*args, **kwargs)
+    peak = torch.cuda.max_memory_allocated()
+    del out
+    return peak - before
+
+
+def _fitted_roofline(device: torch.device) -> Roofline:
+    """A roofline through one matmul and one copy, measured here; efficiency is in the numbers already."""
+    side, copies = 512, 3
+    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        a = torch.ones(side, side, device=device)
+        big = torch.ones(4 * 1024 * 1024, device=device)
+
+        def best(run: Any) -> float:
+            times: list[float] = []
+            for _ in range(copies):
+                start = time.perf_counter()
+                run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter() - start)
+            return min(times)
+
+        matmul, copy = best(lambda: a @ a), best(lambda: big.clone())
+    return Roofline(2 * side**3 / matmul, 2 * _num_bytes([big]) / copy, efficiency=1.0)
+
+
+def present_device(tensors: Iterable[torch.Tensor]) -> torch.device:
+    """Device of the first tensor that is not on `meta`; the CPU without any."""
+    return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))

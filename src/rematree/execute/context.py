@@ -1,0 +1,116 @@
+"""What the recomputation must find as it was in forward: random state, training flags, adapters, captured values.
+
+Design rules R4 and R5. Autocast is restored by `torch.utils.checkpoint` itself.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+
+from rematree.errors import RecomputeMismatchError
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One value the user asked to be restored around recomputation."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+
+
+class RandomState:
+    """State of the generators an op of this region could draw from: the CPU's and the current accelerator's."""
+
+    __slots__ = ("_accelerator", "_cpu")
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._accelerator = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    @classmethod
+    def now(cls) -> "RandomState | None":
+        """The present state; None under fake tensors, which draw nothing."""
+        return None if detect_fake_mode() is not None else cls()
+
+    def same_as(self, other: "RandomState | None") -> bool:
+        """Whether nothing was drawn between the two."""
+        if other is None or not torch.equal(self._cpu, other._cpu):
+            return other is None
+        if self._accelerator is None or other._accelerator is None:
+            return self._accelerator is other._accelerator
+        return torch.equal(self._accelerator, other._accelerator)
+
+    def restore(self) -> None:
+        """Set the generators to this state."""
+        torch.set_rng_state(self._cpu)
+        if self._accelerator is not None:
+            torch.cuda.set_rng_state(self._accelerator)
+
+
+def _adapter_state(module: nn.Module) -> tuple[Any, bool, tuple[str, ...]] | None:
+    """(active, disabled, merged) of a PEFT layer; None for any other module."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None or not isinstance(module, tuners.BaseTunerLayer):
+        return None
+    layer: Any = module
+    active = layer._active_adapter
+    return list(active) if isinstance(active, list) else active, layer._disable_adapters, tuple(layer.merged_adapters)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
+class World:
+    """Snapshot of everything around a region's forward except random state."""
+
+    __slots__ = ("_adapters", "_captured", "_requires_grad", "_training")
+
+    def __init__(self, module: nn.Module, captured: list[Captured]) -> None:
+        modules = list(module.modules())
+        self._training = [(m, m.training) for m in modules]
+        self._requires_grad = [(p, p.requires_grad) for p in module.parameters()]
+        states = [(m, _adapter_state(m)) for m in modules]
+        self._adapters = [(m, state) for m, state in states if state is not None]
+        self._captured = [(item, item.read()) for item in captured]
+
+    @contextlib.contextmanager
+    def restored(self, region: str) -> Generator[None]:
+        """The world of the forward pass inside, the present one again after.
+
+        Raises:
+            RecomputeMismatchError: adapters were merged into or unmerged from the base weights since forward, so the
+                weights the forward used no longer exist.
+        """
+        with contextlib.ExitStack() as undo:
+            for module, training in self._training:
+                if module.training != training:
+                    undo.callback(setattr, module, "training", module.training)
+                    module.training = training
+            for module, state in self._adapters:
+                now = _adapter_state(module)
+                if now == state or now is None:
+                    continue
+                if now[2] != state[2]:
+                    raise RecomputeMismatchError(
+                        f"{region}: adapters {list(now[2])} are merged now, {list(state[2])} were in forward; "
+                        "gradients through the recomputation would belong to other weights",
+                        remedies=["call backward before merging or unmerging adapters"],
+                    )
+                for name, then, present in (
+                    ("_active_adapter", state[0], now[0]),
+                    ("_disable_adapters", state[1], now[1]),
+                ):
+                    undo.callback(setattr, module, name, present)
+                    setattr(module, name, then)
+            for parameter, flag in self._requires_grad:
+                if parameter.requires_grad != flag:
+                    undo.callback(parameter.requires_grad_, parameter.requires_grad)
+                    parameter.requires_grad_(flag)
+            for item, value in self._captured:
+                present = item.read()
+                undo.callback(item.write, present)
+                item.write(value)
+            yield

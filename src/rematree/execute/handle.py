@@ -1,0 +1,197 @@
+"""Apply a plan to a live model, and take it off again without a trace."""
+
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+from torch import nn
+
+from rematree.errors import PlanMismatchError, UsageError
+from rematree.execute.attention import AttentionRegions
+from rematree.execute.context import Captured
+from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
+from rematree.execute.override import ForwardOverride
+from rematree.execute.recompute import Executor, Watcher
+from rematree.fingerprint import describe_batch, describe_model
+from rematree.plans import Action, Decision, Plan
+from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, parent_path, split_function, unwrap
+
+_ATTRIBUTE: Final = "_rematree_handle"
+
+
+class Handle:
+    """A plan in force on one model. Use as a context manager, or call `remove()`.
+
+    Attributes:
+        plan: The plan in force.
+    """
+
+    def __init__(self, plan: Plan, model: nn.Module, *, watcher: Watcher | None, check_loss: bool) -> None:
+        self.plan = plan
+        self._model = model
+        self._executor = Executor(watcher)
+        self._overrides: list[ForwardOverride] = []
+        self._attention: AttentionRegions | None = None
+        self._loss: ChunkedLoss | None = None
+        self._switched_off: list[nn.Module] = []
+        self._said_cache = False
+        try:
+            self._install(check_loss)
+        except BaseException:
+            self.remove()
+            raise
+        model.__dict__[_ATTRIBUTE] = self
+
+    def _install(self, check_loss: bool) -> None:
+        # A second switch on the same layers would recompute the recomputation.
+        for module in self._model.modules():
+            if module.__dict__.get("gradient_checkpointing") is True:
+                module.__dict__["gradient_checkpointing"] = False
+                self._switched_off.append(module)
+        attention: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for path, decision in self.plan.decisions.items():
+            if decision.action is effective_action(self.plan.decisions, parent_path(path)):
+                continue
+            module_path, function = split_function(path)
+            module = find_module(self._model, module_path)
+            if function == DRAW_SUFFIX:
+                around = functools.partial(self._executor.keep_mask, path, module)
+            elif decision.action is Action.RECOMPUTE:
+                around = functools.partial(self._executor.recompute, path, module)
+            else:
+                around = functools.partial(self._executor.save, path, decision.stash)
+            if function == ATTENTION_SUFFIX:
+                attention.append((module, around))
+            else:
+                self._overrides.append(ForwardOverride(module, around))
+        if attention:
+            self._attention = AttentionRegions(attention)
+        if self.plan.loss_chunk_rows is not None:
+            self._loss = attach_chunked_loss(self._model, self.plan.loss_chunk_rows, check=check_loss)
+        self._overrides.append(ForwardOverride(unwrap(self._model), self._outermost))
+
+    def _outermost(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        training = torch.is_grad_enabled() and unwrap(self._model).training
+        if training:
+            self._check_batch(kwargs)
+            if self.plan.recomputes and "use_cache" in inspect.signature(inner).parameters:  # R7
+                if kwargs.get("use_cache") and not self._said_cache:
+                    self._said_cache = True
+                    warnings.warn("use_cache=True is set to False while training with recomputation", stacklevel=3)
+                kwargs["use_cache"] = False
+        return inner(*args, **kwargs)
+
+    def _check_batch(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse what the prediction does not cover; a smaller batch (the last of an epoch) only needs less."""
+        planned = {name: shape for name, shape, _ in self.plan.fingerprint.batch}
+        for name, shape, _ in describe_batch(kwargs):
+            most = planned.get(name)
+            if most is not None and (
+                len(shape) != len(most) or any(here > there for here, there in zip(shape, most, strict=True))
+            ):
+                raise PlanMismatchError(
+                    f"the plan was made for {name} of shape {most}, this batch has {shape}",
+                    remedies=["plan again for the larger batch: rematree.plan(model, batch, budget=...)"],
+                )
+
+    def capture(self, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
+        """Have `read()`'s value at forward time put back with `write` around every recomputation (R5)."""
+        self._executor.captured.append(Captured(read, write))
+
+    def remove(self) -> None:
+        """Restore every attribute the plan changed. Does nothing the second time."""
+        if self._loss is not None:
+            self._loss.remove()
+            self._loss = None
+        for override in reversed(self._overrides):
+            override.remove()
+        self._overrides.clear()
+        if self._attention is not None:
+            self._attention.remove()
+            self._attention = None
+        for module in self._switched_off:
+            module.__dict__["gradient_checkpointing"] = True
+        self._switched_off.clear()
+        if self._model.__dict__.get(_ATTRIBUTE) is self:
+            del self._model.__dict__[_ATTRIBUTE]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def apply(
+    plan: Plan,
+    model: nn.Module,
+    batch: Mapping[str, Any] | None = None,
+    *,
+    watcher: Watcher | None = None,
+    check_loss: bool = True,
+) -> Handle:
+    """Put `plan` in force on `model`; nothing outside this model object changes.
+
+    Args:
+        plan: What `rematree.plan` returned or `Plan.from_json` read.
+        model: The model it was made for, in the same configuration.
+        batch: If given, its shapes must be exactly the planned ones. A larger batch is refused at every training
+            forward in any case.
+        watcher: Told about placeholders and recomputations; the referee uses it.
+        check_loss: Compare the chunked loss with the model's own once, on at most 32 tokens of the first batch.
+    Returns:
+        A handle with `remove()`, also a context manager. Applying an equal plan again returns the same handle.
+    Raises:
+        PlanMismatchError: the model, its trainable set, dropout, dtypes or attention implementation differ.
+        UsageError: another plan is in force on this model.
+    """
+    present = model.__dict__.get(_ATTRIBUTE)
+    if isinstance(present, Handle):
+        if present.plan == plan:
+            return present
+        raise UsageError("another plan is in force on this model", remedies=["handle.remove() first"])
+    here = describe_model(model)
+    planned = plan.fingerprint
+    here = dataclasses.replace(here, batch=planned.batch if batch is None else describe_batch(batch))
+    plan.check(here)
+    return Handle(plan, model, watcher=watcher, check_loss=check_loss)
+
+
+def applied_handle(model: nn.Module) -> Handle | None:
+    """The handle in force on `model`, or None."""
+    present = model.__dict__.get(_ATTRIBUTE)
+    return present if isinstance(present, Handle) else None
+
+
+def forget_handle(copied: nn.Module) -> None:
+    """Make a copy of a model forget the handle that was copied with it."""
+    for module in copied.modules():
+        module.__dict__.pop(_ATTRIBUTE, None)
+
+
+def effective_action(decisions: Mapping[str, Decision], path: str) -> Action:
+    """The action a region inherits: its own, or that of the nearest named region around it; the root saves."""
+    while path:
+        if path in decisions:
+            return decisions[path].action
+        path = parent_path(path)
+    return decisions[""].action if "" in decisions else Action.SAVE
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path`.
+
+    Raises:
+        PlanMismatchError: the model has none.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise PlanMismatchError(f"the plan names {path}, which this model does not have") from error

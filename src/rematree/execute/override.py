@@ -1,0 +1,55 @@
+"""Replace one module's `forward` on this instance only, and put it back exactly."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+Around = Callable[..., Any]  # around(inner, *args, **kwargs)
+
+
+class ForwardOverride:
+    """A callable stored as the instance attribute `module.forward`.
+
+    Overrides nest: the innermost is the class's method or whatever was there before (accelerate puts its own). They
+    survive `copy.deepcopy` of the module, because they hold the module, not a closure over it, and can be removed in
+    any order.
+    """
+
+    def __init__(self, module: nn.Module, around: Around) -> None:
+        self._module = module
+        self._had_own = "forward" in module.__dict__
+        self._inner: Forward = module.forward
+        self._around = around
+        # inspect.signature(model.forward) must keep working; __dict__ must not be copied from another override
+        functools.update_wrapper(self, self._inner, updated=())
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._inner, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Restore what `forward` was before. Does nothing the second time."""
+        current = self._module.__dict__.get("forward")
+        if current is self:
+            if self._had_own:
+                self._module.forward = self._inner
+            else:
+                del self._module.__dict__["forward"]
+            return
+        while isinstance(current, ForwardOverride):  # someone overrode after us: unlink from the middle of the chain
+            if current._inner is self:
+                current._inner = self._inner
+                current._had_own = self._had_own
+                functools.update_wrapper(current, self._inner, updated=())
+                return
+            current = current._inner
+
+
+def remove_overrides(root: nn.Module) -> None:
+    """Take every override of this library off `root` and its submodules (used on copies of a model)."""
+    for module in root.modules():
+        while isinstance(override := module.__dict__.get("forward"), ForwardOverride):
+            override.remove()

@@ -1,0 +1,246 @@
+"""Recompute a region, except for the regions inside it that are saved.
+
+The idea: a recomputed region runs under `torch.utils.checkpoint`, whose hooks throw its saved tensors away. A saved
+region inside it runs under hooks of its own, which shadow the checkpoint's, so its saved tensors stay. When
+backward reruns the outer region, the saved one is not run: its output is handed back from the stash, or, if nobody
+reads the values, a placeholder of the right shape stands in.
+
+Design rules R2 to R6. Source of the checkpoint's contract: `torch.utils.checkpoint` (non-reentrant): tensors packed in
+the rerun are matched to those of the forward by order, and the rerun stops when the last one is refilled.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import TreeSpec, tree_any, tree_flatten, tree_structure, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from rematree.errors import RecomputeMismatchError
+from rematree.execute.context import Captured, RandomState, World
+from rematree.execute.dropout import draw, mask_can_be_kept, pack, scale, unpack
+
+_ONE: Final = tree_structure(0)
+
+
+class Watcher(Protocol):
+    """What the referee wants to know while the executor runs on fake tensors."""
+
+    def placeholder(self, region: str, tensor: torch.Tensor) -> None:
+        """`tensor` stands in for an output of `region`; its values mean nothing."""
+
+    def recomputation(self, entered: bool) -> None:
+        """A recomputation begins or ends."""
+
+
+@dataclass(slots=True)
+class _Leaf:
+    """One tensor of a saved region's output: the stash, or what a placeholder needs to look like it."""
+
+    stash: torch.Tensor | None
+    version: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of a saved region during the forward of the recomputed region around it."""
+
+    region: str
+    leaves: list[Any]
+    spec: TreeSpec
+    random_after: RandomState | None
+
+
+@dataclass(slots=True)
+class _Frame:
+    """One forward of a recomputed region, and its reruns.
+
+    Random state is kept only where a rerun draws: a state noted at the start, or behind a skipped region that drew, is
+    forgotten again if nothing was drawn until the next such point.
+    """
+
+    random_before: RandomState | None
+    calls: list[_Call] = field(default_factory=list[_Call])
+    cursor: int | None = None  # None in forward; in a rerun, the index of the next saved call
+    noted: RandomState | None = None  # the state at the last such point
+    noted_by: _Call | None = None  # the skipped call it is behind; None is the frame's start
+
+    def __post_init__(self) -> None:
+        self.noted = self.random_before
+
+    def reached(self, now: RandomState | None) -> None:
+        """A skipped region, or the end, is reached with the generators in state `now`."""
+        if self.noted is not None and self.noted.same_as(now):
+            if self.noted_by is None:
+                self.random_before = None
+            else:
+                self.noted_by.random_after = None
+
+    def skipped(self, call: _Call, before: RandomState | None, after: RandomState | None) -> None:
+        """A region that the rerun skips has run."""
+        self.calls.append(call)
+        if before is None or before.same_as(after):
+            return  # it drew nothing; the point noted before it still counts
+        self.reached(before)
+        call.random_after = after
+        self.noted, self.noted_by = after, call
+
+    @property
+    def draws(self) -> bool:
+        """Whether a rerun sets the generators."""
+        return self.random_before is not None or any(call.random_after is not None for call in self.calls)
+
+
+class Executor:
+    """Runs the decisions of one applied plan. Holds no tensors between steps."""
+
+    def __init__(self, watcher: Watcher | None = None) -> None:
+        self.captured: list[Captured] = []
+        self._frames: list[_Frame] = []
+        self._watcher = watcher
+
+    def recompute(self, region: str, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `inner`, keeping only its inputs, what inner Save regions keep, and the means to rerun it."""
+        if not _builds_graph(module, args, kwargs):  # R6, R7
+            return inner(*args, **kwargs)
+        frame = _Frame(RandomState.now())
+        world = World(module, self.captured)
+
+        def body(*args: Any, **kwargs: Any) -> Any:
+            self._frames.append(frame)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._frames.pop()
+
+        out = checkpoint(
+            body,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,  # R4: the frame restores it, and only where something was drawn
+            context_fn=lambda: (contextlib.nullcontext(), self._rerun(region, frame, world)),
+            **kwargs,
+        )
+        frame.reached(RandomState.now())
+        frame.noted = None
+        return out
+
+    @contextlib.contextmanager
+    def _rerun(self, region: str, frame: _Frame, world: World) -> Generator[None]:
+        present = RandomState.now() if frame.draws else None
+        frame.cursor = 0
+        if self._watcher is not None:
+            self._watcher.recomputation(entered=True)
+        try:
+            with world.restored(region):
+                if frame.random_before is not None:
+                    frame.random_before.restore()
+                yield
+        finally:
+            frame.cursor = None
+            if present is not None:
+                present.restore()
+            if self._watcher is not None:
+                self._watcher.recomputation(entered=False)
+
+    def save(self, region: str, stash: bool, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `inner` so that the recomputation around it need not run it again. Plain when there is none."""
+        if not self._frames:
+            return inner(*args, **kwargs)
+        frame = self._frames[-1]
+        if frame.cursor is not None:
+            return self._replay(region, frame)
+        before = RandomState.now()
+        with saved_tensors_hooks(_pack, _unpack):
+            out = inner(*args, **kwargs)
+        after = RandomState.now()
+        leaves, spec = tree_flatten(out)
+        kept = [_keep(leaf, stash) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        frame.skipped(_Call(region, kept, spec, None), before, after)
+        return out
+
+    def keep_mask(self, region: str, module: nn.Module, inner: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+        """Dropout whose mask the recomputation around it does not draw again: it is kept at one bit an element."""
+        if not self._frames:
+            return inner(x)
+        p: float = module.p  # pyright: ignore[reportAssignmentType]
+        frame = self._frames[-1]
+        if frame.cursor is not None:
+            # What the forward did decides, not x: here it may be a placeholder, which has another layout.
+            if frame.cursor >= len(frame.calls) or frame.calls[frame.cursor].region != region:
+                return inner(x)
+            (bits,) = self._next_call(region, frame).leaves
+            return scale(x, unpack(bits, x.shape, x.dtype), p)
+        if not mask_can_be_kept(module, x):
+            return inner(x)
+        before = RandomState.now()
+        drawn = draw(x, p)
+        frame.skipped(_Call(region, [pack(drawn)], _ONE, None), before, RandomState.now())
+        return scale(x, drawn, p)
+
+    def _replay(self, region: str, frame: _Frame) -> Any:
+        call = self._next_call(region, frame)
+        leaves = [self._give_back(region, leaf) if isinstance(leaf, _Leaf) else leaf for leaf in call.leaves]
+        return tree_unflatten(leaves, call.spec)
+
+    def _next_call(self, region: str, frame: _Frame) -> _Call:
+        assert frame.cursor is not None
+        call = frame.calls[frame.cursor] if frame.cursor < len(frame.calls) else None
+        if call is None or call.region != region:
+            raise RecomputeMismatchError(
+                f"the recomputation calls {region}, the forward called "
+                f"{'nothing more' if call is None else call.region} at this point; "
+                "the model's control flow changed between forward and backward"
+            )
+        frame.cursor += 1
+        if call.random_after is not None:
+            call.random_after.restore()
+        return call
+
+    def _give_back(self, region: str, leaf: _Leaf) -> torch.Tensor:
+        if leaf.stash is not None:
+            if leaf.stash._version != leaf.version:
+                raise RecomputeMismatchError(
+                    f"{region}: its output was modified in place after the forward pass kept it; save a larger region"
+                )
+            return leaf.stash.detach().requires_grad_(leaf.requires_grad)
+        stand_in = torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+        if self._watcher is not None:
+            self._watcher.placeholder(region, stand_in)
+        return stand_in.requires_grad_(leaf.requires_grad)
+
+
+def _builds_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if tree_any(lambda x: isinstance(x, torch.Tensor) and x.requires_grad, (args, kwargs)):
+        return True
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _keep(tensor: torch.Tensor, stash: bool) -> _Leaf:
+    kept = tensor.detach() if stash else None
+    return _Leaf(kept, tensor._version, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+# Identity hooks switch off autograd's own check for in-place changes, so the version travels along.
+def _pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return tensor, tensor._version
+
+
+def _unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"tensor of shape {tuple(tensor.shape)} is at version {tensor._version}, saved at {version}"
+        )
+    return tensor

@@ -1,0 +1,220 @@
+"""Cross-entropy over rows of deferred logits, computed with its gradient a few rows at a time."""
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from rematree.errors import VerificationError
+from rematree.execute.deferred import LogitRows
+from rematree.execute.head import Unary, autocast_as
+
+_WINDOW_ROWS = 32
+_WINDOW_CHUNK_ROWS = 8
+# Largest difference, relative to the largest gradient, that rounding can explain: a head that mixes rows is off by
+# tenths. fp32 allows for TF32 products.
+_WINDOW_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """One call of cross-entropy over rows.
+
+    Attributes:
+        logits: [n, D] -> [n, V].
+        params: Trainable parameters of the head.
+        target: Class of each row, [N].
+        rows: Rows a chunk.
+        scale_late: Multiply by 1/N in backward, not before the head's gradient.
+    """
+
+    logits: Unary
+    params: tuple[nn.Parameter, ...]
+    target: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    rows: int
+    scale_late: bool
+
+    def losses(self, hidden: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
+        """[n, D], [n] -> [n], or a scalar for another reduction."""
+        return F.cross_entropy(
+            self.logits(hidden),
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def denominator(self, dtype: torch.dtype) -> Tensor:
+        """What `reduction="mean"` divides by: the number of rows that count, or their weight."""
+        counts = self.target != self.ignore_index
+        if self.weight is None:
+            return counts.sum().to(dtype)
+        return (self.weight[self.target.where(counts, 0)] * counts).sum().to(dtype)
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """[N] -> the loss. Goes through the plain kernel on one class, so that it adds in the plain order."""
+        if self.weight is not None and self.reduction == "mean":
+            return losses.sum() / self.denominator(losses.dtype)
+        target = torch.where(self.target != self.ignore_index, 0, -100)
+        return F.nll_loss(-losses[:, None], target, ignore_index=-100, reduction=self.reduction)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient in forward, chunk by chunk; backward only scales."""
+
+    @staticmethod
+    def forward(ctx: Any, job: RowLoss, hidden: Tensor, *params: Tensor) -> Tensor:
+        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        grad_params: list[Tensor | None] = [None] * len(params)
+        losses: list[Tensor] = []
+        mean = job.reduction == "mean"
+        with _own_saved_tensors():
+            for start in range(0, max(hidden.shape[0], 1), job.rows):
+                part = slice(start, start + job.rows)
+                chunk_losses, chunk_grad, *chunk_grad_params = _chunk(
+                    job, hidden[part], job.target[part], hidden.requires_grad, mean and not job.scale_late
+                )
+                losses.append(chunk_losses)
+                if grad_hidden is not None:
+                    grad_hidden[part] = chunk_grad
+                grad_params = [_add(total, grad) for total, grad in zip(grad_params, chunk_grad_params, strict=True)]
+                del chunk_grad, chunk_grad_params  # not beside the next chunk's logits
+        loss = job.reduce(torch.cat(losses))
+        late = job.denominator(torch.float32).reciprocal() if mean and job.scale_late else None
+        ctx.save_for_backward(late, grad_hidden, *grad_params)
+        ctx.dtypes = [param.dtype for param in params]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_loss,) = grad_outputs
+        late, grad_hidden, *grad_params = ctx.saved_tensors
+        # With retain_graph the buffers are needed again.
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
+        factor = grad_loss if late is None else grad_loss.float() * late
+        row_factor = factor[:, None] if factor.ndim else factor
+
+        def scaled(grad: Tensor | None, by: Tensor, dtype: torch.dtype) -> Tensor | None:
+            if grad is None:
+                return None
+            return (grad * by if keep else grad.mul_(by)).to(dtype)
+
+        hidden = None if grad_hidden is None else scaled(grad_hidden, row_factor, grad_hidden.dtype)
+        return None, hidden, *(scaled(g, factor, d) for g, d in zip(grad_params, ctx.dtypes, strict=True))
+
+
+def chunked_loss(job: RowLoss, hidden: Tensor) -> Tensor:
+    """The loss of all rows [N, D]."""
+    apply = cast("Callable[..., Tensor]", _ChunkedCrossEntropy.apply)
+    return apply(job, hidden, *job.params)
+
+
+def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, divide: bool) -> list[Any]:
+    """Losses [n] of one chunk, gradient of its hidden states [n, D], gradients of the head's parameters."""
+    hidden = hidden.detach().requires_grad_(wants_hidden)
+    with torch.set_grad_enabled(wants_hidden or bool(job.params)):
+        losses = job.losses(hidden, target)
+    inputs = [*([hidden] if wants_hidden else []), *job.params]
+    if not losses.requires_grad:
+        return [losses, None, *(None for _ in job.params)]
+    # The plain kernel, too, divides by N before the gradient goes through the log-softmax.
+    seed = job.denominator(losses.dtype).reciprocal() if divide else torch.ones_like(losses[:1]).sum()
+    with autocast_as(hidden.device.type, None):  # as backward usually is: it would cast products again
+        grads = torch.autograd.grad(losses, inputs, seed.expand(losses.shape), allow_unused=True)
+    return [losses.detach(), *(() if wants_hidden else (None,)), *grads]
+
+
+def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """`total + grad` in one buffer, in at least fp32: 16-bit sums would lose a bit with every doubling of chunks."""
+    if grad is None:
+        return total
+    if total is None:
+        return grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+    return total.add_(grad)
+
+
+@contextlib.contextmanager
+def _own_saved_tensors() -> Generator[None]:
+    """What a chunk saves is freed within the chunk: hooks of the caller (offload to host) must not see it."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
+
+
+def verify_window(rows: LogitRows, job: RowLoss, name: str) -> bool:
+    """Compare a window of rows, whole against chunked.
+
+    Returns:
+        False if the batch had too few rows that count, or a loss that is not finite, to say anything.
+
+    Raises:
+        VerificationError: The two differ by more than rounding.
+    """
+    # Rows that count come first; an even number, because the plain run sees them as [n/2, 2, D] where the chunks are
+    # [1, 8, D], so that no dimension can be mixed unnoticed.
+    order = (job.target == job.ignore_index).to(torch.int8).argsort(stable=True)[:_WINDOW_ROWS]
+    order = order[: len(order) // 2 * 2]
+    target = job.target[order]
+    if int((target != job.ignore_index).sum()) < 2:
+        return False
+    hidden = rows.hidden.detach().reshape(-1, rows.hidden.shape[-1])[order]
+    chunk_rows = min(_WINDOW_CHUNK_ROWS, len(order) // 2)
+    window = replace(job, target=target, params=(), rows=chunk_rows, reduction="mean")
+
+    def whole(part: Tensor) -> Tensor:
+        ndim = rows.source.hidden.ndim
+        shape = part.shape if ndim == 2 else (*(1,) * (ndim - 3), len(order) // 2, 2, part.shape[-1])
+        return rows.source.logits(part.reshape(shape)).flatten(0, -2)
+
+    with torch.enable_grad():
+        plain_hidden, chunked_hidden = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+        plain = replace(window, logits=whole).losses(plain_hidden, target, "mean")
+        _refuse_foreign_leaves(plain, [plain_hidden, *rows.source.head.params], name)
+        chunked = chunked_loss(window, chunked_hidden)
+    with autocast_as(hidden.device.type, None):
+        (plain_grad,) = torch.autograd.grad(plain, plain_hidden)
+        (chunked_grad,) = torch.autograd.grad(chunked, chunked_hidden)
+    plain, chunked = plain.detach(), chunked.detach()
+    if not (plain.isfinite() and plain_grad.isfinite().all()):
+        return False
+    tolerance = _WINDOW_TOLERANCE.get(rows.source.head.dtype, 5e-2)
+    errors = {
+        "loss": float((chunked - plain).abs() / plain.abs().clamp(min=1.0)),
+        "gradient": float((chunked_grad - plain_grad).abs().max() / plain_grad.abs().max().clamp(min=1e-30)),
+    }
+    if not all(error <= tolerance for error in errors.values()):
+        raise VerificationError(
+            f"the loss of {name} in chunks differs from the whole by more than {tolerance:g} (relative)",
+            details=[f"{what}: {error:.3g}" for what, error in errors.items()],
+            remedies=["apply a plan without the chunked loss: this head does not treat every row by itself"],
+        )
+    return True
+
+
+def _refuse_foreign_leaves(loss: Tensor, known: Sequence[Tensor], name: str) -> None:
+    """Raise if a trainable tensor that is not among `known` feeds the loss: its gradient would be lost."""
+    known_ids = {id(tensor) for tensor in known}
+    nodes: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known_ids:
+            raise VerificationError(
+                f"{name} uses a trainable tensor of shape {tuple(variable.shape)} that is not one of its parameters",
+                remedies=["apply a plan without the chunked loss: the gradient of that tensor would be lost"],
+            )
+        nodes += [following for following, _ in node.next_functions]

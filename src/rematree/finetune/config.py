@@ -1,0 +1,156 @@
+"""TrainConfig: everything a run depends on, in the words of PEFT and TRL.
+
+Light on purpose: the command line reads the defaults from here without importing torch.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rematree.errors import UsageError
+from rematree.units import format_bytes
+
+# Where a run is kept and how much of it is printed change nothing that is computed.
+_NOT_COMPARED: Final = frozenset({"output_dir", "logging_steps"})
+_POSITIVE: Final = (
+    "budget",
+    "max_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+    "lora_r",
+    "lora_alpha",
+    "save_steps",
+    "logging_steps",
+    "max_eval_examples",
+    "max_new_tokens",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One fine-tuning run.
+
+    Attributes:
+        model: Hub id, local directory, path of a .gguf file, or "builtin:smollm2-135m".
+        data: Path of a .jsonl file, Hub data set id, or "builtin:stdlib-docstrings".
+        budget: Peak device memory in bytes: weights, adapters, gradients, optimizer state, saved tensors, workspaces.
+        output_dir: Where checkpoints, logs, the adapter and result.json go. Belongs to one run.
+        revision: Branch, tag or commit of a model on the Hub.
+        dtype: Of the base model: "auto", "float32" or "bfloat16". Adapters are kept in float32.
+        max_length: Tokens in a row. Longer examples are cut.
+        packing: Put several short examples into one row; each attends only to itself.
+        heldout: Share of the examples (below 1) or number of examples (1 and more) that are not trained on.
+        max_eval_examples: Held-out examples that are measured before and after.
+        max_new_tokens: Length of the answers generated before and after.
+        per_device_train_batch_size: Rows in a step.
+        gradient_accumulation_steps: Forward and backward passes in one optimizer step.
+        max_steps: Optimizer steps; -1 leaves it to `num_train_epochs`.
+        num_train_epochs: Passes over the data when `max_steps` is -1.
+        learning_rate: Peak learning rate of AdamW.
+        lr_scheduler_type: Name of a transformers schedule.
+        warmup_steps: Steps (1 and more) or share of all steps (below 1) over which the learning rate rises.
+        weight_decay: AdamW's.
+        max_grad_norm: Gradients are clipped to this norm; 0 leaves them.
+        seed: Of adapter initialisation, data order, dropout and the held-out split.
+        lora_r: Rank of the adapters.
+        lora_alpha: Scale of the adapters, times `lora_r`.
+        lora_dropout: Dropout in front of the adapters.
+        lora_target_modules: "all-linear", or names of the modules that get an adapter.
+        forbid: Levers the plan may not use, by name.
+        save_steps: Optimizer steps between two checkpoints.
+        logging_steps: Optimizer steps between two lines of log; losses are recorded at every step.
+        compare_hf: After training, time steps under checkpointing of every layer and without any, for comparison.
+    """
+
+    model: str
+    data: str
+    budget: int
+    output_dir: Path
+    revision: str | None = None
+    dtype: str = "auto"
+    max_length: int = 512
+    packing: bool = True
+    heldout: float = 0.1
+    max_eval_examples: int = 64
+    max_new_tokens: int = 64
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    max_steps: int = -1
+    num_train_epochs: float = 1.0
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_target_modules: str | tuple[str, ...] = "all-linear"
+    forbid: tuple[str, ...] = ()
+    save_steps: int = 50
+    logging_steps: int = 1
+    compare_hf: bool = False
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value <= 0:
+                raise UsageError(f"{flag(name)} is {value}; it must be above zero")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "heldout"):
+            value = getattr(self, name)
+            if value < 0:
+                raise UsageError(f"{flag(name)} is {value}; it must not be negative")
+        if self.max_length < 2:
+            raise UsageError(f"--max-length is {self.max_length}; a row needs 2 tokens to predict one")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"--lora-dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        if self.heldout > 1 and self.heldout != int(self.heldout):
+            raise UsageError(f"--heldout is {self.heldout}; give a share below 1 or a whole number of examples")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UsageError(f"--max-steps is {self.max_steps}; give a number above zero, or -1 to go by epochs")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UsageError(f'--dtype is {self.dtype!r}; it can be "auto", "float32" or "bfloat16"')
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides what the run computes, as plain JSON values, with a digest of a local data file."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_COMPARED}
+        path = Path(self.data).expanduser()
+        if path.is_file():
+            fields["data"] = str(path.resolve())
+            with path.open("rb") as file:
+                fields["data_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        local = Path(self.model).expanduser()
+        if local.exists():
+            fields["model"] = str(local.resolve())
+        return json.loads(json.dumps(fields))
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """One line for every setting in which the run asked for (`here`) differs from the recorded one (`there`)."""
+    lines: list[str] = []
+    for name in sorted({*there, *here}):
+        old, new = there.get(name), here.get(name)
+        if old == new:
+            continue
+        if name == "data_sha256":
+            lines.append("the contents of the data file have changed")
+        elif name == "budget":
+            lines.append(f"{flag(name)}: there {_size(old)}, here {_size(new)}")
+        else:
+            lines.append(f"{flag(name)}: there {old}, here {new}")
+    return lines
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _size(value: int | None) -> str:
+    return "not set" if value is None else f"{format_bytes(value)} ({value} B)"

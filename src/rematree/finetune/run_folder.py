@@ -1,0 +1,183 @@
+"""The output directory: whose run it holds, how far that run got, and which checkpoints are whole.
+
+run.json        what was asked for; written when the first step is about to start
+plan.json       the plan in force; a resumed run uses it again, so that its steps round the same way
+before.json     held-out loss and answer before training
+measured.json   peak of the last step, seconds of the steps
+checkpoint-N/   written by the Trainer file by file; `complete.json` in it is written last
+adapter/        the result, for PEFT
+logs/           TensorBoard
+result.json     written last: a directory with it holds a finished run
+"""
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+from rematree.errors import UsageError
+from rematree.finetune.config import differences
+from rematree.finetune.storage import is_disk_full, read_json, write_json, write_text
+from rematree.plans import Plan
+from rematree.units import format_bytes
+
+_MARK: Final = "complete.json"
+_CHECKPOINTS_KEPT: Final = 2
+# What is written under another name first, see `storage.py`.
+_PIECES: Final = ("adapter", "run.json", "plan.json", "before.json", "measured.json", "result.json")
+
+
+class RunState(Enum):
+    """How far the run in a directory got."""
+
+    NEW = "new"
+    STARTED = "started"
+    FINISHED = "finished"
+
+
+class RunFolder:
+    """One output directory.
+
+    Attributes:
+        path: The directory; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser()
+
+    def inspect(self, asked: dict[str, Any]) -> RunState:
+        """How far the run described by `asked` has got here. Writes nothing.
+
+        Raises:
+            UsageError: the directory holds another run, or files that are no run at all.
+        """
+        remedies = ["another --output-dir", f"rm -r {self.path}   (to start afresh)"]
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file, not a directory", remedies=remedies[:1])
+        nearest = self.nearest()
+        if not os.access(nearest, os.W_OK) or not nearest.is_dir():
+            raise UsageError(f"{self.path} cannot be written: {nearest} does not allow it", remedies=remedies[:1])
+        if nearest != self.path.absolute():
+            return RunState.NEW
+        there = read_json(self.path / "run.json")
+        if there is None:
+            # Files that start with a dot are what a killed start leaves behind, or a file browser.
+            foreign = sorted(
+                p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.name != "plan.json"
+            )
+            if foreign:
+                raise UsageError(
+                    f"{self.path} is not empty and holds no run",
+                    details=[f"in it: {', '.join(foreign[:8])}"],
+                    remedies=remedies,
+                )
+            return RunState.NEW
+        lines = differences(there["config"], asked)
+        if lines:
+            raise UsageError(
+                f"{self.path} holds another run",
+                details=lines,
+                remedies=[*remedies, "the settings of that run, to resume it"],
+            )
+        return RunState.FINISHED if (self.path / "result.json").exists() else RunState.STARTED
+
+    def nearest(self) -> Path:
+        """The directory itself, or while it is not there the closest one above it."""
+        path = self.path.absolute()
+        return next(p for p in (path, *path.parents) if p.exists())
+
+    def start(self, asked: dict[str, Any], plan: Plan, notes: dict[str, Any]) -> None:
+        """Claim the directory. `run.json` comes last: with it, everything a resumed run needs is there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "plan.json", plan.to_json())
+        write_json(self.path / "run.json", {"config": asked, "notes": notes})
+
+    def plan(self) -> Plan:
+        """The plan the run was started with."""
+        return Plan.from_json((self.path / "plan.json").read_text(encoding="utf-8"))
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in a file of the run, or None."""
+        return read_json(self.path / name)
+
+    def write(self, name: str, data: dict[str, Any]) -> None:
+        """Replace a file of the run in one step."""
+        write_json(self.path / name, data)
+
+    def mark_complete(self, step: int) -> None:
+        """Note the files of a checkpoint and their sizes; a checkpoint without this note is torn."""
+        folder = self.path / f"checkpoint-{step}"
+        write_json(folder / _MARK, {"files": _sizes(folder)})
+
+    def drop_old_checkpoints(self) -> None:
+        """Keep the newest two; the older of them is for a crash of the machine that loses the newer one's bytes."""
+        for folder in sorted(self.path.glob("checkpoint-*"), key=_step)[:-_CHECKPOINTS_KEPT]:
+            shutil.rmtree(folder)
+
+    def recover(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and the names of the torn ones; these and other torn pieces are removed."""
+        for piece in (p for name in _PIECES for p in self.path.glob(f".{name}-*")):
+            if piece.is_dir():
+                shutil.rmtree(piece)
+            else:
+                piece.unlink()
+        removed: list[str] = []
+        whole: Path | None = None
+        for folder in sorted(self.path.glob("checkpoint-*"), key=_step, reverse=True):
+            if not _is_whole(folder):
+                shutil.rmtree(folder)
+                removed.append(folder.name)
+            elif whole is None:
+                whole = folder
+        return whole, removed
+
+
+@contextmanager
+def disk_full_is_said(folder: RunFolder, needed_bytes: int) -> Generator[None]:
+    """Turn whatever a writer raises on a full disk into one clear error, and remove what it left half-written.
+
+    Args:
+        folder: What is written to.
+        needed_bytes: About how much one save takes.
+    Raises:
+        UsageError: names the directory, the bytes needed, the bytes free and what is still there.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        nearest = folder.nearest()
+        free = shutil.disk_usage(nearest).free
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        whole, _ = folder.recover()
+        raise UsageError(
+            f"saving to {folder.path} failed: it takes about {format_bytes(needed_bytes)}, "
+            f"{format_bytes(free)} are free",
+            details=[reason, f"{whole.name} is whole" if whole is not None else "no checkpoint was saved before"],
+            remedies=["make room and start the same command again", "another --output-dir"],
+        ) from error
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != _MARK
+    }
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        mark = read_json(folder / _MARK)
+    except UsageError:
+        return False
+    return mark is not None and bool(mark.get("files")) and mark["files"] == _sizes(folder)

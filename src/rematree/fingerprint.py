@@ -1,0 +1,44 @@
+"""What a plan holds for: digests of a model, its trainable set, its dropout, and the shape of a batch."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rematree.plans import Fingerprint
+from rematree.regions import unwrap
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def describe_batch(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """(name, shape, dtype) of every tensor in `batch`, by name. Scalars such as `num_items_in_batch` do not count."""
+    return tuple(
+        (name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in sorted(batch.items())
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+    )
+
+
+def describe_model(model: nn.Module) -> Fingerprint:
+    """Fingerprint of `model` with an empty batch. Reads names, shapes and dtypes only; no weight is touched."""
+    named = list(model.named_parameters()) + list(model.named_buffers())
+    shapes = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named]
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    dropout = [f"{path} {m.p}" for path, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    inner = unwrap(model)
+    name: str | None = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    device = next((t.device.type for _, t in named), "cpu")
+    return Fingerprint(
+        model_class=type(inner).__name__,
+        parameters=_digest(shapes),
+        trainable=_digest(trainable),
+        dropout=_digest(dropout),
+        batch=(),
+        device=device,
+        attention="" if name is None else name.removeprefix("rematree:"),
+    )

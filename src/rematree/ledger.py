@@ -1,0 +1,214 @@
+"""An allocation ledger: every storage that is born and dies while a step runs, and when.
+
+It watches a step as a `TorchDispatchMode`: below autograd, above the kernels. Under fake tensors nothing is
+computed, but storages live and die exactly as the executor makes them, because it is the executor that runs. A `Cost`
+adds what fake tensors cannot show: seconds, and bytes a kernel allocates inside.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rematree.cost import Cost, tensors_in
+
+# Ops that look at a tensor's shape, never at its values.
+_SHAPE_ONLY: Final = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
+_DEVICE: Final = torch.ops.prim.device.default
+
+
+@dataclass(slots=True)
+class _Entry:
+    uid: int
+    num_bytes: int
+    category: str
+    reference: "weakref.ref[torch.UntypedStorage]"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What happened between two marks.
+
+    Attributes:
+        label: The mark that began it.
+        live_bytes: Live when it began.
+        peak_bytes: Largest live sum within it.
+        seconds: Price of the ops within it.
+    """
+
+    label: str
+    live_bytes: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class OpRecord:
+    """One op as the ledger saw it: storage ids read, storages written (id -> bytes), and its price."""
+
+    name: str
+    reads: frozenset[int]
+    writes: dict[int, int]
+    seconds: float
+
+
+class Ledger(TorchDispatchMode):
+    """Tracks live bytes by category, the peak, and time; optionally tells a listener every op.
+
+    Categories are the caller's: whatever `category` is set to when a storage is born.
+    """
+
+    def __init__(self, cost: Cost) -> None:
+        super().__init__()
+        self._cost = cost
+        self._entries: dict[int, _Entry] = {}
+        self._next_uid = 0
+        self._taint: dict[int, frozenset[str]] = {}
+        self._label, self._segment_live, self._segment_peak, self._segment_seconds = "start", 0, 0, 0.0
+        self.segments: list[Segment] = []
+        self.category = "other"
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.by_category: dict[str, int] = {}
+        self.at_peak: dict[str, int] = {}
+        self.seconds = 0.0
+        self.recomputing = 0
+        self.misread: set[str] = set()
+        self.listener: Callable[[OpRecord], None] | None = None
+
+    # -- storages ---------------------------------------------------------------------------------------------------
+
+    def adopt(self, tensors: Iterable[torch.Tensor], category: str) -> None:
+        """Count tensors that exist before the step (weights, optimizer state, the batch)."""
+        for tensor in tensors:
+            self._entry(tensor, category)
+        self._raise_peak(0)
+
+    def move(self, tensor: torch.Tensor, category: str) -> None:
+        """Change the category of a live tensor's storage (a gradient is known as one only once it is accumulated)."""
+        entry = self._entry(tensor, category)
+        if entry.category != category:
+            self.by_category[entry.category] -= entry.num_bytes
+            self.by_category[category] = self.by_category.get(category, 0) + entry.num_bytes
+            entry.category = category
+
+    def size(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """(uid, bytes) of the storage of `tensor`; two tensors with one uid share memory."""
+        entry = self._entry(tensor, self.category)
+        return entry.uid, entry.num_bytes
+
+    def known(self) -> list[int]:
+        """Uids of all live storages."""
+        return [entry.uid for entry in self._entries.values()]
+
+    def _entry(self, tensor: torch.Tensor, category: str) -> _Entry:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        entry = self._entries.get(key)
+        if entry is not None and entry.reference() is not None:
+            return entry
+        self._next_uid += 1
+        num_bytes = storage.nbytes()
+        entry = _Entry(self._next_uid, num_bytes, category, weakref.ref(storage, lambda _: self._free(key)))
+        self._entries[key] = entry
+        self.live_bytes += num_bytes
+        self.by_category[category] = self.by_category.get(category, 0) + num_bytes
+        return entry
+
+    def _free(self, key: int) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.live_bytes -= entry.num_bytes
+            self.by_category[entry.category] -= entry.num_bytes
+            self._taint.pop(entry.uid, None)
+
+    def _raise_peak(self, workspace: int) -> None:
+        here = self.live_bytes + workspace
+        self._segment_peak = max(self._segment_peak, here)
+        if here > self.peak_bytes:
+            self.peak_bytes = here
+            self.at_peak = {**self.by_category, "kernel workspace": workspace}
+
+    # -- time line --------------------------------------------------------------------------------------------------
+
+    def mark(self, label: str) -> None:
+        """End the current segment and begin one called `label`."""
+        self.segments.append(Segment(self._label, self._segment_live, self._segment_peak, self._segment_seconds))
+        self._label, self._segment_live, self._segment_peak = label, self.live_bytes, self.live_bytes
+        self._segment_seconds = 0.0
+
+    # -- placeholders (R3) ------------------------------------------------------------------------------------------
+
+    def placeholder(self, region: str, tensor: torch.Tensor) -> None:
+        """Whatever is computed from `tensor` means nothing; note if anything outside a recomputation reads it."""
+        entry = self._entry(tensor, self.category)
+        self._taint[entry.uid] = frozenset({region})
+
+    def recomputation(self, entered: bool) -> None:
+        """A recomputation begins or ends (they nest)."""
+        self.recomputing += 1 if entered else -1
+
+    def _follow_taint(self, name: str, reads: list[_Entry], writes: list[_Entry]) -> None:
+        sources = [self._taint[entry.uid] for entry in reads if entry.uid in self._taint]
+        if not sources or any(word in name for word in _SHAPE_ONLY):
+            return
+        blame = frozenset[str]().union(*sources)
+        if not self.recomputing:
+            self.misread |= blame
+        for entry in writes:
+            self._taint[entry.uid] = self._taint.get(entry.uid, frozenset()) | blame
+
+    # -- dispatch ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and the guard would cost more than the ledger
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # two of three calls; it only reads an attribute
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        inputs = [self._entry(t, self.category) for t in tensors_in(args, kwargs)]
+        known = self._next_uid
+        out = func(*args, **kwargs)
+        outputs = [out] if isinstance(out, torch.Tensor) else list(tensors_in(out))
+        before = self.live_bytes
+        entries = [self._entry(t, self.category) for t in outputs]
+        born = self.live_bytes - before
+        mutable = func._schema.is_mutable
+        if born == 0 and not mutable and all(entry.uid <= known for entry in entries):
+            return out  # a view, or an op that returned what it was given
+        price = self._cost.price(func, args, kwargs, outputs)
+        self.seconds += price.seconds
+        self._segment_seconds += price.seconds
+        self._raise_peak(max(0, price.workspace_bytes - born))
+        writes = entries
+        if mutable:
+            writes = entries + [self._entry(t, self.category) for t in _mutated(func, args, kwargs)]
+        if self._taint:
+            self._follow_taint(func.__name__, inputs, writes)
+        if self.listener is not None:
+            self.listener(
+                OpRecord(
+                    func.__name__,
+                    frozenset(entry.uid for entry in inputs),
+                    {entry.uid: entry.num_bytes for entry in writes},
+                    price.seconds,
+                )
+            )
+        return out
+
+
+def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += tensors_in(value)
+    return found

@@ -1,0 +1,101 @@
+"""Measured peak of a real step, in the same bytes the plan predicts.
+
+On a GPU the allocator counts. On a CPU torch has no such counters, so the profiler's allocation events are summed on
+top of what is known to be live when the step begins. That costs time: a profiled step must not be timed.
+"""
+
+import resource
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+
+from rematree.units import KIB
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`; views and tied weights count once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def resident_peak_bytes() -> int:
+    """Largest resident size of this process so far (VmHWM): weights, allocator slack, libraries, everything."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * KIB
+
+
+class PeakMeter:
+    """Context manager around one training step.
+
+    Args:
+        model: The model that steps.
+        optimizer: Its optimizer, for the state; None when the step has none.
+        batch: Counted with what is live when the step begins.
+    Attributes:
+        peak_bytes: After the block: largest bytes live at once. On a CPU what torch allocated for model, optimizer
+            and step; on a GPU `max_memory_allocated`.
+        start_bytes: Live when the step began.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        batch: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._batch = batch
+        self._profiler: profile | None = None
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.start_bytes = 0
+        self.peak_bytes = 0
+
+    def _live(self) -> Iterator[torch.Tensor]:
+        for parameter in self._model.parameters():
+            yield parameter
+            if parameter.grad is not None:
+                yield parameter.grad
+        yield from self._model.buffers()
+        if self._optimizer is not None:
+            for state in self._optimizer.state.values():
+                yield from (t for t in state.values() if isinstance(t, torch.Tensor))
+        yield from (t for t in tree_leaves(self._batch) if isinstance(t, torch.Tensor))
+
+    def __enter__(self) -> Self:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self.start_bytes = torch.cuda.memory_allocated(self._device)
+        else:
+            self.start_bytes = storage_bytes(self._live())
+            self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+            self._profiler.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._profiler is None:
+            torch.cuda.synchronize(self._device)
+            self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
+            return
+        profiler, self._profiler = self._profiler, None
+        profiler.__exit__(kind, error, trace)
+        live = peak = self.start_bytes
+        for change in _allocation_changes(profiler):
+            live += change
+            peak = max(peak, live)
+        self.peak_bytes = peak
+
+
+def _allocation_changes(profiler: Any) -> list[int]:
+    """Signed bytes of every CPU allocation and free, in order of time."""
+    events = profiler.profiler.kineto_results.events()
+    memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type().value == 0]
+    return [change for _, change in sorted(memory, key=lambda event: event[0])]

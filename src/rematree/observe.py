@@ -1,0 +1,169 @@
+"""A fake twin of a live model: the same modules, parameters without memory.
+
+Everything left of the plan happens on the twin. The live model is read (names, shapes, flags), never run or changed.
+"""
+
+import copy
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from rematree.errors import UnsupportedModelError, UsageError
+from rematree.execute.attention import AttentionRegions, declare_unpacked, forget_attention
+from rematree.execute.dropout import draw, mask_can_be_kept, scale
+from rematree.execute.handle import forget_handle
+from rematree.execute.override import ForwardOverride, remove_overrides
+
+LossFunction = Callable[[Any], torch.Tensor]
+
+_GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
+
+
+class TwinMode(FakeTensorMode):
+    """Fake tensors, where torch's own fake kernels are stricter than the real ones.
+
+    The grouped matmul of mixture-of-experts layers runs in fp32 on a CPU; its fake kernel insists on bf16.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
+            dtype = args[0].dtype
+            with self:
+                return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).to(dtype)
+        return super().dispatch(func, types, args, kwargs)
+
+
+class Twin:
+    """A copy of `model` and `batch` under fake tensors.
+
+    Attributes:
+        model: The copy; same module paths, no plan applied, gradient checkpointing off.
+        batch: The batch, fake.
+        mode: The fake mode both live in; enter it to run.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], loss: LossFunction | None = None) -> None:
+        self.mode = TwinMode()
+        self._loss = loss or loss_of
+        memo: dict[int, Any] = {}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self.mode.from_tensor(tensor)
+        self.model = copy.deepcopy(model, memo)
+        forget_handle(self.model)
+        remove_overrides(self.model)
+        forget_attention(self.model)
+        for path, module in self.model.named_modules():
+            own = module.__dict__.get("forward")
+            if isinstance(own, types.FunctionType):  # a closure: its copy would run the live model
+                raise UnsupportedModelError(
+                    f"{path or 'the model'} has a wrapped forward ({own.__qualname__})",
+                    remedies=["plan before accelerator.prepare(model) or other wrappers"],
+                )
+            if module.__dict__.get("gradient_checkpointing") is True:
+                module.__dict__["gradient_checkpointing"] = False
+        self.model.train(model.training)
+        visible = visible_to_a_trace(batch)
+        if visible.get("attention_mask") is None and visible.get("position_ids") is None:
+            declare_unpacked(self.model)
+        self.batch = tree_map_only(torch.Tensor, self.mode.from_tensor, visible)
+
+    def loss(self) -> torch.Tensor:
+        """Run the forward pass; the scalar to differentiate. Call inside `mode`."""
+        return self._loss(self.model(**self.batch))
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The scalar a training script would call backward on: `output.loss`, or a scalar output itself.
+
+    Raises:
+        UsageError: there is none, for example because the batch has no labels.
+    """
+    candidate = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if isinstance(candidate, tuple | list) and candidate:  # pyright: ignore[reportUnknownArgumentType]
+        candidate = candidate[0]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(candidate, torch.Tensor) and candidate.numel() == 1:
+        return candidate
+    raise UsageError("the model returned no loss for this batch", remedies=["put labels in the batch, or pass loss="])
+
+
+def visible_to_a_trace(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """`batch` without what the model would find to be trivial by looking at values, which fake tensors do not have.
+
+    transformers skips the causal mask when the attention mask is all ones, and looks for packed sequences in
+    `position_ids`; under tracing it assumes the dearer case. Leaving the trivial input out has the same result.
+    """
+    kept = dict(batch)
+    mask, positions = kept.get("attention_mask"), kept.get("position_ids")
+    if isinstance(positions, torch.Tensor) and mask is None and positions.dim() == 2:
+        plain = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+        if torch.equal(positions, plain.to(positions.dtype)):
+            del kept["position_ids"]
+            positions = None
+    if isinstance(mask, torch.Tensor) and positions is None and bool((mask == 1).all()):
+        del kept["attention_mask"]
+    return kept
+
+
+class RegionStack:
+    """Knows which region is running, while it is installed on a twin.
+
+    Attributes:
+        path: Relative path of the innermost region that is running, "" outside all of them.
+        calls: How often each region was entered, in order of first entry.
+        drawn: Elements of the mask each "#draw" region drew.
+    """
+
+    def __init__(
+        self,
+        regions: Mapping[str, nn.Module],
+        attention: Mapping[str, nn.Module] | None = None,
+        dropouts: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self._stack: list[str] = [""]
+        self._overrides = [ForwardOverride(module, self._around(path)) for path, module in regions.items()]
+        self._overrides += [
+            ForwardOverride(module, self._around_draw(path, module)) for path, module in (dropouts or {}).items()
+        ]
+        self._attention = AttentionRegions((module, self._around(path)) for path, module in (attention or {}).items())
+        self.calls: dict[str, int] = {}
+        self.drawn: dict[str, int] = {}
+
+    @property
+    def path(self) -> str:
+        return self._stack[-1]
+
+    def _around(self, path: str) -> Callable[..., Any]:
+        def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self.calls[path] = self.calls.get(path, 0) + 1
+            self._stack.append(path)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._stack.pop()
+
+        return around
+
+    def _around_draw(self, path: str, module: nn.Module) -> Callable[..., Any]:
+        def around(inner: Callable[..., Any], x: torch.Tensor) -> Any:
+            if not mask_can_be_kept(module, x):
+                return inner(x)
+            drawn = self._around(path)(draw, x, module.p)
+            self.drawn[path] = x.numel()
+            return scale(x, drawn, module.p)  # pyright: ignore[reportArgumentType]
+
+        return around
+
+    def remove(self) -> None:
+        """Take the overrides off."""
+        for override in reversed(self._overrides):
+            override.remove()
+        self._attention.remove()

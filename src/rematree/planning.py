@@ -1,0 +1,291 @@
+"""Budget in, plan out: survey the model once, solve the chain for a budget, let the referee confirm.
+
+`Planner` keeps the survey, so that a frontier or several budgets cost one observation. `plan` is the one-call form.
+"""
+
+import math
+import platform
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import nn
+
+from rematree.cost import Cost, Measured, present_device
+from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
+from rematree.fingerprint import describe_batch, describe_model
+from rematree.observe import LossFunction, RegionStack, Twin
+from rematree.plans import BlockRow, LedgerLine, Plan
+from rematree.regions import Chain, find_chain
+from rematree.simulate import Optimizer, Referee, Simulation
+from rematree.solve.chain import ChainChoice, least_peak, solve_chain
+from rematree.survey import Survey, describe_option, survey
+from rematree.units import KIB, MIB, format_bytes, parse_bytes
+
+LEVERS: Final = frozenset({"chunked_loss"})
+_RESOLUTION: Final = 4096  # quanta of the chain solver between the first block's start and the plain peak
+_MAX_CONFIRMATIONS: Final = 6  # simulated steps spent on one budget
+_NEAR_LEAST: Final = 3  # limits tried for the smallest peak
+_SLACK: Final = 256 * KIB  # small host tensors a step makes outside the model: loss sums, generator states
+
+
+@dataclass(frozen=True, slots=True)
+class _Confirmed:
+    choice: ChainChoice
+    simulation: Simulation
+    peak_bytes: int
+
+
+class Planner:
+    """One observed model and batch, ready to be planned for any budget.
+
+    Args:
+        model: The model as it will train: adapters on, frozen what is frozen. Read, not run.
+        batch: One batch as the training loop will pass it (`model(**batch)`), labels included.
+        optimizer: What holds state: "adamw" (two fp32-like states per trained parameter), "sgd" or "none".
+        accumulation_steps: More than one means gradients of earlier micro-batches are live during the step.
+        forbid: Levers not to use: "chunked_loss" (changes rounding).
+        cost: Prices ops; default: measured on the model's device.
+        loss: The scalar to differentiate, from the model's output; default: its `loss`.
+    Raises:
+        UsageError: unknown lever, no loss.
+        UnsupportedModelError: the model cannot be observed.
+    Cost:
+        Seconds: some 30 simulated steps, and one short measurement of each distinct op.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        *,
+        optimizer: Optimizer = "adamw",
+        accumulation_steps: int = 1,
+        forbid: Collection[str] = (),
+        cost: Cost | None = None,
+        loss: LossFunction | None = None,
+    ) -> None:
+        unknown = sorted(set(forbid) - LEVERS)
+        if unknown:
+            raise UsageError(f"unknown lever {unknown[0]!r} in forbid; levers: {', '.join(sorted(LEVERS))}")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UsageError("no parameter of the model requires grad: there is no training step to plan")
+        self._fingerprint = replace(describe_model(model), batch=describe_batch(batch))
+        self._device = present_device(model.parameters())
+        self._twin = Twin(model, batch, loss)
+        if not self._twin.model.training:
+            self._twin.model.train()
+        self._cost = cost if cost is not None else Measured(self._device)
+        self._forbid = frozenset(forbid)
+        accumulate = accumulation_steps > 1
+        chain = self._running_chain(find_chain(self._twin.model))
+        chunk = "chunked_loss" not in self._forbid and loss is None
+        self.survey: Survey = survey(
+            self._twin, chain, self._cost, optimizer=optimizer, accumulate=accumulate, chunk=chunk
+        )
+        self._referee = Referee(self._twin, chain.blocks, self._cost, optimizer, accumulate)
+        self._confirmed: dict[tuple[tuple[int, ...], int], _Confirmed] = {}
+        problem = self.survey.problem
+        self._quantum = max(KIB, (self.survey.plain.peak_bytes - problem.base) // _RESOLUTION)
+        self._least_limit = least_peak(problem, self._quantum)
+        self._top = max(self.survey.plain.peak_bytes, self._least_limit) * 2
+
+    def _running_chain(self, chain: Chain) -> Chain:
+        """The chain without blocks that the forward never reaches."""
+        stack = RegionStack({path: self._twin.model.get_submodule(path) for path in chain.blocks}, {})
+        try:
+            with self._twin.mode, torch.no_grad():
+                self._twin.loss()
+        finally:
+            stack.remove()
+        order = [path for path in stack.calls if stack.calls[path] == 1]
+        if not order:
+            raise UnsupportedModelError("none of the model's blocks runs exactly once in a step")
+        if tuple(order) == chain.blocks:
+            return chain
+        return Chain(tuple(order), None, chain.note or "some blocks of the list do not run, or run out of order")
+
+    # -- limits and confirmations -------------------------------------------------------------------------------------
+
+    def _at(self, limit: int) -> _Confirmed | None:
+        """The solver's choice for `limit`, with what the referee says of it. None if the solver finds nothing."""
+        choice = solve_chain(self.survey.problem, limit, self._quantum)
+        if choice is None:
+            return None
+        key = (choice.blocks, choice.head)
+        if key not in self._confirmed:
+            rows = self.survey.rows[choice.head]
+            result = self._referee.run(self.survey.decisions(choice.blocks), rows)
+            if result.misread:
+                raise UnsupportedModelError(
+                    f"{sorted(result.misread)[0]}: its output is read after all; this is a bug in the survey"
+                )
+            self._confirmed[key] = _Confirmed(choice, result, result.peak_bytes + _SLACK)
+        return self._confirmed[key]
+
+    def _best_within(self, budget: int) -> _Confirmed | None:
+        """The fastest of all plans confirmed so far that fit."""
+        fitting = [entry for entry in self._confirmed.values() if entry.peak_bytes <= budget]
+        return min(fitting, key=lambda e: (e.choice.seconds, e.peak_bytes), default=None)
+
+    def _search(self, budget: int) -> None:
+        """Confirm plans around `budget`: lower the solver's limit by what the referee says it was off, then refine."""
+        high = min(budget - _SLACK, self._top)
+        low: int | None = None
+        limit = high
+        for _ in range(_MAX_CONFIRMATIONS):
+            limit = max(limit, self._least_limit)
+            entry = self._at(limit)
+            if entry is None:
+                return
+            over = entry.peak_bytes - budget
+            if over <= 0:
+                low = limit
+                if limit == high or high - limit <= self._quantum:
+                    return
+                limit = (limit + high) // 2
+            else:
+                if limit == self._least_limit:
+                    return
+                high = limit
+                limit = limit - max(over, self._quantum) if low is None else (low + limit) // 2
+
+    def min_peak_bytes(self) -> int:
+        """Smallest confirmed peak of any plan."""
+        for extra in range(_NEAR_LEAST):
+            self._at(self._least_limit + extra * 4 * self._quantum)
+        return min(entry.peak_bytes for entry in self._confirmed.values())
+
+    def plan(self, budget: int | str | None = None) -> Plan:
+        """The fastest confirmed plan within `budget` (None: the fastest of all).
+
+        Raises:
+            InfeasibleBudgetError: with the smallest reachable peak.
+            UsageError: the budget has no unit or is not positive.
+        """
+        return self.plans([budget])[0]
+
+    def plans(self, budgets: Sequence[int | str | None]) -> list[Plan]:
+        """A plan for each of `budgets`, chosen among everything confirmed for any of them.
+
+        A plan that fits a budget fits every larger one, so among these the predicted time never falls as the budget
+        shrinks.
+
+        Raises:
+            InfeasibleBudgetError: for the first budget that nothing fits.
+        """
+        limits = [None if budget is None else parse_bytes(budget) for budget in budgets]
+        for limit in limits:
+            self._search(self._top if limit is None else limit)
+        found: list[Plan] = []
+        for limit in limits:
+            entry = self._best_within(limit if limit is not None else sys.maxsize)
+            if entry is None:
+                assert limit is not None
+                if self.min_peak_bytes() > limit:
+                    raise self._infeasible(limit)
+                entry = self._best_within(limit)
+                assert entry is not None
+            found.append(self._as_plan(entry, limit))
+        return found
+
+    def frontier(self, points: int = 16) -> list[Plan]:
+        """Pareto-optimal plans from the smallest peak to the fastest step, at most `points` of them."""
+        low = self.min_peak_bytes()
+        for index in range(points):
+            self._at(self._least_limit + (self._top - self._least_limit) * index // max(1, points - 1))
+        front: list[_Confirmed] = []
+        for entry in sorted(self._confirmed.values(), key=lambda e: (e.peak_bytes, e.choice.seconds)):
+            if not front or entry.choice.seconds < front[-1].choice.seconds:
+                front.append(entry)
+        assert front[0].peak_bytes == low
+        if len(front) > points:
+            front = [front[round(i * (len(front) - 1) / (points - 1))] for i in range(points)]
+        return [self._as_plan(entry, None) for entry in front]
+
+    def _infeasible(self, budget: int) -> InfeasibleBudgetError:
+        least = self.min_peak_bytes()
+        entry = min((e for e in self._confirmed.values()), key=lambda e: e.peak_bytes)
+        details = [f"{line.category:<28} {format_bytes(line.num_bytes):>10}" for line in self._ledger(entry)]
+        rounded = math.ceil(least / MIB)
+        return InfeasibleBudgetError(
+            f"budget {format_bytes(budget)} is below the smallest reachable peak, {format_bytes(least)}",
+            budget=budget,
+            min_peak=least,
+            details=["at that peak:", *details],
+            remedies=[f"a budget of {rounded}MiB or more"],
+        )
+
+    def _ledger(self, entry: _Confirmed) -> tuple[LedgerLine, ...]:
+        lines = [LedgerLine(name, size) for name, size in entry.simulation.at_peak.items()]
+        return (*lines, LedgerLine("slack", entry.peak_bytes - entry.simulation.peak_bytes))
+
+    def _as_plan(self, entry: _Confirmed, budget: int | None) -> Plan:
+        known = self.survey
+        rows: list[BlockRow] = []
+        for path, kind, index in zip(known.chain.blocks, known.kinds, entry.choice.blocks, strict=True):
+            stage = known.problem.stages[len(rows)][index]
+            text = describe_option(known.options[kind][index])
+            rows.append(BlockRow(path, text, stage.kept, max(0.0, stage.seconds)))
+        chunk_rows = known.rows[entry.choice.head]
+        notes = [known.chain.note] if known.chain.note else []
+        if chunk_rows is not None:
+            notes.append(f"chunked loss, {chunk_rows} rows at a time: changes rounding; forbid with 'chunked_loss'")
+        return Plan(
+            decisions=known.decisions(entry.choice.blocks),
+            loss_chunk_rows=chunk_rows,
+            budget_bytes=budget,
+            predicted_peak_bytes=entry.peak_bytes,
+            predicted_step_seconds=known.fixed_seconds + entry.choice.seconds,
+            ledger=self._ledger(entry),
+            rows=tuple(rows),
+            fingerprint=self._fingerprint,
+            notes=tuple(notes),
+            versions={
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        )
+
+
+def plan(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    budget: int | str | None,
+    *,
+    optimizer: Optimizer = "adamw",
+    accumulation_steps: int = 1,
+    forbid: Collection[str] = (),
+    cost: Cost | None = None,
+    loss: LossFunction | None = None,
+) -> Plan:
+    """The fastest training step of `model` on batches like `batch` whose peak stays within `budget`.
+
+    Same arguments and errors as `Planner`; `budget` is bytes or a text with a unit ("14GiB"). The model is not run.
+
+    Raises:
+        InfeasibleBudgetError: nothing fits; carries `min_peak`.
+    """
+    wanted = None if budget is None else parse_bytes(budget)
+    planner = Planner(
+        model,
+        batch,
+        optimizer=optimizer,
+        accumulation_steps=accumulation_steps,
+        forbid=forbid,
+        cost=cost,
+        loss=loss,
+    )
+    return planner.plan(wanted)
+
+
+def frontier(model: nn.Module, batch: Mapping[str, Any], points: int = 16, **options: Any) -> list[Plan]:
+    """Pareto-optimal plans of `model`, from the smallest peak to the fastest step.
+
+    `options` are those of `Planner`.
+    """
+    return Planner(model, batch, **options).frontier(points)

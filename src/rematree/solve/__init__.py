@@ -1,0 +1,1 @@
+"""From what was observed to decisions: the frontier of one block, then the chain of all blocks."""

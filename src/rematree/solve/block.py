@@ -1,0 +1,152 @@
+"""The frontier of one block: which regions to save when the block is recomputed.
+
+A Save set is a set of regions, none inside another. Its price in bytes is what the saved regions keep, plus their
+outputs where the rerun reads them; its price in seconds is what is left to rerun, up to the op that refills the last
+saved tensor. The empty set is plain recomputation; the whole block is no recomputation at all.
+"""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from rematree.regions import parent_path
+from rematree.trace import BlockTrace
+
+_BEAM: Final = 48
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOption:
+    """One way to run a block.
+
+    Attributes:
+        saved: Regions (relative paths) saved inside the recomputed block; `("",)` saves the whole block.
+        stashed: Those of them whose output is kept because the rerun reads it.
+        kept_bytes: Predicted bytes kept between forward and backward, block input not counted.
+        rerun_seconds: Predicted seconds of the rerun.
+    """
+
+    saved: tuple[str, ...]
+    stashed: frozenset[str]
+    kept_bytes: int
+    rerun_seconds: float
+
+    @property
+    def saves_all(self) -> bool:
+        """True when the block is not recomputed."""
+        return self.saved == ("",)
+
+
+def evaluate(trace: BlockTrace, saved: Iterable[str]) -> BlockOption:
+    """Price one Save set on `trace`."""
+    chosen = frozenset(saved)
+    if "" in chosen:
+        return BlockOption(
+            ("",), frozenset(), sum(trace.sizes.get(s, 0) for s in {x.storage for x in trace.saves}), 0.0
+        )
+    owner = {region: _owner(region, chosen) for region in {op.region for op in trace.ops} | set(trace.regions)}
+    kept = {save.storage for save in trace.saves if owner[save.region] is not None}
+    refilled = [save for save in trace.saves if owner[save.region] is None]
+    last = max((save.op for save in refilled), default=0)
+    needed = {save.storage for save in refilled}
+    stashed: set[str] = set()
+    packed: dict[int, int] = {}
+    seconds = 0.0
+    for op in reversed(trace.ops[:last]):
+        region = owner[op.region]
+        if region is None:
+            seconds += op.seconds
+            if op.writes & needed:
+                needed |= op.reads
+        elif op.writes & needed:
+            stashed.add(region)
+            if region in trace.packed:
+                packed.update(dict.fromkeys((op.writes & needed) - kept, trace.packed[region]))
+            else:
+                kept |= op.writes & needed
+    kept_bytes = sum(trace.sizes.get(storage, 0) for storage in kept) + sum(packed.values())
+    return BlockOption(tuple(sorted(chosen)), frozenset(stashed), kept_bytes, seconds)
+
+
+def _owner(region: str, chosen: frozenset[str]) -> str | None:
+    """The saved region `region` is in, itself included; None when it is rerun."""
+    while region:
+        if region in chosen:
+            return region
+        region = parent_path(region)
+    return None
+
+
+def _inside(region: str, outer: str) -> bool:
+    return _owner(region, frozenset({outer})) is not None
+
+
+def enumerate_options(trace: BlockTrace, limit: int) -> list[BlockOption]:
+    """At most `limit` Pareto-optimal options, from least bytes to no recomputation.
+
+    Save sets grow from the empty one by one region at a time; only sets no other one beats in both bytes and seconds
+    grow further (a beam of 48). Mixing options over identical blocks can only use the lower convex hull, so that is
+    what remains, filled up with the points nearest to it.
+
+    Cost:
+        O(beam * regions^2 * ops).
+    """
+    everything = evaluate(trace, ("",))
+    seen: dict[frozenset[str], BlockOption] = {frozenset(): evaluate(trace, ())}
+    front = list(seen.values())
+    while True:
+        grown: list[BlockOption] = []
+        for option in front:
+            for region in trace.regions:
+                if region and not any(_inside(region, have) for have in option.saved):
+                    bigger = frozenset([region, *(have for have in option.saved if not _inside(have, region))])
+                    if bigger not in seen:
+                        seen[bigger] = evaluate(trace, bigger)
+                        grown.append(seen[bigger])
+        new_front = pareto([*front, *grown], key_limit=_BEAM)
+        if {o.saved for o in new_front} == {o.saved for o in front}:
+            break
+        front = new_front
+    front = [o for o in pareto([*front, everything], key_limit=_BEAM) if o.saves_all or o.rerun_seconds > 0]
+    if everything not in front:  # a set that keeps no more and reruns nothing: the same thing with more machinery
+        front.append(everything)
+    return _thin(front, limit)
+
+
+def pareto(options: Iterable[BlockOption], key_limit: int) -> list[BlockOption]:
+    """Options no other one beats, sorted by bytes; ties go to the smaller set. Thinned to `key_limit` if more."""
+    best: list[BlockOption] = []
+    for option in sorted(options, key=lambda o: (o.kept_bytes, o.rerun_seconds, len(o.saved), o.saved)):
+        if not best or option.rerun_seconds < best[-1].rerun_seconds - 1e-12:
+            best.append(option)
+    return best if len(best) <= key_limit else _thin(best, key_limit)
+
+
+def _thin(front: list[BlockOption], limit: int) -> list[BlockOption]:
+    hull: list[BlockOption] = []
+    for point in front:
+        while len(hull) >= 2 and _above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    if len(hull) > limit:
+        step = (len(hull) - 1) / (limit - 1)
+        return [hull[round(i * step)] for i in range(limit)]
+    rest = [o for o in front if o not in hull]
+    rest.sort(key=lambda o: _excess(o, hull))
+    return sorted([*hull, *rest[: limit - len(hull)]], key=lambda o: (o.kept_bytes, -o.rerun_seconds))
+
+
+def _above(a: BlockOption, b: BlockOption, c: BlockOption) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    run_ac, run_ab = c.kept_bytes - a.kept_bytes, b.kept_bytes - a.kept_bytes
+    return (b.rerun_seconds - a.rerun_seconds) * run_ac >= (c.rerun_seconds - a.rerun_seconds) * run_ab
+
+
+def _excess(option: BlockOption, hull: list[BlockOption]) -> float:
+    """Seconds above the hull at the same bytes."""
+    for left, right in itertools.pairwise(hull):
+        if left.kept_bytes <= option.kept_bytes <= right.kept_bytes and right.kept_bytes > left.kept_bytes:
+            share = (option.kept_bytes - left.kept_bytes) / (right.kept_bytes - left.kept_bytes)
+            return option.rerun_seconds - (left.rerun_seconds + share * (right.rerun_seconds - left.rerun_seconds))
+    return float("inf")

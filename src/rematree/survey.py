@@ -1,0 +1,302 @@
+"""Find the options of a model's blocks and head, and measure each on the twin: everything the chain solver needs.
+
+Blocks that are alike form a kind and share their options. One forward of one block of each kind gives the trace from
+which its options are enumerated; each option is then run by the referee on a short prefix of the chain, so that what
+the solver adds up are bytes the executor really allocates.
+"""
+
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from rematree.cost import Cost
+from rematree.execute.attention import attention_modules
+from rematree.execute.dropout import packed_bytes
+from rematree.execute.loss import find_head
+from rematree.execute.override import ForwardOverride
+from rematree.ledger import Ledger, OpRecord
+from rematree.observe import RegionStack, Twin
+from rematree.plans import Action, Decision
+from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, Chain, block_kind, inner_regions, join_path
+from rematree.simulate import Optimizer, Referee, Simulation
+from rematree.solve.block import BlockOption, enumerate_options
+from rematree.solve.chain import ChainProblem, HeadOption, StageOption
+from rematree.trace import BlockTrace, TraceOp, TraceSave
+
+_OPTIONS_PER_KIND: Final = 16
+_CHUNK_ROWS: Final = (4096, 2048, 1024, 512, 256, 128, 64, 32)
+_SAVE_ALL: Final = BlockOption(("",), frozenset(), 0, 0.0)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What planning knows about one model and batch.
+
+    Attributes:
+        chain: The blocks that run.
+        kinds: Kind of each block.
+        options: Options of each kind.
+        rows: Loss choices, in the order of `problem.heads`; None is the model's own loss.
+        problem: The same in numbers.
+        plain: One step without any lever.
+        fixed_seconds: Seconds of the step that no choice changes.
+    """
+
+    chain: Chain
+    kinds: tuple[int, ...]
+    options: tuple[tuple[BlockOption, ...], ...]
+    rows: tuple[int | None, ...]
+    problem: ChainProblem
+    plain: Simulation
+    fixed_seconds: float
+
+    def decisions(self, blocks: Sequence[int]) -> dict[str, Decision]:
+        """Decisions that realise one option index per block."""
+        chosen: dict[str, Decision] = {}
+        for path, kind, index in zip(self.chain.blocks, self.kinds, blocks, strict=True):
+            chosen.update(_decide(path, self.options[kind][index]))
+        return chosen
+
+
+def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
+    if option.saves_all:
+        return {}
+    decisions = {block: Decision(Action.RECOMPUTE)}
+    for region in option.saved:
+        decisions[join_path(block, region)] = Decision(Action.SAVE, stash=region in option.stashed)
+    return decisions
+
+
+def survey(twin: Twin, chain: Chain, cost: Cost, *, optimizer: Optimizer, accumulate: bool, chunk: bool) -> Survey:
+    """Survey `twin`.
+
+    Args:
+        twin: Model and batch under fake tensors.
+        chain: Its blocks.
+        cost: Prices ops.
+        optimizer: Holds state and runs after backward.
+        accumulate: Gradients of an earlier micro-batch are live.
+        chunk: Whether chunked loss may be used.
+    Cost:
+        About 25 simulated steps of a few blocks; seconds for a model of any size.
+    """
+    referee = Referee(twin, chain.blocks, cost, optimizer, accumulate)
+    plain = referee.run({}, None)
+    kinds, representatives = _kinds(twin, chain, plain)
+    length = min(len(chain.blocks), max(representatives) + 2) if chain.container else len(chain.blocks)
+    with _shortened(twin.model, chain, length) as blocks:
+        short = Referee(twin, blocks, cost, "none", accumulate)
+        options = [
+            enumerate_options(observe_block(twin, blocks[index], cost), _OPTIONS_PER_KIND)
+            if plain.graph[index][1]
+            else [_SAVE_ALL]
+            for index in representatives
+        ]
+        stages, options = _measure_options(short, kinds[:length], representatives, options)
+        rows, heads = _measure_heads(short, kinds[:length], chunk)
+    gradients = [0 if accumulate else _gradient_bytes(twin.model, path) for path in chain.blocks]
+    problem = ChainProblem(
+        base=plain.forward(0).live_bytes,
+        stages=tuple(tuple(stages[kind]) for kind in kinds),
+        gradients=tuple(gradients),
+        heads=tuple(heads),
+    )
+    return Survey(
+        chain,
+        tuple(kinds),
+        tuple(tuple(o) for o in options),
+        tuple(rows),
+        problem,
+        plain,
+        plain.seconds - plain.head.seconds,
+    )
+
+
+def _kinds(twin: Twin, chain: Chain, plain: Simulation) -> tuple[list[int], list[int]]:
+    """Kind number of each block, and for each kind the block to measure: its second one if there is one."""
+    numbers: dict[Any, int] = {}
+    kinds: list[int] = []
+    config = getattr(twin.model, "config", None)
+    layer_types = getattr(config, "layer_types", None) or [None] * len(chain.blocks)
+    for index, path in enumerate(chain.blocks):
+        layer_type = layer_types[index] if index < len(layer_types) else None
+        key = (block_kind(twin.model.get_submodule(path)), plain.graph[index], layer_type)
+        kinds.append(numbers.setdefault(key, len(numbers)))
+    representatives: list[int] = []
+    for kind in range(len(numbers)):
+        members = [index for index, k in enumerate(kinds) if k == kind]
+        representatives.append(members[1] if len(members) > 2 else members[0])
+    return kinds, representatives
+
+
+@contextlib.contextmanager
+def _shortened(model: nn.Module, chain: Chain, length: int) -> Generator[tuple[str, ...]]:
+    """Only the first `length` blocks inside; layer numbers stay what they were."""
+    if chain.container is None or length == len(chain.blocks):
+        yield chain.blocks
+        return
+    parent_name, _, name = chain.container.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    whole = parent._modules[name]
+    assert isinstance(whole, nn.ModuleList)
+    parent._modules[name] = nn.ModuleList(list(whole)[:length])
+    try:
+        yield chain.blocks[:length]
+    finally:
+        parent._modules[name] = whole
+
+
+def observe_block(twin: Twin, path: str, cost: Cost) -> BlockTrace:
+    """Trace of one forward of the block at `path`."""
+    block = twin.model.get_submodule(path)
+    ledger = Ledger(cost)
+    inner = dict(inner_regions(block))
+    stack = RegionStack(
+        inner,
+        {f"{name}{ATTENTION_SUFFIX}": module for name, module in attention_modules(block)},
+        {f"{name}{DRAW_SUFFIX}": module for name, module in inner.items() if type(module) is nn.Dropout},
+    )
+    ops: list[TraceOp] = []
+    saves: list[TraceSave] = []
+    sizes: dict[int, int] = {}
+    before: set[int] = set()
+
+    def listen(op: OpRecord) -> None:
+        ops.append(TraceOp(stack.path, op.reads, frozenset(op.writes), op.seconds))
+        sizes.update(op.writes)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage, num_bytes = ledger.size(tensor)
+        saves.append(TraceSave(len(ops), stack.path, storage))
+        sizes[storage] = num_bytes
+        return tensor
+
+    def around(run: Any, *args: Any, **kwargs: Any) -> Any:
+        before.update(ledger.known())
+        ledger.listener = listen
+        try:
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = run(*args, **kwargs)
+        finally:
+            ledger.listener = None
+        return out
+
+    override = ForwardOverride(block, around)
+    try:
+        with twin.mode:
+            ledger.adopt([*twin.model.parameters(), *twin.model.buffers()], "weights")
+            with ledger:
+                twin.loss()
+    finally:
+        override.remove()
+        stack.remove()
+    regions = tuple(region for region in stack.calls if region)
+    packed = {region: packed_bytes(count) for region, count in stack.drawn.items()}
+    return BlockTrace(tuple(ops), tuple(saves), {k: v for k, v in sizes.items() if k not in before}, regions, packed)
+
+
+def _measure_options(
+    short: Referee, kinds: Sequence[int], representatives: Sequence[int], options: Sequence[Sequence[BlockOption]]
+) -> tuple[list[list[StageOption]], list[list[BlockOption]]]:
+    """Run every option on the short chain; options of different kinds share a run."""
+    final = [list(each) for each in options]
+    stages: list[list[StageOption]] = [[] for _ in final]
+    base: list[float] = [0.0] * len(final)
+    for turn in reversed(range(max(len(each) for each in final))):
+        while True:
+            decisions: dict[str, Decision] = {}
+            for path, kind in zip(short.blocks, kinds, strict=True):
+                decisions.update(_decide(path, final[kind][min(turn, len(final[kind]) - 1)]))
+            result = short.run(decisions, None)
+            if not result.misread:
+                break
+            for path, kind in zip(short.blocks, kinds, strict=True):
+                index = min(turn, len(final[kind]) - 1)
+                final[kind][index] = _stash_more(final[kind][index], path, result.misread)
+        for kind, index in enumerate(representatives):
+            seconds = _block_seconds(result, index)
+            if turn == len(final[kind]) - 1:
+                base[kind] = seconds  # the last option saves everything
+            if turn < len(final[kind]):
+                # A rerun is never free, whatever the difference of two sums of prices says.
+                extra = max(seconds - base[kind], final[kind][turn].rerun_seconds)
+                stages[kind].insert(0, _profile(short, result, index, extra))
+    return stages, final
+
+
+def _stash_more(option: BlockOption, path: str, misread: frozenset[str]) -> BlockOption:
+    prefix = path + "."
+    wrong = {region.removeprefix(prefix) for region in misread if region.startswith(prefix)}
+    return replace(option, stashed=option.stashed | wrong) if wrong else option
+
+
+def _block_seconds(result: Simulation, index: int) -> float:
+    backward = result.backward(index)
+    return result.forward(index).seconds + (backward.seconds if backward else 0.0)
+
+
+def _profile(short: Referee, result: Simulation, index: int, extra: float) -> StageOption:
+    forward, backward = result.forward(index), result.backward(index)
+    after = result.forward(index + 1) if index + 1 < len(short.blocks) else result.head
+    later = 0 if short.accumulate else sum(_gradient_bytes(short.twin.model, p) for p in short.blocks[index + 1 :])
+    return StageOption(
+        kept=after.live_bytes - forward.live_bytes,
+        forward=forward.peak_bytes - forward.live_bytes,
+        backward=backward.peak_bytes - forward.live_bytes - later if backward else 0,
+        seconds=extra,
+    )
+
+
+def _measure_heads(short: Referee, kinds: Sequence[int], chunk: bool) -> tuple[list[int | None], list[HeadOption]]:
+    tokens = max((t.shape[0] * t.shape[1] for t in short.twin.batch.values() if _is_token_matrix(t)), default=0)
+    rows: list[int | None] = [None]
+    if chunk and "labels" in short.twin.batch and find_head(short.twin.model) is not None:
+        rows += [count for count in _CHUNK_ROWS if count < tokens]
+    heads: list[HeadOption] = []
+    for count in rows:
+        head = short.run({}, count).head
+        heads.append(HeadOption(head.peak_bytes - head.live_bytes, head.seconds))
+    return rows, heads
+
+
+def _is_token_matrix(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() >= 2
+
+
+def _gradient_bytes(model: nn.Module, path: str) -> int:
+    return sum(p.numel() * p.element_size() for p in model.get_submodule(path).parameters() if p.requires_grad)
+
+
+def describe_option(option: BlockOption) -> str:
+    """One phrase for the table: what is saved inside the recomputed block."""
+    if option.saves_all:
+        return "save all"
+    if not option.saved:
+        return "recompute all"
+    return "recompute, save " + ", ".join(_fold(option.saved))
+
+
+def _fold(regions: Sequence[str]) -> list[str]:
+    """Region names with what they share written once: "{q,k,v}_proj.base_layer"."""
+    groups: Mapping[str, list[str]] = {}
+    for region in regions:
+        parts = region.split(".")
+        tail = next(
+            (i for i, part in enumerate(parts) if part in {"base_layer", "lora_A", "lora_B", "lora_dropout"}), 0
+        )
+        suffix = ".".join(parts[tail:]) if tail else ""
+        groups.setdefault(suffix, []).append(parts[tail - 1] if tail else region)  # pyright: ignore[reportAttributeAccessIssue]
+    out: list[str] = []
+    for suffix, names in groups.items():
+        if not suffix:
+            out += [name.rpartition(".")[2] for name in names]
+        elif len(names) == 1:
+            out.append(f"{names[0]}.{suffix}")
+        else:
+            out.append("{" + ",".join(names) + "}." + suffix)
+    return out

@@ -1,0 +1,44 @@
+"""Run `rematree` in this process, as a shell would."""
+
+import contextlib
+import io
+import json
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from rematree.cli.main import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit code and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """Standard output, which must be one JSON value."""
+        return json.loads(self.out)
+
+
+def rematree(*words: object) -> Outcome:
+    """Run a command; unexpected exceptions pass through."""
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+    assert isinstance(code, int)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def remedies(outcome: Outcome) -> list[list[str]]:
+    """The commands that an error says would work, as words without the leading "rematree"."""
+    _, _, below = outcome.err.partition("What would work:\n")
+    commands = [shlex.split(line) for line in below.splitlines() if line.startswith("  rematree ")]
+    return [words[1:] for words in commands]

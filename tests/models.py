@@ -1,0 +1,114 @@
+"""Small real models built from their configs, for the tests. Dropout, LoRA and dtypes as users have them."""
+
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 151,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _gpt2() -> nn.Module:
+    config = transformers.GPT2Config(n_embd=48, n_layer=4, n_head=4, vocab_size=151, n_positions=64)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _decoder(config_name: str, model_name: str, **extra: Any) -> nn.Module:
+    config = getattr(transformers, config_name)(**{**_SIZES, **extra})
+    return getattr(transformers, model_name)(config)
+
+
+def build(name: str, *, layers: int = 4) -> nn.Module:
+    """A model of the architecture `name` with random weights, in fp32."""
+    torch.manual_seed(0)
+    match name:
+        case "llama":
+            return _decoder("LlamaConfig", "LlamaForCausalLM", num_hidden_layers=layers)
+        case "llama-eager":
+            return _decoder("LlamaConfig", "LlamaForCausalLM", attn_implementation="eager", attention_dropout=0.1)
+        case "qwen3":
+            return _decoder("Qwen3Config", "Qwen3ForCausalLM", head_dim=12)
+        case "gemma3":
+            return _decoder(
+                "Gemma3TextConfig",
+                "Gemma3ForCausalLM",
+                head_dim=12,
+                sliding_window=8,
+                layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+                attn_implementation="sdpa",
+            )
+        case "mistral":
+            return _decoder("MistralConfig", "MistralForCausalLM", sliding_window=8, head_dim=12)
+        case "gpt2":
+            return _gpt2()
+        case "phi3":
+            return _decoder("Phi3Config", "Phi3ForCausalLM")
+        case "olmo2":
+            return _decoder("Olmo2Config", "Olmo2ForCausalLM")
+        case "mixtral":
+            return _decoder("MixtralConfig", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2)
+        case _:
+            raise ValueError(name)
+
+
+ARCHITECTURES = ("llama", "llama-eager", "qwen3", "gemma3", "mistral", "gpt2", "phi3", "olmo2", "mixtral")
+
+
+def with_lora(model: nn.Module, **options: Any) -> nn.Module:
+    """`model` under all-linear LoRA with dropout 0.1, in training mode, with B away from zero."""
+    inner = type(model).__name__
+    # PEFT has no dropout for experts kept in one parameter; GPT-2's Conv1D is stored transposed.
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj"] if "Mixtral" in inner else "all-linear"
+    defaults: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "target_modules": modules,
+        "fan_in_fan_out": "GPT2" in inner,
+    }
+    config = LoraConfig(**{**defaults, **options})
+    wrapped = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        for parameter_name, parameter in wrapped.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(std=0.05)
+    return wrapped.train()
+
+
+def batch_for(model: nn.Module, *, rows: int = 2, tokens: int = 32) -> dict[str, torch.Tensor]:
+    """A batch with labels; the first quarter of each row is not trained."""
+    ids = torch.randint(3, 151, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : tokens // 4] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def gradients(model: nn.Module, batch: dict[str, torch.Tensor], seed: int = 7) -> dict[str, torch.Tensor]:
+    """Loss (as "loss") and every gradient of one step from the same random state."""
+    torch.manual_seed(seed)
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {"loss": loss.detach(), **found}
+
+
+def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Bit equality, name by name."""
+    assert expected.keys() == found.keys()
+    different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+    assert not different, f"{len(different)} of {len(expected)} differ, first {different[:3]}"

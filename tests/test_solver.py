@@ -1,0 +1,99 @@
+"""The chain solver against every choice there is, and the block frontier against its own definition."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rematree.solve.block import enumerate_options, evaluate
+from rematree.solve.chain import ChainProblem, HeadOption, StageOption, least_peak, position_peak, solve_chain
+from rematree.solve.exhaustive import solve_exhaustively
+from rematree.trace import BlockTrace, TraceOp, TraceSave
+
+_small = st.integers(0, 20)
+_option = st.builds(
+    lambda kept, forward, backward, seconds: StageOption(kept, kept + forward, backward, float(seconds)),
+    _small,
+    _small,
+    st.integers(0, 40),
+    _small,
+)
+_head = st.builds(lambda peak, seconds: HeadOption(peak, float(seconds)), st.integers(0, 40), _small)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> ChainProblem:
+    stages = draw(st.lists(st.lists(_option, min_size=1, max_size=3).map(tuple), min_size=1, max_size=4))
+    gradients = draw(st.lists(st.integers(0, 5), min_size=len(stages), max_size=len(stages)))
+    heads = draw(st.lists(_head, min_size=1, max_size=3))
+    return ChainProblem(draw(st.integers(0, 10)), tuple(stages), tuple(gradients), tuple(heads))
+
+
+@given(problems(), st.integers(0, 160))
+def test_dynamic_program_is_optimal(problem: ChainProblem, limit: int) -> None:
+    """With a quantum of one byte nothing is rounded, so it must find what trying everything finds."""
+    found, best = solve_chain(problem, limit, 1), solve_exhaustively(problem, limit)
+    assert (found is None) == (best is None)
+    if found is not None and best is not None:
+        assert found.seconds == best.seconds
+        assert position_peak(problem, found.blocks, found.head) <= limit
+
+
+@given(problems(), st.integers(0, 160), st.integers(1, 7))
+def test_rounding_never_breaks_the_limit(problem: ChainProblem, limit: int, quantum: int) -> None:
+    found = solve_chain(problem, limit, quantum)
+    if found is not None:
+        assert position_peak(problem, found.blocks, found.head) <= limit
+
+
+@given(problems(), st.integers(1, 7))
+def test_seconds_never_fall_when_the_limit_shrinks(problem: ChainProblem, quantum: int) -> None:
+    seconds = [c.seconds if (c := solve_chain(problem, limit, quantum)) else float("inf") for limit in range(0, 160, 3)]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+@given(problems())
+def test_least_peak_is_the_smallest_feasible_limit(problem: ChainProblem) -> None:
+    least = least_peak(problem, 1)
+    assert solve_chain(problem, least, 1) is not None
+    assert solve_exhaustively(problem, least - 1) is None
+
+
+def block() -> BlockTrace:
+    """x -> norm -> a (keeps norm's output) -> act (keeps a's output) -> b (keeps act's output) -> out."""
+    ops = (
+        TraceOp("norm", frozenset({1}), frozenset({2}), 1.0),
+        TraceOp("a", frozenset({2}), frozenset({3}), 10.0),
+        TraceOp("act", frozenset({3}), frozenset({4}), 2.0),
+        TraceOp("b", frozenset({4}), frozenset({5}), 10.0),
+    )
+    saves = (TraceSave(1, "a", 2), TraceSave(2, "act", 3), TraceSave(3, "b", 4))
+    return BlockTrace(ops, saves, {2: 100, 3: 100, 4: 100, 5: 100}, ("norm", "a", "act", "b"), {})
+
+
+def test_nothing_saved_reruns_up_to_the_last_saved_tensor() -> None:
+    option = evaluate(block(), ())
+    assert (option.kept_bytes, option.rerun_seconds) == (0, 13.0)
+
+
+def test_a_saved_region_keeps_its_tensors_and_the_output_the_rerun_reads() -> None:
+    option = evaluate(block(), ("a",))
+    assert option.stashed == {"a"}
+    assert (option.kept_bytes, option.rerun_seconds) == (200, 3.0)
+
+
+def test_an_output_nobody_reads_costs_nothing() -> None:
+    assert evaluate(block(), ("b",)) == evaluate(block(), ("b",))
+    assert evaluate(block(), ("b",)).stashed == frozenset()
+
+
+def test_a_packed_output_counts_packed() -> None:
+    trace = block()
+    packed = BlockTrace(trace.ops, trace.saves, trace.sizes, trace.regions, {"a": 4})
+    assert evaluate(packed, ("a",)).kept_bytes == 104
+
+
+def test_frontier_is_sorted_and_ends_with_saving_everything() -> None:
+    options = enumerate_options(block(), 12)
+    assert options[0].kept_bytes == 0
+    assert options[-1].saves_all
+    pairs = [(o.kept_bytes, o.rerun_seconds) for o in options]
+    assert pairs == sorted(pairs, key=lambda p: (p[0], -p[1]))
