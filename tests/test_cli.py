@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -236,7 +237,7 @@ def test_every_remedy_of_an_infeasible_budget_works(model: list[str], tmp_path: 
     assert "at that peak:" in outcome.err
     assert not list(tmp_path.iterdir())
     larger, shorter, fewer = remedies(outcome)
-    assert 1.0 <= parse_bytes(options_of(larger)["--budget"]) / parse_bytes(least[1]) < 1.05
+    assert 0 <= parse_bytes(options_of(larger)["--budget"]) - parse_bytes(least[1]) <= parse_bytes("1MiB")
     assert {**options_of(larger), "--budget": "3MiB", "--max-length": "64"} == options_of(shorter)
     assert options_of(shorter)["--max-length"] == "64"
     assert options_of(fewer)["--per-device-train-batch-size"] == "4"
