@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from rematree.execute.handle import Handle, apply
+    from rematree.integrations.trainer import BudgetCallback
     from rematree.measure import PeakMeter
     from rematree.planning import Planner, frontier, plan
     from rematree.plans import Plan
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rematree.verification import Verification, verify
 
 _HOMES: Final = {
+    "BudgetCallback": "rematree.integrations.trainer",
     "Handle": "rematree.execute.handle",
     "InfeasibleBudgetError": "rematree.errors",
     "Measured": "rematree.cost",
@@ -48,6 +50,7 @@ _HOMES: Final = {
 }
 
 __all__ = [
+    "BudgetCallback",
     "Handle",
     "InfeasibleBudgetError",
     "Measured",

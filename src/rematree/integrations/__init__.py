@@ -1,0 +1,1 @@
+"""Other libraries' training loops and layers. Optional imports live only here."""

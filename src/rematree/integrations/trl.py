@@ -1,0 +1,32 @@
+"""How TRL's trainers call the model.
+
+`SFTTrainer` replaces the forward of the language model by one that takes `fused_lm_head=True` and returns
+log-probabilities instead of logits, tile by tile. A plan for such a model has to observe the same call.
+"""
+
+import inspect
+from typing import Any, Final
+
+import torch
+
+from rematree.observe import LossFunction
+from rematree.regions import unwrap
+
+_SWITCH: Final = "fused_lm_head"
+
+
+def fused_head_call(model: Any) -> tuple[dict[str, Any], LossFunction | None]:
+    """Arguments that the trainer will add to each batch, and the loss it will make of the output.
+
+    Empty and None for a model that TRL has not patched: its own loss is differentiated.
+    """
+    forward = unwrap(model).forward
+    patched = getattr(forward, "__func__", forward)
+    # The patch keeps the original's signature for the outside, so look at its own.
+    if _SWITCH not in inspect.signature(patched, follow_wrapped=False).parameters:
+        return {}, None
+    return {_SWITCH: True, "use_cache": False}, _negative_log_likelihood
+
+
+def _negative_log_likelihood(output: Any) -> torch.Tensor:
+    return -output.log_probs.sum() / output.label_mask.sum().clamp(min=1)

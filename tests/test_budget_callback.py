@@ -1,0 +1,196 @@
+"""A budget inside the training loops people use: same losses as the plain run, peak inside, nothing left behind."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from models import build, with_lora
+from rematree import BudgetCallback
+from rematree.cost import Roofline
+from rematree.errors import InfeasibleBudgetError, UsageError
+from rematree.execute.handle import applied_handle
+from rematree.measure import PeakMeter
+from rematree.planning import Planner
+from rematree.units import parse_bytes
+
+COST = Roofline(1e11, 1e10)
+
+
+def rows_of(*lengths: int) -> Dataset:
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, 151, (length,), generator=generator).tolist() for length in lengths]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def pad(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    longest = max(len(e["input_ids"]) for e in examples)
+
+    def filled(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([list(e[name]) + [value] * (longest - len(e[name])) for e in examples])
+
+    ids = filled("input_ids", 0)
+    return {"input_ids": ids, "labels": filled("labels", -100), "attention_mask": (ids != 0).long()}
+
+
+LENGTHS = (12, 40, 9, 33, 21, 40, 17, 8, 30, 25, 11, 38)
+
+
+class LastStepPeak(TrainerCallback):
+    """Peak of every step but the first."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._meter: PeakMeter | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            optimizer = kwargs["optimizer"]
+            self._meter = PeakMeter(kwargs["model"], getattr(optimizer, "optimizer", optimizer))
+            self._meter.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._meter is not None:
+            self._meter.__exit__(None, None, None)
+            self.peak_bytes = max(self.peak_bytes, self._meter.peak_bytes)
+
+
+def train(folder: Path, *callbacks: TrainerCallback, model: Any = None, **settings: Any) -> tuple[Any, list[float]]:
+    model = model if model is not None else with_lora(build("llama"))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=5,
+        **settings,
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows_of(*LENGTHS), data_collator=pad, callbacks=list(callbacks)
+    )
+    trainer.train()
+    return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def limits() -> tuple[int, int]:
+    """Smallest and largest useful budget of the job, loss not chunked."""
+    rows: list[Any] = list(rows_of(*LENGTHS))
+    batch = pad([row for row in rows if len(row["input_ids"]) == 40])
+    planner = Planner(with_lora(build("llama")), batch, cost=COST, forbid=["chunked_loss"])
+    return planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[float]]:
+    model, losses = train(tmp_path_factory.mktemp("plain"))
+    return adapters(model), losses
+
+
+def adapters(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same_run(first: tuple[dict[str, torch.Tensor], list[float]], model: Any, losses: list[float]) -> None:
+    weights = adapters(model)
+    assert losses == first[1]
+    assert weights.keys() == first[0].keys()
+    for name, value in first[0].items():
+        assert torch.equal(value, weights[name]), name
+
+
+@pytest.fixture
+def old_names_allowed() -> Iterator[None]:
+    """transformers says of its own old argument names that they are old."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+        yield
+
+
+def test_trainer_stays_inside_and_trains_the_same(
+    tmp_path: Path, limits: tuple[int, int], plain: tuple[dict[str, torch.Tensor], list[float]]
+) -> None:
+    budget = (limits[0] * 3 + limits[1]) // 4
+    said: list[str] = []
+    callback = BudgetCallback(budget, cost=COST, forbid=["chunked_loss"], say=said.append)
+    peak = LastStepPeak()
+    model, losses = train(tmp_path, callback, peak)
+    same_run(plain, model, losses)
+    assert callback.plan is not None
+    assert callback.plan.recomputes
+    assert peak.peak_bytes <= callback.plan.predicted_peak_bytes <= budget
+    assert peak.peak_bytes >= 0.97 * callback.plan.predicted_peak_bytes
+    assert "the 2 longest of 12 examples" in said[-1]
+    assert {n: s for n, s, _ in callback.plan.fingerprint.batch}["input_ids"] == (2, 40)
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.usefixtures("old_names_allowed")
+def test_budget_in_the_training_arguments(
+    name: str, tmp_path: Path, limits: tuple[int, int], plain: tuple[dict[str, torch.Tensor], list[float]]
+) -> None:
+    budget = f"{limits[0] / 2**20 + 0.2:.2f}MiB"
+    settings: dict[str, Any] = {name: True, f"{name}_kwargs": {"budget": budget}}
+    callback = BudgetCallback(cost=COST, forbid=["chunked_loss"], say=lambda text: None)
+    model, losses = train(tmp_path, callback, **settings)
+    same_run(plain, model, losses)
+    assert callback.plan is not None
+    assert callback.plan.budget_bytes == parse_bytes(budget)
+
+
+def test_nothing_is_left_behind(tmp_path: Path, limits: tuple[int, int]) -> None:
+    model = with_lora(build("llama"))
+    before = {path: dict(module.__dict__) for path, module in model.named_modules()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    train(tmp_path, BudgetCallback(limits[0], cost=COST, forbid=["chunked_loss"], say=lambda text: None), model=model)
+    assert applied_handle(model) is None
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    for path, module in model.named_modules():
+        assert module.__dict__.keys() == before[path].keys(), path
+        assert module.__dict__.get("forward") is before[path].get("forward"), path
+
+
+def test_bf16_autocast_is_planned_as_it_runs(tmp_path: Path) -> None:
+    """accelerate wraps the model's forward; the twin is wrapped the same way."""
+    callback, peak = BudgetCallback("100MiB", cost=COST, say=lambda text: None), LastStepPeak()
+    train(tmp_path, callback, peak, bf16=True)
+    assert callback.plan is not None
+    assert peak.peak_bytes <= callback.plan.predicted_peak_bytes
+    assert peak.peak_bytes >= 0.9 * callback.plan.predicted_peak_bytes
+
+
+def test_gradient_accumulation_is_planned_with_gradients_live(tmp_path: Path, limits: tuple[int, int]) -> None:
+    callback, peak = BudgetCallback(limits[1] * 2, cost=COST, say=lambda text: None), LastStepPeak()
+    train(tmp_path, callback, peak, gradient_accumulation_steps=2)
+    assert callback.plan is not None
+    assert 0.97 * callback.plan.predicted_peak_bytes <= peak.peak_bytes <= callback.plan.predicted_peak_bytes
+
+
+def test_messages(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no budget: neither BudgetCallback nor the training arguments name one"):
+        train(tmp_path, BudgetCallback(cost=COST))
+    with pytest.raises(UsageError, match=r"two budgets: 2\.0 GiB and 1\.0 GiB"):
+        train(
+            tmp_path,
+            BudgetCallback("1GiB", cost=COST),
+            activation_checkpointing=True,
+            activation_checkpointing_kwargs={"budget": "2GiB"},
+        )
+    with pytest.raises(UsageError, match="has no unit"):
+        BudgetCallback("14")
+    model = with_lora(build("llama"))
+    with pytest.raises(InfeasibleBudgetError, match="below the smallest reachable peak") as caught:
+        train(tmp_path, BudgetCallback("300KiB", cost=COST), model=model)
+    assert caught.value.budget == 300 * 1024 < caught.value.min_peak
+    assert applied_handle(model) is None
