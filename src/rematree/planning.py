@@ -18,7 +18,7 @@ from rematree.cost import Cost, Measured, present_device
 from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.observe import LossFunction, RegionStack, Twin
-from rematree.plans import BlockRow, LedgerLine, Plan
+from rematree.plans import Action, BlockRow, Decision, LedgerLine, Plan
 from rematree.regions import Chain, find_chain
 from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import ChainChoice, least_peak, solve_chain
@@ -205,6 +205,16 @@ class Planner:
         if len(front) > points:
             front = [front[round(i * (len(front) - 1) / (points - 1))] for i in range(points)]
         return [self._as_plan(entry, None) for entry in front]
+
+    def plain_step(self) -> tuple[int, float]:
+        """(peak bytes, seconds) of the step without a plan."""
+        return self.survey.plain.peak_bytes + _SLACK, self.survey.plain.seconds
+
+    def every_layer_step(self) -> tuple[int, float]:
+        """(peak bytes, seconds) of the step with every block recomputed, as `gradient_checkpointing=True` does it."""
+        everything = {path: Decision(Action.RECOMPUTE) for path in self.survey.chain.blocks}
+        result = self._referee.run(everything, None)
+        return result.peak_bytes + _SLACK, result.seconds
 
     def _infeasible(self, budget: int) -> InfeasibleBudgetError:
         least = self.min_peak_bytes()

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import typer
 
+from rematree.cli.advise import advise
 from rematree.cli.env import env
 from rematree.cli.explain import explain
 from rematree.cli.frontier import frontier
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, plan, show, explain, frontier, verify, env):
+for command in (train, advise, plan, show, explain, frontier, verify, env):
     app.command()(command)
 
 

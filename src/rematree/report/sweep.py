@@ -24,6 +24,4 @@ def sweep(planner: Planner, budgets: Sequence[int], points: int) -> list[Frontie
 
 def plain_step(planner: Planner) -> PlainStep:
     """The step without any plan, with the slack that the peak of every plan has."""
-    plain = planner.survey.plain
-    slack = sum(line.num_bytes for line in planner.plan(None).ledger if line.category == "slack")
-    return PlainStep(plain.peak_bytes + slack, plain.seconds)
+    return PlainStep(*planner.plain_step())

@@ -1,0 +1,65 @@
+"""`rematree advise`: whether recomputation is needed at all."""
+
+from typing import Annotated
+
+import typer
+
+from rematree.cli import options
+from rematree.cli.options import DEFAULT
+from rematree.cli.output import emit_json, emit_table, hint
+from rematree.report.tables import Columns
+from rematree.units import format_bytes, format_seconds
+
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Peak memory the step may reach, with a unit; by default what is free here now."),
+]
+
+
+def advise(
+    ctx: typer.Context,
+    model: options.Model,
+    budget: Budget = None,
+    per_device_train_batch_size: options.BatchSize = DEFAULT["per_device_train_batch_size"],
+    max_length: options.MaxLength = DEFAULT["max_length"],
+    packing: options.Packing = DEFAULT["packing"],
+    gradient_accumulation_steps: options.Accumulation = DEFAULT["gradient_accumulation_steps"],
+    lora_r: options.LoraR = DEFAULT["lora_r"],
+    lora_alpha: options.LoraAlpha = DEFAULT["lora_alpha"],
+    lora_dropout: options.LoraDropout = DEFAULT["lora_dropout"],
+    lora_target_modules: options.LoraTargets = options.TARGETS,
+    full: options.Full = False,
+    revision: options.Revision = DEFAULT["revision"],
+    dtype: options.Dtype = DEFAULT["dtype"],
+    forbid: options.Forbid = [],  # noqa: B006
+    as_json: options.Json = False,
+) -> None:
+    """Say whether recomputation is needed at all for a model and a batch, and what it would cost.
+
+    Compares the plain step, the loss in chunks, every layer checkpointed, and the plan for the budget.
+    """
+    wanted = None if budget is None else options.parse_budget(budget)
+    config = options.train_config(ctx, budget=wanted or 1)
+    from rematree.advice import advise as make_advice
+    from rematree.finetune.synthetic import prepare_shape
+    from rematree.planning import Planner
+    from rematree.report.machine import describe_machine
+
+    if wanted is None:
+        wanted = describe_machine(bfloat16=False).largest_budget_bytes
+        hint(f"budget: {format_bytes(wanted)}, what is free here now")
+    hint(f"loading {model}")
+    shape = prepare_shape(config, full=full)
+    hint("planning")
+    planner = Planner(
+        shape.model, shape.batch, accumulation_steps=config.gradient_accumulation_steps, forbid=config.forbid
+    )
+    advice = make_advice(planner, wanted)
+    if as_json:
+        emit_json(advice.facts())
+        return
+    rows = [
+        (way.name, format_bytes(way.peak_bytes), "yes" if way.fits else "no", format_seconds(way.seconds))
+        for way in advice.ways
+    ]
+    emit_table(Columns(("way", "peak", "fits", "step"), rows, frozenset({1, 3}), above=advice.lines()))

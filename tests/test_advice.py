@@ -1,0 +1,79 @@
+"""Is recomputation needed at all? The four answers, and that their numbers are the referee's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import rematree
+from models import batch_for, build, gradients, with_lora
+from rematree.advice import advise
+from rematree.cost import Roofline
+from rematree.errors import InfeasibleBudgetError
+from rematree.finetune.compare import hf_checkpointing
+from rematree.measure import PeakMeter
+from rematree.planning import Planner
+from test_finetune_tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    model = with_lora(build("llama"))
+    return Planner(model, batch_for(model, rows=8, tokens=64), cost=Roofline(1e11, 1e10))
+
+
+def test_the_four_answers(planner: Planner) -> None:
+    plain = planner.plain_step()[0]
+    fastest = planner.plan(None)
+    assert fastest.loss_chunk_rows is not None
+    least = planner.min_peak_bytes()
+    assert advise(planner, plain).verdict == "nothing needed"
+    chunked = advise(planner, plain - 1)
+    assert chunked.verdict == "chunked loss is enough"
+    assert [way.name for way in chunked.ways] == ["plain", "loss in chunks", "every layer checkpointed", "plan"]
+    assert [way.fits for way in chunked.ways][:2] == [False, True]
+    tight = advise(planner, least)
+    assert tight.verdict == "recomputation needed"
+    assert tight.plan.recomputes
+    assert tight.ways[-1].peak_bytes == tight.plan.predicted_peak_bytes <= least
+    assert "Recomputation is needed: the plain step would take" in tight.lines()[0]
+    assert "longer than it" in tight.lines()[1]
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        advise(planner, least // 2)
+    assert caught.value.min_peak == least
+
+
+@pytest.fixture
+def every_layer() -> int:
+    model = with_lora(build("llama"))
+    batch = batch_for(model, rows=8, tokens=64)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    with hf_checkpointing(model):
+        gradients(model, batch)
+        optimizer.step()  # no gradients: makes no state
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with PeakMeter(model, optimizer, batch) as meter:
+            model(**batch).loss.backward()
+            optimizer.step()
+    return meter.peak_bytes
+
+
+def test_every_layer_is_what_transformers_does(planner: Planner, every_layer: int) -> None:
+    """transformers makes the embedding's output require grad, which costs it one more gradient of that size."""
+    embedding = 8 * 64 * 48 * 4
+    slack = 256 << 10
+    assert 0 <= planner.every_layer_step()[0] - slack + embedding - every_layer <= embedding
+
+
+def test_command(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    outcome = rematree("advise", "--model", model, "--max-length", "64", "--batch-size", "2", "--dtype", "float32")
+    assert outcome.code == 0, outcome.err
+    assert "what is free here now" in outcome.err
+    assert outcome.out.startswith("No recomputation is needed: the plain step takes")
+    facts = rematree("advise", "--model", model, "--max-length", "64", "--budget", "100MiB", "--json").data
+    assert facts["verdict"] == "nothing needed"
+    assert facts["budget_bytes"] == 100 << 20
+    assert rematree("advise", "--model", model, "--budget", "1MiB").code == 3
