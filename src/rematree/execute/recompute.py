@@ -186,7 +186,7 @@ class Executor:
             if frame.cursor >= len(frame.calls) or frame.calls[frame.cursor].region != region:
                 return inner(x)
             (bits,) = self._next_call(region, frame).leaves
-            return scale(x, unpack(bits, x.shape, x.dtype), p)
+            return x * unpack(bits, x.shape, x.dtype, p)
         if not mask_can_be_kept(module, x):
             return inner(x)
         before = self._random_now()
