@@ -19,6 +19,7 @@ from rematree.cost import Cost, tensors_in
 # Ops that look at a tensor's shape, never at its values.
 _SHAPE_ONLY: Final = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
 _DEVICE: Final = torch.ops.prim.device.default
+_NONDETERMINISTIC: Final = torch.Tag.nondeterministic_seeded
 
 
 @dataclass(slots=True)
@@ -60,11 +61,17 @@ class Ledger(TorchDispatchMode):
     """Tracks live bytes by category, the peak, and time; optionally tells a listener every op.
 
     Categories are the caller's: whatever `category` is set to when a storage is born.
+
+    Args:
+        cost: Prices ops.
+        device_type: Only storages on such a device count ("cpu", "cuda"); others weigh nothing.
     """
 
-    def __init__(self, cost: Cost) -> None:
+    def __init__(self, cost: Cost, device_type: str) -> None:
         super().__init__()
         self._cost = cost
+        self._device_type = device_type
+        self.draws = 0
         self._entries: dict[int, _Entry] = {}
         self._next_uid = 0
         self._taint: dict[int, frozenset[str]] = {}
@@ -112,7 +119,8 @@ class Ledger(TorchDispatchMode):
         if entry is not None and entry.reference() is not None:
             return entry
         self._next_uid += 1
-        num_bytes = storage.nbytes()
+        device: torch.device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        num_bytes = storage.nbytes() if device.type == self._device_type else 0
         entry = _Entry(self._next_uid, num_bytes, category, weakref.ref(storage, lambda _: self._free(key)))
         self._entries[key] = entry
         self.live_bytes += num_bytes
@@ -174,6 +182,8 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
+        if _NONDETERMINISTIC in func.tags and _draws(func, args, kwargs):
+            self.draws += 1
         inputs = [self._entry(t, self.category) for t in tensors_in(args, kwargs)]
         known = self._next_uid
         out = func(*args, **kwargs)
@@ -203,6 +213,15 @@ class Ledger(TorchDispatchMode):
                 )
             )
         return out
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op that can draw does: attention and dropout do not at a probability of zero."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name in {"dropout_p", "p"}:
+            value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+            return value != 0
+    return True
 
 
 def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

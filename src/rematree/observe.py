@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from rematree.cost import present_device
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.attention import AttentionRegions, declare_unpacked, forget_attention
 from rematree.execute.dropout import draw, mask_can_be_kept, scale
@@ -48,10 +49,12 @@ class Twin:
         model: The copy; same module paths, no plan applied, gradient checkpointing off.
         batch: The batch, fake.
         mode: The fake mode both live in; enter it to run.
+        device: Where the live model is.
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any], loss: LossFunction | None = None) -> None:
         self.mode = TwinMode()
+        self.device = present_device(model.parameters())
         self._loss = loss or loss_of
         memo: dict[int, Any] = {}
         for tensor in [*model.parameters(), *model.buffers()]:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from rematree.cost import Cost, Measured, present_device
+from rematree.cost import Cost, Measured
 from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.observe import LossFunction, RegionStack, Twin
@@ -74,11 +74,10 @@ class Planner:
         if not any(p.requires_grad for p in model.parameters()):
             raise UsageError("no parameter of the model requires grad: there is no training step to plan")
         self._fingerprint = replace(describe_model(model), batch=describe_batch(batch))
-        self._device = present_device(model.parameters())
         self._twin = Twin(model, batch, loss)
         if not self._twin.model.training:
             self._twin.model.train()
-        self._cost = cost if cost is not None else Measured(self._device)
+        self._cost = cost if cost is not None else Measured(self._twin.device)
         self._forbid = frozenset(forbid)
         accumulate = accumulation_steps > 1
         chain = self._running_chain(find_chain(self._twin.model))

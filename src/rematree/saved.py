@@ -56,7 +56,7 @@ def saved_tensors(model: nn.Module, batch: Mapping[str, Any], *, loss: LossFunct
     twin = Twin(model, batch, loss)
     if not twin.model.training:
         twin.model.train()
-    ledger = Ledger(Free())
+    ledger = Ledger(Free(), twin.device.type)
     stack = RegionStack(
         dict(inner_regions(twin.model)),
         {f"{path}{ATTENTION_SUFFIX}": module for path, module in attention_modules(twin.model)},

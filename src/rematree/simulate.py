@@ -102,7 +102,7 @@ class Referee:
 
     def run(self, decisions: Mapping[str, Decision], rows: int | None) -> Simulation:
         """Simulate one step under `decisions`, with `rows` of logits at a time (None: the model's own loss)."""
-        ledger = Ledger(self.cost)
+        ledger = Ledger(self.cost, self.twin.device.type)
         marks = _BlockMarks(ledger, len(self.blocks))
         handle = Handle(self.draft(decisions, rows), self.twin.model, watcher=ledger, check_loss=False)
         overrides: list[ForwardOverride] = []

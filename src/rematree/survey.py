@@ -154,7 +154,7 @@ def _shortened(model: nn.Module, chain: Chain, length: int) -> Generator[tuple[s
 def observe_block(twin: Twin, path: str, cost: Cost) -> BlockTrace:
     """Trace of one forward of the block at `path`."""
     block = twin.model.get_submodule(path)
-    ledger = Ledger(cost)
+    ledger = Ledger(cost, twin.device.type)
     inner = dict(inner_regions(block))
     stack = RegionStack(
         inner,

@@ -7,13 +7,15 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
 from rematree.errors import RecomputeMismatchError
+
+_STATE_BYTES: Final = 5056  # of torch.get_rng_state()
 
 
 @dataclass(frozen=True)
@@ -25,29 +27,42 @@ class Captured:
 
 
 class RandomState:
-    """State of the generators an op of this region could draw from: the CPU's and the current accelerator's."""
+    """State of the generators an op of this region could draw from: the CPU's and the current accelerator's.
 
-    __slots__ = ("_accelerator", "_cpu")
+    Under fake tensors nothing is drawn and there is no state; a stand-in of the same size takes its place, so that the
+    referee counts its bytes, and the number of draws seen so far tells two of them apart.
+    """
 
-    def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._accelerator = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    __slots__ = ("_accelerator", "_cpu", "_draws")
+
+    def __init__(self, draws: int | None = None) -> None:
+        self._draws = draws
+        self._cpu = torch.get_rng_state() if draws is None else torch.empty(_STATE_BYTES, dtype=torch.uint8)
+        self._accelerator = torch.cuda.get_rng_state() if draws is None and torch.cuda.is_initialized() else None
 
     @classmethod
-    def now(cls) -> "RandomState | None":
-        """The present state; None under fake tensors, which draw nothing."""
-        return None if detect_fake_mode() is not None else cls()
+    def now(cls, draws: int | None = None) -> "RandomState | None":
+        """The present state. Under fake tensors a stand-in if `draws`, their number so far, is known, else None."""
+        if detect_fake_mode() is None:
+            return cls()
+        return None if draws is None else cls(draws)
 
     def same_as(self, other: "RandomState | None") -> bool:
         """Whether nothing was drawn between the two."""
-        if other is None or not torch.equal(self._cpu, other._cpu):
-            return other is None
+        if other is None:
+            return False
+        if self._draws is not None or other._draws is not None:
+            return self._draws == other._draws
+        if not torch.equal(self._cpu, other._cpu):
+            return False
         if self._accelerator is None or other._accelerator is None:
             return self._accelerator is other._accelerator
         return torch.equal(self._accelerator, other._accelerator)
 
     def restore(self) -> None:
         """Set the generators to this state."""
+        if self._draws is not None:
+            return
         torch.set_rng_state(self._cpu)
         if self._accelerator is not None:
             torch.cuda.set_rng_state(self._accelerator)

@@ -54,9 +54,12 @@ def pack(drawn: torch.Tensor) -> torch.Tensor:
     return torch.mv(flat.view(-1, _BITS).float(), weights).to(torch.uint8)
 
 
-def unpack(bits: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """What `pack` was given: a table of the 256 bytes, looked up."""
+def unpack(bits: torch.Tensor, shape: torch.Size, dtype: torch.dtype, p: float) -> torch.Tensor:
+    """What dropout multiplies by, from what `pack` was given: zeros and 1 / (1 - p).
+
+    A table of the 256 bytes, looked up; the division is done once in it, not for every element.
+    """
     powers = torch.arange(_BITS, device=bits.device)
-    table = (torch.arange(1 << _BITS, device=bits.device).unsqueeze(1) >> powers & 1).to(dtype)
+    table = (torch.arange(1 << _BITS, device=bits.device).unsqueeze(1) >> powers & 1).to(dtype).div_(1 - p)
     rows = torch.nn.functional.embedding(bits.int(), table)
     return rows.view(-1)[: shape.numel()].view(shape)

@@ -36,6 +36,11 @@ class Watcher(Protocol):
     def recomputation(self, entered: bool) -> None:
         """A recomputation begins or ends."""
 
+    @property
+    def draws(self) -> int:
+        """How many ops that draw random numbers have run."""
+        ...
+
 
 @dataclass(slots=True)
 class _Leaf:
@@ -107,11 +112,14 @@ class Executor:
         self._frames: list[_Frame] = []
         self._watcher = watcher
 
+    def _random_now(self) -> RandomState | None:
+        return RandomState.now(None if self._watcher is None else self._watcher.draws)
+
     def recompute(self, region: str, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `inner`, keeping only its inputs, what inner Save regions keep, and the means to rerun it."""
         if not _builds_graph(module, args, kwargs):  # R6, R7
             return inner(*args, **kwargs)
-        frame = _Frame(RandomState.now())
+        frame = _Frame(self._random_now())
         world = World(module, self.captured)
 
         def body(*args: Any, **kwargs: Any) -> Any:
@@ -129,13 +137,13 @@ class Executor:
             context_fn=lambda: (contextlib.nullcontext(), self._rerun(region, frame, world)),
             **kwargs,
         )
-        frame.reached(RandomState.now())
+        frame.reached(self._random_now())
         frame.noted = None
         return out
 
     @contextlib.contextmanager
     def _rerun(self, region: str, frame: _Frame, world: World) -> Generator[None]:
-        present = RandomState.now() if frame.draws else None
+        present = self._random_now() if frame.draws else None
         frame.cursor = 0
         if self._watcher is not None:
             self._watcher.recomputation(entered=True)
@@ -158,10 +166,10 @@ class Executor:
         frame = self._frames[-1]
         if frame.cursor is not None:
             return self._replay(region, frame)
-        before = RandomState.now()
+        before = self._random_now()
         with saved_tensors_hooks(_pack, _unpack):
             out = inner(*args, **kwargs)
-        after = RandomState.now()
+        after = self._random_now()
         leaves, spec = tree_flatten(out)
         kept = [_keep(leaf, stash) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         frame.skipped(_Call(region, kept, spec, None), before, after)
@@ -178,12 +186,12 @@ class Executor:
             if frame.cursor >= len(frame.calls) or frame.calls[frame.cursor].region != region:
                 return inner(x)
             (bits,) = self._next_call(region, frame).leaves
-            return scale(x, unpack(bits, x.shape, x.dtype), p)
+            return x * unpack(bits, x.shape, x.dtype, p)
         if not mask_can_be_kept(module, x):
             return inner(x)
-        before = RandomState.now()
+        before = self._random_now()
         drawn = draw(x, p)
-        frame.skipped(_Call(region, [pack(drawn)], _ONE, None), before, RandomState.now())
+        frame.skipped(_Call(region, [pack(drawn)], _ONE, None), before, self._random_now())
         return scale(x, drawn, p)
 
     def _replay(self, region: str, frame: _Frame) -> Any:

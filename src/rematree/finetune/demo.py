@@ -25,12 +25,12 @@ _SETTINGS: Final[dict[str, Any]] = {
     "dtype": "float32",
     "max_length": 512,
     "per_device_train_batch_size": 4,
-    "max_steps": 9,
+    "max_steps": 8,
     "learning_rate": 1e-3,
     "warmup_steps": 2,
     "max_eval_examples": 16,
     "max_new_tokens": 48,
-    "save_steps": 5,
+    "save_steps": 4,
     "compare_hf": True,
 }
 
