@@ -24,14 +24,16 @@ def planner() -> Planner:
 
 def test_the_four_answers(planner: Planner) -> None:
     plain = planner.plain_step()[0]
-    fastest = planner.plan(None)
-    assert fastest.loss_chunk_rows is not None
     least = planner.min_peak_bytes()
+    chunked_step = planner.chunked_step(0)
+    assert chunked_step is not None
+    assert chunked_step[0] < plain
     assert advise(planner, plain).verdict == "nothing needed"
-    chunked = advise(planner, plain - 1)
+    chunked = advise(planner, chunked_step[0])
     assert chunked.verdict == "chunked loss is enough"
     assert [way.name for way in chunked.ways] == ["plain", "loss in chunks", "every layer checkpointed", "plan"]
     assert [way.fits for way in chunked.ways][:2] == [False, True]
+    assert advise(planner, chunked_step[0] - 1).verdict == "recomputation needed"
     tight = advise(planner, least)
     assert tight.verdict == "recomputation needed"
     assert tight.plan.recomputes
@@ -76,4 +78,4 @@ def test_command(tmp_path: Path) -> None:
     facts = rematree("advise", "--model", model, "--max-length", "64", "--budget", "100MiB", "--json").data
     assert facts["verdict"] == "nothing needed"
     assert facts["budget_bytes"] == 100 << 20
-    assert rematree("advise", "--model", model, "--budget", "1MiB").code == 3
+    assert rematree("advise", "--model", model, "--max-length", "64", "--budget", "1MiB").code == 3

@@ -38,7 +38,7 @@ class Advice:
     Attributes:
         budget_bytes: What it was asked for.
         verdict: In three words.
-        ways: The plain step, nothing recomputed and the loss in chunks (where that is allowed and helps), every layer
+        ways: The plain step, nothing recomputed and the loss in chunks (where that is possible), every layer
             checkpointed, the plan for the budget.
         plan: That plan.
     """
@@ -94,20 +94,18 @@ def advise(planner: Planner, budget: int) -> Advice:
     Raises:
         InfeasibleBudgetError: nothing fits; carries the smallest reachable peak.
     Cost:
-        Two simulated steps beyond those of a plan.
+        Three simulated steps beyond those of a plan.
     """
     plan = planner.plan(budget)
-    fastest = planner.plan(None)
-    plain_peak, plain_seconds = planner.plain_step()
-    every_peak, every_seconds = planner.every_layer_step()
+    chunked = planner.chunked_step(budget)
 
     def way(name: str, peak_bytes: int, seconds: float) -> Way:
         return Way(name, peak_bytes, seconds, peak_bytes <= budget)
 
-    ways = [way("plain", plain_peak, plain_seconds)]
-    if fastest.loss_chunk_rows is not None and not fastest.recomputes:
-        ways.append(way("loss in chunks", fastest.predicted_peak_bytes, fastest.predicted_step_seconds))
-    ways.append(way("every layer checkpointed", every_peak, every_seconds))
+    ways = [way("plain", *planner.plain_step())]
+    if chunked is not None:
+        ways.append(way("loss in chunks", *chunked))
+    ways.append(way("every layer checkpointed", *planner.every_layer_step()))
     ways.append(way("plan", plan.predicted_peak_bytes, plan.predicted_step_seconds))
     verdict: Verdict = "recomputation needed"
     if ways[0].fits:

@@ -21,7 +21,7 @@ from rematree.observe import LossFunction, RegionStack, Twin
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Plan
 from rematree.regions import Chain, find_chain
 from rematree.simulate import Optimizer, Referee, Simulation
-from rematree.solve.chain import ChainChoice, least_peak, solve_chain
+from rematree.solve.chain import ChainChoice, least_peak, position_peak, solve_chain
 from rematree.survey import Survey, describe_option, survey
 from rematree.units import KIB, MIB, format_bytes, parse_bytes
 
@@ -208,6 +208,26 @@ class Planner:
     def plain_step(self) -> tuple[int, float]:
         """(peak bytes, seconds) of the step without a plan."""
         return self.survey.plain.peak_bytes + _SLACK, self.survey.plain.seconds
+
+    def chunked_step(self, budget: int) -> tuple[int, float] | None:
+        """(peak bytes, seconds) of the step that recomputes nothing and computes the loss in chunks.
+
+        With the fastest size of chunk that fits `budget`, else the one of the smallest peak. None if the loss cannot
+        be computed in chunks, or must not be.
+        """
+        known, problem = self.survey, self.survey.problem
+        everything = [len(stage) - 1 for stage in problem.stages]  # the last option of a block saves all of it
+        heads = [index for index, rows in enumerate(known.rows) if rows is not None]
+        if not heads:
+            return None
+        peaks = {head: position_peak(problem, everything, head) + _SLACK for head in heads}
+        fitting = [head for head in heads if peaks[head] <= budget]
+        if fitting:
+            head = min(fitting, key=lambda head: problem.heads[head].seconds)
+        else:
+            head = min(heads, key=lambda head: (peaks[head], problem.heads[head].seconds))
+        result = self._referee.run({}, known.rows[head])
+        return result.peak_bytes + _SLACK, result.seconds
 
     def every_layer_step(self) -> tuple[int, float]:
         """(peak bytes, seconds) of the step with every block recomputed, as `gradient_checkpointing=True` does it."""
