@@ -1,8 +1,10 @@
 """The scripts that README shows, before and after: both run, and train the same."""
 
 import contextlib
+import difflib
 import io
 import json
+import re
 import runpy
 import sys
 import warnings
@@ -49,3 +51,17 @@ def test_before_and_after_train_the_same(
     after = run(f"{name}_after.py", *words, "6MiB")
     assert len(before) == 4
     assert after == pytest.approx(before, rel=1e-4)
+
+
+def test_readme_shows_what_changes() -> None:
+    """All lines that differ, but for the title, the command line and what is read from it."""
+    readme = (EXAMPLES.parent.parent / "README.md").read_text()
+    for name in ("plain_loop", "trainer", "sft"):
+        shown = re.search(rf"`{name}_after\.py`\):\n\n```diff\n(.*?)```", readme, re.DOTALL)
+        assert shown
+        before, after = ((EXAMPLES / f"{name}_{when}.py").read_text().splitlines() for when in ("before", "after"))
+        changed = [
+            line for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")
+        ]
+        told = [line for line in changed if not re.match(r'[-+]("""|python |path, |$)', line)]
+        assert shown[1].splitlines() == told
