@@ -19,6 +19,8 @@ from rematree.execute.attention import AttentionRegions, declare_unpacked, forge
 from rematree.execute.dropout import draw, mask_can_be_kept, scale
 from rematree.execute.handle import forget_handle
 from rematree.execute.override import ForwardOverride, remove_overrides
+from rematree.execute.quantised import keep_trainable
+from rematree.quantised import attributes_of, hidden_tensors
 
 LossFunction = Callable[[Any], torch.Tensor]
 
@@ -57,13 +59,18 @@ class Twin:
         self.device = present_device(model.parameters())
         self._loss = loss or loss_of
         memo: dict[int, Any] = {}
-        for tensor in [*model.parameters(), *model.buffers()]:
+        kept = [*model.parameters(), *model.buffers(), *hidden_tensors(model)]
+        for tensor in kept:
             if id(tensor) not in memo:
                 memo[id(tensor)] = self.mode.from_tensor(tensor)
         self.model = copy.deepcopy(model, memo)
+        for parameter in model.parameters():
+            # A fake tensor is a plain parameter; a packed one reads its scales from attributes of its own.
+            vars(memo[id(parameter)]).update(copy.deepcopy(attributes_of(parameter), memo))
         forget_handle(self.model)
         remove_overrides(self.model)
         forget_attention(self.model)
+        keep_trainable(self.model)
         for path, module in self.model.named_modules():
             own = module.__dict__.get("forward")
             if isinstance(own, types.FunctionType):  # a closure: its copy would run the live model

@@ -15,6 +15,7 @@ from rematree.cost import Free
 from rematree.execute.attention import attention_modules
 from rematree.ledger import Ledger
 from rematree.observe import LossFunction, RegionStack, Twin
+from rematree.quantised import hidden_tensors
 from rematree.regions import ATTENTION_SUFFIX, inner_regions
 
 # Frames that only pass a call on; the line a reader wants is the first one above them.
@@ -80,7 +81,7 @@ def saved_tensors(model: nn.Module, batch: Mapping[str, Any], *, loss: LossFunct
 
     try:
         with twin.mode:
-            statics = [*twin.model.parameters(), *twin.model.buffers()]
+            statics = [*twin.model.parameters(), *twin.model.buffers(), *hidden_tensors(twin.model)]
             statics += [t for t in twin.batch.values() if isinstance(t, torch.Tensor)]
             ledger.adopt(statics, "static")
             counted.update(ledger.known())
