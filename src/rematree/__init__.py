@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from rematree.execute.handle import Handle, apply
+    from rematree.execute.quantised import keep_trainable
     from rematree.measure import PeakMeter
     from rematree.planning import Planner, frontier, plan
     from rematree.plans import Plan
@@ -42,6 +43,7 @@ _HOMES: Final = {
     "VerificationError": "rematree.errors",
     "apply": "rematree.execute.handle",
     "frontier": "rematree.planning",
+    "keep_trainable": "rematree.execute.quantised",
     "plan": "rematree.planning",
     "saved_tensors": "rematree.saved",
     "verify": "rematree.verification",
@@ -65,6 +67,7 @@ __all__ = [
     "VerificationError",
     "apply",
     "frontier",
+    "keep_trainable",
     "plan",
     "saved_tensors",
     "verify",

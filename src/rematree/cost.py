@@ -85,8 +85,8 @@ def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def _packed_matmul(func: Any, args: Any) -> tuple[int, int]:
     """FLOPs and hidden bytes of bitsandbytes' 4-bit matmul; zeros for any other op.
 
-    Its kernels unpack the weight into the dtype of the input before they multiply (on a GPU only from a few hundred rows
-    on), with its scales in fp32.
+    Its kernels unpack the weight into the dtype of the input before they multiply (on a GPU only from a few hundred
+    rows on), with its scales in fp32.
     """
     if func.namespace != "bitsandbytes" or not func.__name__.startswith("gemm_4bit"):
         return 0, 0

@@ -16,7 +16,7 @@ from rematree.execute.attention import AttentionRegions
 from rematree.execute.context import Captured
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
-from rematree.execute.quantised import TrainingLayout, keep_no_input
+from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked
 from rematree.execute.recompute import Executor, Watcher
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.plans import Action, Decision, Plan
@@ -168,6 +168,7 @@ def apply(
         if present.plan == plan:
             return present
         raise UsageError("another plan is in force on this model", remedies=["handle.remove() first"])
+    refuse_repacked(model)
     here = describe_model(model)
     planned = plan.fingerprint
     here = dataclasses.replace(here, batch=planned.batch if batch is None else describe_batch(batch))

@@ -60,6 +60,23 @@ def keep_no_input(layer: nn.Module, inner: Callable[..., torch.Tensor], x: torch
     return run(x, layer, inner)
 
 
+def refuse_repacked(model: nn.Module) -> None:
+    """Refuse a model whose 4-bit weights an evaluation has rewritten.
+
+    Raises:
+        UnsupportedModelError: names the first of them.
+    """
+    layers = four_bit_linears(model)
+    lost = [path for path, layer in layers if getattr(vars(layer.weight).get("quant_state"), _REPACKED, False)]
+    if lost:
+        others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UnsupportedModelError(
+            f"{lost[0]}{others}: an evaluation on this CPU has rewritten the 4-bit weight for inference; "
+            "no gradient passes through it any more",
+            remedies=["load the model again, and call rematree.keep_trainable(model) before it is evaluated"],
+        )
+
+
 class TrainingLayout:
     """Keeps 4-bit weights of one model in the layout that has a gradient, while it is in force.
 
@@ -68,18 +85,9 @@ class TrainingLayout:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_repacked(model)
         self._held: list[tuple[nn.Module, Any]] = []
-        layers = four_bit_linears(model)
-        lost = [path for path, layer in layers if getattr(vars(layer.weight).get("quant_state"), _REPACKED, False)]
-        if lost:
-            raise UnsupportedModelError(
-                f"{lost[0]}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}: an evaluation on this CPU has "
-                "rewritten the 4-bit weight for inference; no gradient passes through it any more",
-                remedies=[
-                    "load the model again and apply the plan, or rematree.keep_trainable(model), before evaluating it"
-                ],
-            )
-        for _, layer in layers:
+        for _, layer in four_bit_linears(model):
             if vars(layer).get(_REPACKS):
                 self._held.append((layer, vars(layer)[_REPACKS]))
                 vars(layer)[_REPACKS] = False
