@@ -1,5 +1,6 @@
 """Small real models built from their configs, for the tests. Dropout, LoRA and dtypes as users have them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,3 +113,18 @@ def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor
     assert expected.keys() == found.keys()
     different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
     assert not different, f"{len(different)} of {len(expected)} differ, first {different[:3]}"
+
+
+def quantised(model: nn.Module, kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """`model` with its linear layers packed as transformers packs them while loading: "nf4", "fp4" or "int8"."""
+    if kind == "int8":
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=kind == "nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    return type(model).from_pretrained(folder, quantization_config=config, dtype=dtype)  # pyright: ignore[reportAttributeAccessIssue]

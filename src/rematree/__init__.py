@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from rematree.execute.handle import Handle, apply
+    from rematree.execute.quantised import keep_trainable
     from rematree.integrations.trainer import BudgetCallback
     from rematree.measure import PeakMeter
     from rematree.planning import Planner, frontier, plan
@@ -44,6 +45,7 @@ _HOMES: Final = {
     "VerificationError": "rematree.errors",
     "apply": "rematree.execute.handle",
     "frontier": "rematree.planning",
+    "keep_trainable": "rematree.execute.quantised",
     "plan": "rematree.planning",
     "saved_tensors": "rematree.saved",
     "verify": "rematree.verification",
@@ -68,6 +70,7 @@ __all__ = [
     "VerificationError",
     "apply",
     "frontier",
+    "keep_trainable",
     "plan",
     "saved_tensors",
     "verify",

@@ -82,6 +82,19 @@ def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _packed_matmul(func: Any, args: Any) -> tuple[int, int]:
+    """FLOPs and hidden bytes of bitsandbytes' 4-bit matmul; zeros for any other op.
+
+    Its kernels unpack the weight into the dtype of the input before they multiply (on a GPU only from a few hundred
+    rows on), with its scales in fp32.
+    """
+    if func.namespace != "bitsandbytes" or not func.__name__.startswith("gemm_4bit"):
+        return 0, 0
+    x, (rows, columns), blocksize = args[0], args[2], args[4]
+    weight = rows * columns
+    return 2 * x.numel() * rows, weight * x.element_size() + -(-weight // blocksize) * torch.float32.itemsize
+
+
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     counter = flop_registry.get(func.overloadpacket)
     if counter is None:
@@ -107,14 +120,15 @@ class Roofline:
         self._prices: dict[Any, OpPrice] = {}
 
     def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
-        """Time by the roofline; hidden bytes are unknown and count as the outputs'."""
+        """Time by the roofline; hidden bytes count as the outputs', plus an unpacked 4-bit weight."""
         key = _key(func, args, kwargs)
         price = self._prices.get(key)
         if price is None:
             moved = _num_bytes(tensors_in(args, kwargs)) + _num_bytes(outputs)
-            flops = _flops(func, args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs))
-            seconds = max(flops / self._flops_per_second, moved / self._bytes_per_second)
-            price = self._prices[key] = OpPrice(seconds + _OVERHEAD_SECONDS, _num_bytes(outputs))
+            flops, unpacked = _packed_matmul(func, args)
+            flops += _flops(func, args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs))
+            seconds = max(flops / self._flops_per_second, (moved + 2 * unpacked) / self._bytes_per_second)
+            price = self._prices[key] = OpPrice(seconds + _OVERHEAD_SECONDS, _num_bytes(outputs) + unpacked)
         return price
 
 

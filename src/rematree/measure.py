@@ -4,6 +4,7 @@ On a GPU the allocator counts. On a CPU torch has no such counters, so the profi
 top of what is known to be live when the step begins. That costs time: a profiled step must not be timed.
 """
 
+import gc
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
+from rematree.quantised import hidden_tensors
 from rematree.units import KIB
 
 
@@ -62,6 +64,7 @@ class PeakMeter:
             if parameter.grad is not None:
                 yield parameter.grad
         yield from self._model.buffers()
+        yield from hidden_tensors(self._model)
         if self._optimizer is not None:
             for state in self._optimizer.state.values():
                 yield from (t for t in state.values() if isinstance(t, torch.Tensor))
@@ -73,6 +76,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
             self.start_bytes = torch.cuda.memory_allocated(self._device)
         else:
+            gc.collect()  # an older model's garbage, freed within the block, would be subtracted from this one's bytes
             self.start_bytes = storage_bytes(self._live())
             self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
             self._profiler.__enter__()

@@ -19,16 +19,21 @@ from rematree.execute.attention import AttentionRegions, declare_unpacked, forge
 from rematree.execute.dropout import draw, mask_can_be_kept, scale
 from rematree.execute.handle import forget_handle
 from rematree.execute.override import ForwardOverride, remove_overrides
+from rematree.execute.quantised import keep_trainable
+from rematree.quantised import attributes_of, hidden_tensors
 
 LossFunction = Callable[[Any], torch.Tensor]
 
 _GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
+_BITSANDBYTES: Final = "bitsandbytes"
 
 
 class TwinMode(FakeTensorMode):
-    """Fake tensors, where torch's own fake kernels are stricter than the real ones.
+    """Fake tensors, where fake kernels are stricter than the real ones.
 
-    The grouped matmul of mixture-of-experts layers runs in fp32 on a CPU; its fake kernel insists on bf16.
+    The grouped matmul of mixture-of-experts layers runs in fp32 on a CPU; its fake kernel insists on bf16. LLM.int8 on
+    a GPU sets columns with outliers apart. How many there are is in the values, and the fake kernels give up; here
+    there are none, so a few columns of each input, live during the matmul, are not counted.
     """
 
     def __init__(self) -> None:
@@ -39,7 +44,23 @@ class TwinMode(FakeTensorMode):
             dtype = args[0].dtype
             with self:
                 return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {})).to(dtype)
+        if func.namespace == _BITSANDBYTES:
+            out = self._without_outliers(func, args)
+            if out is not None:
+                return out
         return super().dispatch(func, types, args, kwargs)
+
+    def _without_outliers(self, func: Any, args: Any) -> Any:
+        x = args[0]
+        if func.__name__ == "int8_vectorwise_quant.default" and len(args) > 1:  # the threshold of outliers
+            with self:
+                packed, scales, _ = func(x)
+                return packed, scales, x.new_empty(0, dtype=torch.int64)
+        if func.__name__ == "int8_mixed_scaled_mm.default":
+            with self:
+                bias = args[6] if len(args) > 6 else None
+                return torch.ops.bitsandbytes.int8_scaled_mm(*args[1:5], bias=bias, dtype=x.dtype), x.new_empty(0)
+        return None
 
 
 class Twin:
@@ -57,13 +78,18 @@ class Twin:
         self.device = present_device(model.parameters())
         self._loss = loss or loss_of
         memo: dict[int, Any] = {}
-        for tensor in [*model.parameters(), *model.buffers()]:
+        kept = [*model.parameters(), *model.buffers(), *hidden_tensors(model)]
+        for tensor in kept:
             if id(tensor) not in memo:
                 memo[id(tensor)] = self.mode.from_tensor(tensor)
         self.model = copy.deepcopy(model, memo)
+        for parameter in model.parameters():
+            # A fake tensor is a plain parameter; a packed one reads its scales from attributes of its own.
+            vars(memo[id(parameter)]).update(copy.deepcopy(attributes_of(parameter), memo))
         forget_handle(self.model)
         remove_overrides(self.model)
         forget_attention(self.model)
+        keep_trainable(self.model)
         for path, module in self.model.named_modules():
             own = module.__dict__.get("forward")
             if isinstance(own, types.FunctionType):  # a closure: its copy would run the live model

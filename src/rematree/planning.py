@@ -19,6 +19,7 @@ from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageE
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.observe import LossFunction, RegionStack, Twin
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Plan
+from rematree.quantised import frozen_int8_linears
 from rematree.regions import Chain, find_chain
 from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import ChainChoice, least_peak, position_peak, solve_chain
@@ -261,6 +262,9 @@ class Planner:
             rows.append(BlockRow(path, text, stage.kept, max(0.0, stage.seconds)))
         chunk_rows = known.rows[entry.choice.head]
         notes = [known.chain.note] if known.chain.note else []
+        released = len(frozen_int8_linears(self._twin.model))
+        if released:
+            notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")
         if chunk_rows is not None:
             notes.append(f"chunked loss, {chunk_rows} rows at a time: changes rounding; forbid with 'chunked_loss'")
         return Plan(

@@ -1,7 +1,7 @@
 """List what autograd keeps: one line for every saved tensor of a forward pass, on fake tensors."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import FrameType
@@ -13,8 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rematree.cost import Free
 from rematree.execute.attention import attention_modules
+from rematree.execute.override import ForwardOverride
 from rematree.ledger import Ledger
 from rematree.observe import LossFunction, RegionStack, Twin
+from rematree.quantised import frozen_int8_linears, hidden_tensors
 from rematree.regions import ATTENTION_SUFFIX, inner_regions
 
 # Frames that only pass a call on; the line a reader wants is the first one above them.
@@ -57,10 +59,6 @@ def saved_tensors(model: nn.Module, batch: Mapping[str, Any], *, loss: LossFunct
     if not twin.model.training:
         twin.model.train()
     ledger = Ledger(Free(), twin.device.type)
-    stack = RegionStack(
-        dict(inner_regions(twin.model)),
-        {f"{path}{ATTENTION_SUFFIX}": module for path, module in attention_modules(twin.model)},
-    )
     found: list[SavedTensor] = []
     counted: set[int] = set()
 
@@ -78,9 +76,19 @@ def saved_tensors(model: nn.Module, batch: Mapping[str, Any], *, loss: LossFunct
         counted.add(storage)
         return tensor
 
+    def keep_input(inner: Callable[..., Any], x: torch.Tensor) -> Any:
+        if torch.is_grad_enabled() and x.requires_grad:
+            pack(x)  # bitsandbytes does, in an attribute of its autograd node: no hook is told
+        return inner(x)
+
+    overrides = [ForwardOverride(layer, keep_input) for _, layer in frozen_int8_linears(twin.model)]
+    stack = RegionStack(
+        dict(inner_regions(twin.model)),
+        {f"{path}{ATTENTION_SUFFIX}": module for path, module in attention_modules(twin.model)},
+    )
     try:
         with twin.mode:
-            statics = [*twin.model.parameters(), *twin.model.buffers()]
+            statics = [*twin.model.parameters(), *twin.model.buffers(), *hidden_tensors(twin.model)]
             statics += [t for t in twin.batch.values() if isinstance(t, torch.Tensor)]
             ledger.adopt(statics, "static")
             counted.update(ledger.known())
@@ -89,6 +97,8 @@ def saved_tensors(model: nn.Module, batch: Mapping[str, Any], *, loss: LossFunct
             del kept
     finally:
         stack.remove()
+        for override in overrides:
+            override.remove()
     return found
 
 

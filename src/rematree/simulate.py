@@ -22,6 +22,7 @@ from rematree.fingerprint import describe_model
 from rematree.ledger import Ledger, Segment
 from rematree.observe import Twin
 from rematree.plans import Decision, Plan
+from rematree.quantised import hidden_tensors
 
 Optimizer = Literal["adamw", "sgd", "none"]
 _HEAD: Final = "head"
@@ -135,6 +136,7 @@ class Referee:
         ledger.adopt((p for p in model.parameters() if not p.requires_grad), "weights (frozen)")
         ledger.adopt(self.trainable, "weights (trained)")
         ledger.adopt(model.buffers(), "weights (frozen)")
+        ledger.adopt(hidden_tensors(model), "weights (frozen)")
         ledger.adopt((t for t in tree_leaves(self.twin.batch) if isinstance(t, torch.Tensor)), "batch")
         if self._stepper is not None:
             state = (t for entry in self._stepper.state.values() for t in entry.values())

@@ -22,6 +22,7 @@ from rematree.execute.override import ForwardOverride
 from rematree.ledger import Ledger, OpRecord
 from rematree.observe import RegionStack, Twin
 from rematree.plans import Action, Decision
+from rematree.quantised import hidden_tensors
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, Chain, block_kind, inner_regions, join_path
 from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.block import BlockOption, enumerate_options
@@ -189,7 +190,7 @@ def observe_block(twin: Twin, path: str, cost: Cost) -> BlockTrace:
     override = ForwardOverride(block, around)
     try:
         with twin.mode:
-            ledger.adopt([*twin.model.parameters(), *twin.model.buffers()], "weights")
+            ledger.adopt([*twin.model.parameters(), *twin.model.buffers(), *hidden_tensors(twin.model)], "weights")
             with ledger:
                 twin.loss()
     finally:

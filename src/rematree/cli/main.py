@@ -1,5 +1,6 @@
 """`rematree`: the commands, and how their errors leave the process."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Read when torch and tokenizers are imported: profiler notices, and a warning about forks, are no help here.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # It warns of a missing kernel whenever PEFT imports it, and for every int8 layer and token of an evaluation.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="rematree")
     except RematreeError as error:

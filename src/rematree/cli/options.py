@@ -27,6 +27,29 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=_MODEL)]
 Dtype = Annotated[str, typer.Option(help="Of the base model: auto, float32 or bfloat16.", rich_help_panel=_MODEL)]
+LoadIn4bit = Annotated[
+    bool,
+    typer.Option(
+        "--load-in-4bit", help="Pack the base model into 4 bits a weight with bitsandbytes.", rich_help_panel=_MODEL
+    ),
+]
+LoadIn8bit = Annotated[
+    bool,
+    typer.Option(
+        "--load-in-8bit", help="Pack the base model into 8 bits a weight with bitsandbytes.", rich_help_panel=_MODEL
+    ),
+]
+QuantType = Annotated[
+    str, typer.Option("--bnb-4bit-quant-type", help="Of 4-bit weights: nf4 or fp4.", rich_help_panel=_MODEL)
+]
+DoubleQuant = Annotated[
+    bool,
+    typer.Option(
+        "--bnb-4bit-use-double-quant/--no-bnb-4bit-use-double-quant",
+        help="Pack the scales of 4-bit weights too.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Budget = Annotated[
     str,
     typer.Option(

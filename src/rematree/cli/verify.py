@@ -25,6 +25,10 @@ def verify(
     full: options.Full = False,
     revision: options.Revision = DEFAULT["revision"],
     dtype: options.Dtype = DEFAULT["dtype"],
+    load_in_4bit: options.LoadIn4bit = DEFAULT["load_in_4bit"],
+    load_in_8bit: options.LoadIn8bit = DEFAULT["load_in_8bit"],
+    bnb_4bit_quant_type: options.QuantType = DEFAULT["bnb_4bit_quant_type"],
+    bnb_4bit_use_double_quant: options.DoubleQuant = DEFAULT["bnb_4bit_use_double_quant"],
     as_json: options.Json = False,
 ) -> None:
     """Run the model with and without a stored plan, and compare.

@@ -16,9 +16,11 @@ from rematree.execute.attention import AttentionRegions
 from rematree.execute.context import Captured
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
+from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked
 from rematree.execute.recompute import Executor, Watcher
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.plans import Action, Decision, Plan
+from rematree.quantised import frozen_int8_linears
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, parent_path, split_function, unwrap
 
 _ATTRIBUTE: Final = "_rematree_handle"
@@ -39,6 +41,7 @@ class Handle:
         self._attention: AttentionRegions | None = None
         self._loss: ChunkedLoss | None = None
         self._switched_off: list[nn.Module] = []
+        self._layout: TrainingLayout | None = None
         self._said_cache = False
         try:
             self._install(check_loss)
@@ -53,6 +56,10 @@ class Handle:
             if module.__dict__.get("gradient_checkpointing") is True:
                 module.__dict__["gradient_checkpointing"] = False
                 self._switched_off.append(module)
+        self._layout = TrainingLayout(self._model)
+        # First, so that it is innermost: whatever saves or recomputes the layer runs it in this form.
+        for _, layer in frozen_int8_linears(self._model):
+            self._overrides.append(ForwardOverride(layer, functools.partial(keep_no_input, layer)))
         attention: list[tuple[nn.Module, Callable[..., Any]]] = []
         for path, decision in self.plan.decisions.items():
             if decision.action is effective_action(self.plan.decisions, parent_path(path)):
@@ -114,6 +121,9 @@ class Handle:
         if self._attention is not None:
             self._attention.remove()
             self._attention = None
+        if self._layout is not None:
+            self._layout.remove()
+            self._layout = None
         for module in self._switched_off:
             module.__dict__["gradient_checkpointing"] = True
         self._switched_off.clear()
@@ -151,12 +161,14 @@ def apply(
     Raises:
         PlanMismatchError: the model, its trainable set, dropout, dtypes or attention implementation differ.
         UsageError: another plan is in force on this model.
+        UnsupportedModelError: an evaluation has rewritten 4-bit weights of the model for inference.
     """
     present = model.__dict__.get(_ATTRIBUTE)
     if isinstance(present, Handle):
         if present.plan == plan:
             return present
         raise UsageError("another plan is in force on this model", remedies=["handle.remove() first"])
+    refuse_repacked(model)
     here = describe_model(model)
     planned = plan.fingerprint
     here = dataclasses.replace(here, batch=planned.batch if batch is None else describe_batch(batch))

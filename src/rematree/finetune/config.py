@@ -42,6 +42,11 @@ class TrainConfig:
         output_dir: Where checkpoints, logs, the adapter and result.json go. Belongs to one run.
         revision: Branch, tag or commit of a model on the Hub.
         dtype: Of the base model: "auto", "float32" or "bfloat16". Adapters are kept in float32.
+        load_in_4bit: Pack the base model's linear layers into 4 bits a weight with bitsandbytes (QLoRA). What is not
+            packed (embeddings, norms, output head) has `dtype`, and so has what is computed.
+        load_in_8bit: Pack them into 8 bits a weight (LLM.int8).
+        bnb_4bit_quant_type: "nf4" or "fp4".
+        bnb_4bit_use_double_quant: Pack the scales of 4-bit weights too.
         max_length: Tokens in a row. Longer examples are cut.
         packing: Put several short examples into one row; each attends only to itself.
         heldout: Share of the examples (below 1) or number of examples (1 and more) that are not trained on.
@@ -73,6 +78,10 @@ class TrainConfig:
     output_dir: Path
     revision: str | None = None
     dtype: str = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = "nf4"
+    bnb_4bit_use_double_quant: bool = True
     max_length: int = 512
     packing: bool = True
     heldout: float = 0.1
@@ -116,6 +125,27 @@ class TrainConfig:
             raise UsageError(f"--max-steps is {self.max_steps}; give a number above zero, or -1 to go by epochs")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UsageError(f'--dtype is {self.dtype!r}; it can be "auto", "float32" or "bfloat16"')
+        self._check_quantisation()
+
+    def _check_quantisation(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UsageError(
+                "--load-in-4bit and --load-in-8bit contradict each other; a weight is packed one way or the other"
+            )
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise UsageError(f'--bnb-4bit-quant-type is {self.bnb_4bit_quant_type!r}; it can be "nf4" or "fp4"')
+        for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+            if not self.load_in_4bit and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UsageError(
+                    f"{_given(name, getattr(self, name))} says how weights are packed into 4 bits, but they are "
+                    f"{'packed into 8' if self.load_in_8bit else 'not packed'}",
+                    remedies=["--load-in-4bit"],
+                )
+
+    @property
+    def quantised_bits(self) -> int | None:
+        """Bits a weight of the base model's linear layers is packed into; None for none."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides what the run computes, as plain JSON values, with a digest of a local data file."""
@@ -150,6 +180,11 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 def flag(name: str) -> str:
     """The command line's spelling of a field."""
     return "--" + name.replace("_", "-")
+
+
+def _given(name: str, value: Any) -> str:
+    """An option with a value that is not its default, as it was given."""
+    return f"--no-{flag(name).removeprefix('--')}" if value is False else f"{flag(name)} {value}"
 
 
 def _size(value: int | None) -> str:

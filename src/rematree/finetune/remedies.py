@@ -8,6 +8,7 @@ from rematree.finetune.config import TrainConfig
 from rematree.finetune.synthetic import Shape, prepare_shape
 from rematree.measure import storage_bytes
 from rematree.planning import Planner
+from rematree.quantised import hidden_tensors
 from rematree.units import MIB
 
 _SHORTEST: Final = 8
@@ -60,4 +61,4 @@ def working_changes(
 def _static_bytes(model: Any) -> int:
     """Weights and the optimizer's two moments: there whatever the batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return storage_bytes([*model.parameters(), *model.buffers()]) + 2 * storage_bytes(trained)
+    return storage_bytes([*model.parameters(), *model.buffers(), *hidden_tensors(model)]) + 2 * storage_bytes(trained)

@@ -16,7 +16,7 @@ from rematree.errors import UsageError
 from rematree.finetune.callbacks import MakeMeter
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.data import DataSplit, load_data, planning_batch
-from rematree.finetune.model import LoadedModel, load_model
+from rematree.finetune.model import LoadedModel, Quantisation, load_model
 from rematree.plans import Plan
 
 
@@ -112,7 +112,10 @@ def load_base(config: TrainConfig) -> LoadedModel:
             f"there are {torch.cuda.device_count()} GPUs; a plan is for one",
             remedies=["CUDA_VISIBLE_DEVICES=0 rematree train ..."],
         )
-    loaded = load_model(config.model, dtype=config.dtype, revision=config.revision)
+    quantisation = None
+    if config.quantised_bits is not None:
+        quantisation = Quantisation(config.quantised_bits, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+    loaded = load_model(config.model, dtype=config.dtype, revision=config.revision, quantisation=quantisation)
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
         raise UsageError(
@@ -128,6 +131,9 @@ def add_adapters(base: Any, config: TrainConfig) -> Any:
     """`base` under LoRA as `config` says, in training mode."""
     # With the cache on, packed examples are not kept apart. The Trainer switches it off too, but after the planning.
     base.config.use_cache = False
+    # The place of k-bit preparation. Freezing is all of it: norms, embeddings and head stay in the model's dtype, as
+    # with upcast="none", so the residual stream, of which every recomputed layer keeps a piece, stays as narrow.
+    base.requires_grad_(False)
     targets = config.lora_target_modules
     lora = LoraConfig(
         r=config.lora_r,

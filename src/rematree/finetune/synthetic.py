@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from transformers import set_seed
 
+from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.setup import add_adapters, load_base, training_device
 from rematree.finetune.tokens import IGNORED
@@ -42,9 +43,9 @@ def prepare_shape(config: TrainConfig, *, full: bool = False) -> Shape:
         config: Model, adapters and shape.
         full: Train all parameters instead of adapters.
     Raises:
-        UsageError: there is no such model, or it does not fit the shape.
+        UsageError: there is no such model, it does not fit the shape, or packed weights are to be trained.
     """
-    model = _trained(load_base(config).model, config, full)
+    model = _load_trained(config, full)
     size = (config.per_device_train_batch_size, config.max_length)
     names = ("input_ids", "labels", "position_ids" if config.packing else "attention_mask")
     return Shape(model, synthetic_batch(model, [(name, size, torch.int64) for name in names]))
@@ -61,7 +62,7 @@ def shape_of_plan(config: TrainConfig, entries: Iterable[tuple[str, tuple[int, .
     typed = [(name, shape, getattr(torch, dtype, torch.int64)) for name, shape, dtype in entries]
     length = max((shape[-1] for _, shape, _ in typed if shape), default=config.max_length)
     packed = any(name == "position_ids" for name, _, _ in typed)
-    model = _trained(load_base(replace(config, max_length=length, packing=packed)).model, config, full)
+    model = _load_trained(replace(config, max_length=length, packing=packed), full)
     return Shape(model, synthetic_batch(model, typed))
 
 
@@ -95,7 +96,14 @@ def synthetic_batch(model: Any, entries: Iterable[tuple[str, tuple[int, ...], to
     return batch
 
 
-def _trained(base: Any, config: TrainConfig, full: bool) -> Any:
+def _load_trained(config: TrainConfig, full: bool) -> Any:
+    if full and config.quantised_bits is not None:
+        option = f"--load-in-{config.quantised_bits}bit"
+        raise UsageError(
+            f"--full trains all parameters, and {option} packs them: packed weights have no gradient",
+            remedies=[f"{option} without --full: adapters are trained", f"--full without {option}"],
+        )
+    base = load_base(config).model
     if not full:
         return add_adapters(base, config).to(training_device())
     base.config.use_cache = False

@@ -1,1 +1,1 @@
-"""Other libraries' training loops and layers. Optional imports live only here."""
+"""Other libraries' training loops and layers. What need not be installed is imported here and nowhere else."""
