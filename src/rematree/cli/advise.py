@@ -31,6 +31,10 @@ def advise(
     full: options.Full = False,
     revision: options.Revision = DEFAULT["revision"],
     dtype: options.Dtype = DEFAULT["dtype"],
+    load_in_4bit: options.LoadIn4bit = DEFAULT["load_in_4bit"],
+    load_in_8bit: options.LoadIn8bit = DEFAULT["load_in_8bit"],
+    bnb_4bit_quant_type: options.QuantType = DEFAULT["bnb_4bit_quant_type"],
+    bnb_4bit_use_double_quant: options.DoubleQuant = DEFAULT["bnb_4bit_use_double_quant"],
     forbid: options.Forbid = [],  # noqa: B006
     as_json: options.Json = False,
 ) -> None:
