@@ -32,9 +32,9 @@ def activation_checkpointing_enable(
 ) -> None:
     """Run the model's layers again in backward instead of keeping what they compute.
 
-    Works before and after adapters are added, on a `PeftModel`, on a model with `add_adapter`, and on any module with an
-    `nn.ModuleList` of blocks. transformers' own flags are set, so its Trainer sees the truth. Doing it again replaces
-    the options; the first call's restore point stays.
+    Works before and after adapters are added, on a `PeftModel`, on a model with `add_adapter`, and on any module with
+    an `nn.ModuleList` of blocks. transformers' own flags are set, so its Trainer sees the truth. Doing it again
+    replaces the options; what disabling goes back to stays.
 
     Gradients are those of the plain model, also when adapters or training flags change between forward and backward,
     and also with `preserve_rng_state=False`: where a layer drew random numbers, their state is kept all the same.
@@ -89,8 +89,8 @@ def check_can_switch(model: nn.Module) -> None:
             remedies=["handle.remove() first; handle is what rematree.apply returned"],
         )
     for module in model.modules():
-        configs: Any = module.__dict__.get("_peft_config")
-        kinds = [str(c.peft_type.value) for c in configs.values()] if isinstance(configs, dict) else []
+        configs: Any = module.__dict__.get("_peft_config") or {}  # only prompt learning keeps them here
+        kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()]
         if found := [kind for kind in kinds if kind in _PREFIXES]:
             raise UnsupportedModelError(
                 f"{found[0]} does not work with checkpointing: the prefix reaches the layers as a key-value cache, "

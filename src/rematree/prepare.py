@@ -49,9 +49,9 @@ def prepare_model_for_kbit_training(
     "none"    nothing                                            0 B               8,192 B: 16-bit residual
     ========= ================================================== ================= =========================
 
-    The last column is a checkpointed layer's input. 8,192 tokens through 32 layers keep 4.00 GiB with "all" and 2.00 GiB
-    otherwise, and the head's logits are 3.91 GiB in fp32, 1.96 GiB in 16 bits. "all" is PEFT's behaviour and
-    includes stacks of experts, which no quantiser may have packed; "norms" and "none" leave them alone.
+    The last column is a checkpointed layer's input. 8,192 tokens through 32 layers keep 4.00 GiB with "all", 2.00 GiB
+    otherwise, and the head's logits are 3.91 GiB in fp32, 1.96 GiB in 16 bits. "all" is PEFT's behaviour; it doubles
+    stacks of experts too, which transformers keeps in one 3-D parameter that bitsandbytes does not quantise.
 
     Args:
         model: Any module; what is found out about its quantisation is what transformers wrote on it. It is changed in
@@ -74,8 +74,8 @@ def prepare_model_for_kbit_training(
 
     Raises:
         UsageError: a wrong argument, or a plan is in force; nothing has been changed.
-        UnsupportedModelError: parameters to be cast are offloaded or flattened by FSDP, or the adapter is prefix tuning;
-            nothing has been changed.
+        UnsupportedModelError: parameters to be cast are offloaded or flattened by FSDP, or the adapter is prefix
+            tuning; nothing has been changed.
 
     Source: peft/utils/other.py, 0.21.2.
     """

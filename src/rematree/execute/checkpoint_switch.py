@@ -1,8 +1,8 @@
 """Checkpointing switched on for one live model, and everything that takes it off again.
 
 transformers' layers look at two attributes of their own, `gradient_checkpointing` and `_gradient_checkpointing_func`:
-these are set, so that the library, its Trainer and PEFT see that checkpointing is on. Blocks of other models get the same
-two attributes and a forward that looks at them.
+these are set, so that the library, its Trainer and PEFT see that checkpointing is on. Blocks of other models get the
+same two attributes and a forward that looks at them.
 """
 
 import functools
@@ -150,8 +150,8 @@ def _look_at_flag(block: nn.Module, inner: Callable[..., Any], *args: Any, **kwa
 
 def _disable_input_grads(root: nn.Module) -> None:
     remove_input_grad_hooks(root, temporary=True)
-    method: Any = type(root).disable_input_require_grads  # for hooks from before checkpointing was switched on
-    method(root)
+    kind: Any = type(root)
+    kind.disable_input_require_grads(root)  # for hooks from before checkpointing was switched on
 
 
 def own_switch(root: nn.Module) -> Callable[[], Any] | None:

@@ -4,8 +4,8 @@ The reentrant variant of checkpointing needs an input that requires a gradient, 
 none. Nothing is trained by this: no gradient reaches the embedding's weight.
 
 The hook does not set `requires_grad` on the output, because that would make it a leaf, and models that change their
-embeddings in place (DeBERTa's masking) fail on leaves. It adds a negative zero that requires a gradient: the same bits
-(x + -0.0 is x, also for x = 0.0 and x = -0.0), and an ordinary node of the graph.
+embeddings in place fail on leaves. It adds a negative zero that requires a gradient: every number keeps its bits
+(x + -0.0 is x, also for x = 0.0 and x = -0.0), and the output is an ordinary node of the graph.
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,8 @@
 
 Plain checkpointing reruns a layer with whatever is active at backward time: another adapter, another training flag,
 another random state. Here each call of a layer keeps a `World` and the rerun happens inside it, with either variant of
-`torch.utils.checkpoint`. That happens in the function which is checkpointed and not in `context_fn`, because `debug=True`
-and the reentrant variant allow no `context_fn`.
+`torch.utils.checkpoint`. This is done in the function that is checkpointed and not in `context_fn`, because
+`debug=True` and the reentrant variant allow no `context_fn`.
 
 The reentrant variant gets back what it loses by its design: it sees gradients only for tensors among its positional
 arguments, and only if at least one of them needs one. Keyword arguments and nested tensors become positional here, and
@@ -81,7 +81,9 @@ class CheckpointOptions:
             if not isinstance(value, bool):
                 raise UsageError(f"{name} is {value!r}; it must be True or False")
         if self.determinism_check not in _DETERMINISM:
-            raise UsageError(f"determinism_check is {self.determinism_check!r}; it can be {' or '.join(_DETERMINISM)}")
+            raise UsageError(
+                f"determinism_check is {self.determinism_check!r}; it can be {' or '.join(map(repr, _DETERMINISM))}"
+            )
         if self.use_reentrant and (self.context_fn is not None or self.debug):
             name = "debug" if self.context_fn is None else "context_fn"
             raise UsageError(f"{name} needs use_reentrant=False; torch's reentrant variant does not have it")
