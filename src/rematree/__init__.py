@@ -7,6 +7,18 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from rematree.checkpointing import (
+        CheckpointingInEffect,
+        activation_checkpointing_disable,
+        activation_checkpointing_enable,
+        checkpointing_in_effect,
+        disable_input_require_grads,
+        enable_input_require_grads,
+        gradient_checkpointing_disable,
+        gradient_checkpointing_enable,
+        is_activation_checkpointing,
+        requested_budget,
+    )
     from rematree.cost import Measured, Roofline
     from rematree.errors import (
         InfeasibleBudgetError,
@@ -23,11 +35,13 @@ if TYPE_CHECKING:
     from rematree.measure import PeakMeter
     from rematree.planning import Planner, frontier, plan
     from rematree.plans import Plan
+    from rematree.prepare import prepare_model_for_kbit_training
     from rematree.saved import SavedTensor, saved_tensors
     from rematree.verification import Verification, verify
 
 _HOMES: Final = {
     "BudgetCallback": "rematree.integrations.trainer",
+    "CheckpointingInEffect": "rematree.checkpointing",
     "Handle": "rematree.execute.handle",
     "InfeasibleBudgetError": "rematree.errors",
     "Measured": "rematree.cost",
@@ -43,16 +57,27 @@ _HOMES: Final = {
     "UsageError": "rematree.errors",
     "Verification": "rematree.verification",
     "VerificationError": "rematree.errors",
+    "activation_checkpointing_disable": "rematree.checkpointing",
+    "activation_checkpointing_enable": "rematree.checkpointing",
     "apply": "rematree.execute.handle",
+    "checkpointing_in_effect": "rematree.checkpointing",
+    "disable_input_require_grads": "rematree.checkpointing",
+    "enable_input_require_grads": "rematree.checkpointing",
     "frontier": "rematree.planning",
+    "gradient_checkpointing_disable": "rematree.checkpointing",
+    "gradient_checkpointing_enable": "rematree.checkpointing",
+    "is_activation_checkpointing": "rematree.checkpointing",
     "keep_trainable": "rematree.execute.quantised",
     "plan": "rematree.planning",
+    "prepare_model_for_kbit_training": "rematree.prepare",
+    "requested_budget": "rematree.checkpointing",
     "saved_tensors": "rematree.saved",
     "verify": "rematree.verification",
 }
 
 __all__ = [
     "BudgetCallback",
+    "CheckpointingInEffect",
     "Handle",
     "InfeasibleBudgetError",
     "Measured",
@@ -68,10 +93,20 @@ __all__ = [
     "UsageError",
     "Verification",
     "VerificationError",
+    "activation_checkpointing_disable",
+    "activation_checkpointing_enable",
     "apply",
+    "checkpointing_in_effect",
+    "disable_input_require_grads",
+    "enable_input_require_grads",
     "frontier",
+    "gradient_checkpointing_disable",
+    "gradient_checkpointing_enable",
+    "is_activation_checkpointing",
     "keep_trainable",
     "plan",
+    "prepare_model_for_kbit_training",
+    "requested_budget",
     "saved_tensors",
     "verify",
 ]

@@ -56,7 +56,7 @@ def find_chain(model: nn.Module) -> Chain:
                 continue
             size = sum(p.numel() for p in module.parameters())
             lists.append((size, len(module), path, module))
-    lists = [item for item in lists if item[1] >= 2 or _is_hf_layer(item[3][0])]
+    lists = [item for item in lists if item[1] >= 2 or is_checkpointing_layer(item[3][0])]
     if lists:
         _, _, path, module = max(lists, key=lambda item: (item[0], item[1]))
         return Chain(tuple(f"{path}.{i}" if path else str(i) for i in range(len(module))), path)
@@ -77,7 +77,8 @@ def _inside_block(path: str, lists: list[tuple[int, int, str, nn.ModuleList]]) -
     return any(path.startswith(other + ".") for _, _, other, _ in lists)
 
 
-def _is_hf_layer(module: nn.Module) -> bool:
+def is_checkpointing_layer(module: nn.Module) -> bool:
+    """Whether `module` is one of the layers that transformers can checkpoint."""
     return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
 
 

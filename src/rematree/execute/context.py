@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_any
 
 from rematree.errors import RecomputeMismatchError
 
@@ -66,6 +67,15 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         if self._accelerator is not None:
             torch.cuda.set_rng_state(self._accelerator)
+
+
+def builds_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether calling `module` now records anything for backward; if not, there is nothing to recompute (R6, R7)."""
+    if not torch.is_grad_enabled():
+        return False
+    if tree_any(lambda x: isinstance(x, torch.Tensor) and x.requires_grad, (args, kwargs)):
+        return True
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _adapter_state(module: nn.Module) -> tuple[Any, bool, tuple[str, ...]] | None:

@@ -17,11 +17,11 @@ from typing import Any, Final, Protocol
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import TreeSpec, tree_any, tree_flatten, tree_structure, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from rematree.errors import RecomputeMismatchError
-from rematree.execute.context import Captured, RandomState, World
+from rematree.execute.context import Captured, RandomState, World, builds_graph
 from rematree.execute.dropout import draw, mask_can_be_kept, pack, scale, unpack
 
 _ONE: Final = tree_structure(0)
@@ -117,7 +117,7 @@ class Executor:
 
     def recompute(self, region: str, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `inner`, keeping only its inputs, what inner Save regions keep, and the means to rerun it."""
-        if not _builds_graph(module, args, kwargs):  # R6, R7
+        if not builds_graph(module, args, kwargs):  # R6, R7
             return inner(*args, **kwargs)
         frame = _Frame(self._random_now())
         world = World(module, self.captured)
@@ -224,14 +224,6 @@ class Executor:
         if self._watcher is not None:
             self._watcher.placeholder(region, stand_in)
         return stand_in.requires_grad_(leaf.requires_grad)
-
-
-def _builds_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    if tree_any(lambda x: isinstance(x, torch.Tensor) and x.requires_grad, (args, kwargs)):
-        return True
-    return any(p.requires_grad for p in module.parameters())
 
 
 def _keep(tensor: torch.Tensor, stash: bool) -> _Leaf:

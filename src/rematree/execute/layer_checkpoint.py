@@ -1,0 +1,216 @@
+"""`torch.utils.checkpoint` around one layer, such that the rerun sees the world of the forward pass.
+
+Plain checkpointing reruns a layer with whatever is active at backward time: another adapter, another training flag,
+another random state. Here each call of a layer keeps a `World` and the rerun happens inside it, with either variant of
+`torch.utils.checkpoint`. This is done in the function that is checkpointed and not in `context_fn`, because
+`debug=True` and the reentrant variant allow no `context_fn`.
+
+The reentrant variant gets back what it loses by its design: it sees gradients only for tensors among its positional
+arguments, and only if at least one of them needs one. Keyword arguments and nested tensors become positional here, and
+where only the layer's own parameters train, a scalar that needs a gradient is added to the arguments.
+
+Not covered: under `torch.compile` the layer is handed to torch's checkpoint as it is; dynamo traces no world. Without
+`preserve_rng_state`, random state is kept for the CPU and the current CUDA device.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from rematree.errors import UsageError
+from rematree.execute.context import RandomState, World, builds_graph
+from rematree.execute.input_grads import require_grad
+
+_DETERMINISM: Final = ("default", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOptions:
+    """What the user asked for, checked.
+
+    Attributes:
+        use_reentrant: Which of torch's two variants.
+        preserve_rng_state: Torch saves and restores random state around every layer. If False, the state is kept only
+            for layers that drew random numbers, so the gradients are the same: it is never dropout against speed.
+        determinism_check: "default" compares shapes, dtypes and devices of the rerun with the forward's; "none" does
+            not. Non-reentrant only.
+        context_fn: Returns the two contexts to run the forward and the rerun in. Non-reentrant only.
+        debug: A mismatch error lists the operators of both runs. Non-reentrant only.
+        early_stop: The rerun ends at the last tensor that backward needs. Non-reentrant only.
+        every_n_layers: Of each list of blocks, only the first of every n is recomputed.
+    """
+
+    use_reentrant: bool = False
+    preserve_rng_state: bool = True
+    determinism_check: str = "default"
+    context_fn: Callable[[], tuple[Any, Any]] | None = None
+    debug: bool = False
+    early_stop: bool = True
+    every_n_layers: int = 1
+
+    @classmethod
+    def parse(cls, kwargs: Mapping[str, Any] | None, every_n_layers: int = 1) -> Self:
+        """Check the keyword arguments of a checkpointing call; None and `{}` are the non-reentrant default.
+
+        Raises:
+            UsageError: an unknown name, a wrong value, or two that torch does not combine.
+        """
+        given: dict[str, Any] = {} if kwargs is None else dict(kwargs)
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(given.keys() - set(known))
+        if unknown:
+            raise UsageError(f"unknown checkpointing argument {unknown[0]!r}; it can be one of {', '.join(known)}")
+        if every_n_layers != 1 and given.get("every_n_layers", every_n_layers) != every_n_layers:
+            raise UsageError(f"every_n_layers is given twice: {every_n_layers} and {given['every_n_layers']}")
+        options = replace(cls(every_n_layers=every_n_layers), **given)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        n = self.every_n_layers
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"every_n_layers is {n!r}; it must be a positive whole number, 1 for every layer")
+        for name in ("use_reentrant", "preserve_rng_state", "debug", "early_stop"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise UsageError(f"{name} is {value!r}; it must be True or False")
+        if self.determinism_check not in _DETERMINISM:
+            raise UsageError(
+                f"determinism_check is {self.determinism_check!r}; it can be {' or '.join(map(repr, _DETERMINISM))}"
+            )
+        if self.use_reentrant and (self.context_fn is not None or self.debug):
+            name = "debug" if self.context_fn is None else "context_fn"
+            raise UsageError(f"{name} needs use_reentrant=False; torch's reentrant variant does not have it")
+        if self.debug and self.context_fn is not None:
+            raise UsageError("debug=True and context_fn exclude each other in torch.utils.checkpoint")
+
+    def shown(self) -> dict[str, Any]:
+        """`use_reentrant`, and what differs from the defaults."""
+        default = CheckpointOptions()
+        names = [field.name for field in fields(self) if field.name != "every_n_layers"]
+        changed = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+        return {"use_reentrant": self.use_reentrant, **changed}
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`function(*args, **kwargs)` under torch's checkpoint with these options."""
+        if self.use_reentrant:
+            return checkpoint(function, *args, use_reentrant=True, preserve_rng_state=self.preserve_rng_state)
+        contexts = {} if self.context_fn is None else {"context_fn": self.context_fn}
+        return checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=self.preserve_rng_state,
+            determinism_check=self.determinism_check,
+            debug=self.debug,
+            early_stop=self.early_stop,
+            **contexts,
+            **kwargs,
+        )
+
+
+class LayerCheckpoint:
+    """What transformers calls as `_gradient_checkpointing_func(function, *args)` on one module.
+
+    It holds the module and no closure, so that `copy.deepcopy(model)` gives the copy checkpoints of its own.
+
+    Args:
+        region: The module's path, for messages.
+        module: Whose layers are recomputed: the layer itself, or a model that calls its layers through this.
+        options: How.
+    """
+
+    def __init__(self, region: str, module: nn.Module, options: CheckpointOptions) -> None:
+        self.region = region
+        self.options = options
+        self._module = module
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.options.run(function, args, kwargs)
+        if isinstance(function, functools.partial):  # transformers binds the layer and the keyword arguments
+            partial = cast("functools.partial[Any]", function)
+            args, kwargs = (*partial.args, *args), {**partial.keywords, **kwargs}
+            function = partial.func
+        layer = next((x for x in (getattr(function, "__self__", None), *args[:1]) if isinstance(x, nn.Module)), None)
+        module = self._module if layer is None else layer
+        if not builds_graph(module, args, kwargs):
+            return function(*args, **kwargs)
+        call = _Call(function, self.region, World(module, []), keeps_random=not self.options.preserve_rng_state)
+        if self.options.use_reentrant:
+            return _Reentrant(call, args, kwargs).run(self.options)
+        return self.options.run(call, args, kwargs)
+
+
+class _Call:
+    """One call of a layer: plain the first time, in the world of that first time whenever it is run again."""
+
+    def __init__(self, function: Callable[..., Any], region: str, world: World, *, keeps_random: bool) -> None:
+        self._function = function
+        self._region = region
+        self._world = world
+        self._keeps_random = keeps_random
+        self._random: RandomState | None = None
+        self.rerun = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rerun:
+            return self._again(args, kwargs)
+        self.rerun = True
+        before = RandomState.now() if self._keeps_random else None
+        out = self._function(*args, **kwargs)
+        if before is not None and not before.same_as(RandomState.now()):
+            self._random = before
+        return out
+
+    def _again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with self._world.restored(self._region):
+            if self._random is None:
+                return self._function(*args, **kwargs)
+            present = RandomState()
+            self._random.restore()
+            try:
+                return self._function(*args, **kwargs)
+            finally:
+                present.restore()
+
+
+class _Reentrant:
+    """One call under the reentrant variant, with every tensor of its arguments and results in view of autograd."""
+
+    def __init__(self, call: _Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._call = call
+        # The forward gets the caller's own containers: a list that the layer fills must be the caller's.
+        self._given: tuple[tuple[Any, ...], Mapping[str, Any]] | None = (args, kwargs)
+        self._leaves, self._inputs = tree_flatten((args, dict(kwargs)))
+        self._outputs: TreeSpec | None = None
+
+    def run(self, options: CheckpointOptions) -> Any:
+        tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        device = tensors[0].device if tensors else None
+        wanted = any(tensor.requires_grad for tensor in tensors)
+        tie = None if wanted else torch.zeros((), device=device, requires_grad=True)
+        leaves, self._leaves = self._leaves, []
+        flat = options.run(self._flat, (tie, *leaves), {})
+        assert self._outputs is not None
+        return tree_unflatten(list(flat), self._outputs)
+
+    def _flat(self, _tie: Tensor | None, *leaves: Any) -> tuple[Any, ...]:
+        rerun = self._call.rerun
+        if self._given is not None:
+            (args, kwargs), self._given = self._given, None
+        else:
+            args, kwargs = tree_unflatten(list(leaves), self._inputs)
+        flat, spec = tree_flatten(self._call(*args, **kwargs))
+        if not rerun:
+            self._outputs = spec
+        elif not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flat):
+            # What is trained took no part in this call; torch refuses a rerun that needs no gradient.
+            flat = [require_grad(leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        return tuple(flat)
