@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from models import build, with_lora
-from rematree import BudgetCallback
+from rematree import BudgetCallback, is_activation_checkpointing, prepare_model_for_kbit_training
 from rematree.cost import Roofline
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.handle import applied_handle
@@ -152,6 +152,18 @@ def test_budget_in_the_training_arguments(
     assert callback.plan.budget_bytes == parse_bytes(budget)
 
 
+def test_budget_written_on_the_model(tmp_path: Path, limits: tuple[int, int]) -> None:
+    """As a script does it that prepares for k-bit training: until the plan is applied, every layer is checkpointed."""
+    base = prepare_model_for_kbit_training(build("llama"), budget=limits[1] * 2)
+    assert is_activation_checkpointing(base)
+    model = with_lora(base)
+    callback = BudgetCallback(cost=COST, forbid=["chunked_loss"], say=lambda text: None)
+    train(tmp_path, callback, model=model)
+    assert callback.plan is not None
+    assert (callback.plan.budget_bytes, callback.plan.recomputes) == (limits[1] * 2, False)
+    assert is_activation_checkpointing(model)  # the plan is off, what was there before is back
+
+
 def test_nothing_is_left_behind(tmp_path: Path, limits: tuple[int, int]) -> None:
     model, _ = train(tmp_path)  # accelerate leaves a mark of its own
     before = {path: dict(module.__dict__) for path, module in model.named_modules()}
@@ -193,7 +205,7 @@ def test_gradient_accumulation_is_planned_with_gradients_live(tmp_path: Path, li
 
 
 def test_messages(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no budget: neither BudgetCallback nor the training arguments name one"):
+    with pytest.raises(UsageError, match="no budget: neither BudgetCallback nor the training arguments nor the model"):
         train(tmp_path, BudgetCallback(cost=COST))
     with pytest.raises(UsageError, match=r"two budgets: 2\.00 GiB and 1\.00 GiB"):
         train(

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from transformers import TrainerCallback
 
+from rematree.checkpointing import requested_budget
 from rematree.cost import Cost
 from rematree.errors import UsageError
 from rematree.execute.handle import Handle, apply
@@ -32,11 +33,11 @@ class BudgetCallback(TrainerCallback):
     """Trains inside a budget. For transformers' `Trainer` and for TRL's `SFTTrainer`.
 
     The budget is the peak of a training step: weights, gradients, optimizer state, saved tensors, workspaces. It is
-    taken from here, else from `gradient_checkpointing_kwargs={"budget": ...}` (or `activation_checkpointing_kwargs`)
-    of the training arguments.
+    taken from here, from `gradient_checkpointing_kwargs={"budget": ...}` (or `activation_checkpointing_kwargs`) of the
+    training arguments, or from `prepare_model_for_kbit_training(model, budget=...)`.
 
     Args:
-        budget: Bytes, or a text with a unit ("14GiB"). None: read it from the training arguments.
+        budget: Bytes, or a text with a unit ("14GiB"). None: read it from there.
         forbid: Levers not to use: "chunked_loss".
         cost: Prices ops; measured on the model's device by default.
         say: Receives the plan and the prediction as text; standard error by default.
@@ -74,7 +75,7 @@ class BudgetCallback(TrainerCallback):
         """
         self._remove()  # what a training loop left that an error ended
         model: Any = kwargs["model"]
-        budget = self._wanted(args)
+        budget = self._wanted(args, model)
         batch, note = longest_batch(kwargs["train_dataloader"])
         device = next(model.parameters()).device
         batch = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
@@ -105,17 +106,16 @@ class BudgetCallback(TrainerCallback):
             self._handle.remove()
             self._handle = None
 
-    def _wanted(self, args: Any) -> int:
+    def _wanted(self, args: Any, model: Any) -> int:
         found = [
             parse_bytes(value["budget"])
             for name in _KWARGS
             if isinstance(value := getattr(args, name, None), dict) and "budget" in value
         ]
-        if self._budget is not None:
-            found.append(self._budget)
+        found += [size for size in (self._budget, requested_budget(model)) if size is not None]
         if not found:
             raise UsageError(
-                "no budget: neither BudgetCallback nor the training arguments name one",
+                "no budget: neither BudgetCallback nor the training arguments nor the model name one",
                 remedies=[
                     'rematree.BudgetCallback("14GiB")',
                     'TrainingArguments(activation_checkpointing_kwargs={"budget": "14GiB"}, ...)',
@@ -123,7 +123,7 @@ class BudgetCallback(TrainerCallback):
             )
         if len(set(found)) > 1:
             shown = " and ".join(format_bytes(size) for size in dict.fromkeys(found))
-            raise UsageError(f"two budgets: {shown}; name one, in BudgetCallback or in the training arguments")
+            raise UsageError(f"two budgets: {shown}; name one, in one place")
         return found[0]
 
 
