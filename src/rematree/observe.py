@@ -4,13 +4,16 @@ Everything left of the plan happens on the twin. The live model is read (names, 
 """
 
 import copy
+import traceback
 import types
 from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from types import FrameType
 from typing import Any, Final
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from rematree.cost import present_device
@@ -26,6 +29,8 @@ LossFunction = Callable[[Any], torch.Tensor]
 
 _GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
 _BITSANDBYTES: Final = "bitsandbytes"
+# Packages that only pass a call on; the line a reader wants is in the model's own code.
+_PLUMBING: Final = frozenset({"torch", "rematree", "accelerate"})
 
 
 class TwinMode(FakeTensorMode):
@@ -106,8 +111,21 @@ class Twin:
         self.batch = tree_map_only(torch.Tensor, self.mode.from_tensor, visible)
 
     def loss(self) -> torch.Tensor:
-        """Run the forward pass; the scalar to differentiate. Call inside `mode`."""
-        return self._loss(self.model(**self.batch))
+        """Run the forward pass; the scalar to differentiate. Call inside `mode`.
+
+        Raises:
+            UsageError: the model returns no loss.
+            UnsupportedModelError: what the model does depends on values of tensors.
+        """
+        try:
+            return self._loss(self.model(**self.batch))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            frames = [entry for entry in traceback.walk_tb(error.__traceback__) if not is_plumbing(entry[0])]
+            where = f" at {source_line(*frames[-1])}" if frames else ""
+            raise UnsupportedModelError(
+                "the model's forward depends on values of tensors, and a plan is made without computing any",
+                details=[f"{error.func}{where}"],
+            ) from error
 
 
 def loss_of(output: Any) -> torch.Tensor:
@@ -122,6 +140,16 @@ def loss_of(output: Any) -> torch.Tensor:
     if isinstance(candidate, torch.Tensor) and candidate.numel() == 1:
         return candidate
     raise UsageError("the model returned no loss for this batch", remedies=["put labels in the batch, or pass loss="])
+
+
+def is_plumbing(frame: FrameType) -> bool:
+    """Whether `frame` runs code of a package that only passes a model's calls on."""
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _PLUMBING
+
+
+def source_line(frame: FrameType, number: int) -> str:
+    """A line of the code that `frame` runs, as "file.py:line"."""
+    return f"{PurePath(frame.f_code.co_filename).name}:{number}"
 
 
 def visible_to_a_trace(batch: Mapping[str, Any]) -> dict[str, Any]:

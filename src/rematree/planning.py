@@ -24,6 +24,7 @@ from rematree.regions import Chain, find_chain
 from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import ChainChoice, least_peak, position_peak, solve_chain
 from rematree.survey import Survey, describe_option, survey
+from rematree.table import fold_paths
 from rematree.units import KIB, MIB, format_bytes, parse_bytes
 
 LEVERS: Final = frozenset({"chunked_loss"})
@@ -94,7 +95,7 @@ class Planner:
         self._top = max(self.survey.plain.peak_bytes, self._least_limit) * 2
 
     def _running_chain(self, chain: Chain) -> Chain:
-        """The chain without blocks that the forward never reaches."""
+        """The chain without blocks that do not run exactly once, in the order they run."""
         stack = RegionStack({path: self._twin.model.get_submodule(path) for path in chain.blocks}, {})
         try:
             with self._twin.mode, torch.no_grad():
@@ -106,7 +107,11 @@ class Planner:
             raise UnsupportedModelError("none of the model's blocks runs exactly once in a step")
         if tuple(order) == chain.blocks:
             return chain
-        return Chain(tuple(order), None, chain.note or "some blocks of the list do not run, or run out of order")
+        left = [path for path in chain.blocks if path not in order]
+        said = "the blocks do not run in the order of their list"
+        if left:
+            said = f"planned as saved, because they do not run exactly once in a step: {', '.join(fold_paths(left))}"
+        return Chain(tuple(order), None, "; ".join(note for note in (chain.note, said) if note))
 
     # -- limits and confirmations -------------------------------------------------------------------------------------
 

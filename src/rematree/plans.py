@@ -20,6 +20,7 @@ from rematree.units import format_bytes, format_seconds
 PLAN_FORMAT: Final = 1
 TABLE_HEADERS: Final = ("region", "decision", "saved", "added time")
 TABLE_RIGHT: Final = frozenset({2, 3})
+WHOLE_MODEL: Final = "(whole model)"
 _WRAP: Final = 56
 
 
@@ -177,7 +178,7 @@ class Plan:
         """The folded table as text: region, decision, saved, added time."""
         lines = [
             (
-                row.regions,
+                row.regions or WHOLE_MODEL,
                 row.option,
                 ("" if row.count == 1 else f"{row.count} x ") + format_bytes(row.saved_bytes),
                 format_seconds(row.extra_seconds),

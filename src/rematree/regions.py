@@ -68,7 +68,7 @@ def find_chain(model: nn.Module) -> Chain:
         children = _called_children(root)
     if not children:
         note = "no block list found and nothing inside the model to split: the whole model is one region"
-        return Chain((prefix.rstrip("."),) if prefix else (), None, note)
+        return Chain((prefix.rstrip("."),), None, note)
     note = f"no block list found: falling back to {len(children)} coarser regions, the children of {prefix or 'model'}"
     return Chain(tuple(prefix + name for name, _ in children), None, note.rstrip("."))
 

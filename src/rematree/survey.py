@@ -175,7 +175,7 @@ def observe_block(twin: Twin, path: str, cost: Cost) -> BlockTrace:
         storage, num_bytes = ledger.size(tensor)
         saves.append(TraceSave(len(ops), stack.path, storage))
         sizes[storage] = num_bytes
-        return tensor
+        return tensor.detach()  # an op that saves its own output would hold itself for ever
 
     def around(run: Any, *args: Any, **kwargs: Any) -> Any:
         before.update(ledger.known())

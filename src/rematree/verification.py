@@ -1,13 +1,16 @@
 """Predicted beside measured: run the live model plain and under the plan, from the same random state."""
 
+import contextlib
+import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 from rematree.errors import UsageError, VerificationError
 from rematree.execute.handle import applied_handle, apply
@@ -22,6 +25,8 @@ PEAK_SLACK: Final = 256 * KIB  # counted in every prediction; it matters for toy
 # Chunked loss: the head's matmul runs on fewer rows, so other kernels may sum in another order. In units of the dtype's
 # rounding step, relative to the largest entry of each gradient.
 _ROUNDING_STEPS: Final = 64
+
+_Gradients = Mapping[str, torch.Tensor]  # the loss is called ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,8 @@ def verify(
 ) -> Verification:
     """Compare gradients, peak and time of `plan` with the plain model, on the live model and its device.
 
-    The model's weights, gradients, random state and training flags are the same after as before: the optimizer steps
-    with a learning rate of zero.
+    The model's weights, buffers, gradients and training flags and torch's random state are the same after as before:
+    the optimizer steps with a learning rate of zero.
 
     Args:
         plan: A plan made for this model and a batch of exactly this shape.
@@ -80,41 +85,36 @@ def verify(
         The comparison.
     Raises:
         PlanMismatchError: another model or batch shape.
+        UsageError: a plan is in force, nothing is to be timed, or the plain model's gradients are not finite.
         VerificationError: an exact plan's gradients differ, a plan with chunked loss differs by more than rounding, or
             the measured peak is above the predicted one or more than 3 % below it.
     """
     if applied_handle(model) is not None:
         raise UsageError("a plan is in force on this model", remedies=["handle.remove() first"])
+    if rounds < 1:
+        raise UsageError(f"rounds is {rounds}; at least one step of each kind must be timed")
     with apply(plan, model, batch):
         pass  # refuses what the plan was not made for before anything runs
-    was_training = [(module, module.training) for module in model.modules()]
-    kept_gradients = [(p, p.grad) for p in model.parameters()]
-    cpu_state = torch.get_rng_state()
-    if not model.training:
-        model.train()
-    bench = _Bench(model, batch, optimizer, loss or loss_of)
-    try:
+    with _restored(model):
+        if not model.training:
+            model.train()
+        bench = _Bench(model, batch, optimizer, loss or loss_of)
         control, expected = bench.gradients(), bench.gradients()
-        repeatable = all(torch.equal(control[name], expected[name]) for name in expected)
+        if not all(bool(tensor.isfinite().all()) for tensor in expected.values()):
+            raise UsageError("the plain model's loss or gradients are not finite: there is nothing to compare with")
         plain_times, planned_times = list[float](), list[float]()
         plain_peak = bench.peak()
         with apply(plan, model, batch):
-            found = bench.gradients()
+            found = bench.planned_gradients()
             measured_peak = bench.peak()
         for _ in range(rounds):
             plain_times.append(bench.seconds())
             with apply(plan, model, batch):
                 planned_times.append(bench.seconds())
-    finally:
-        torch.set_rng_state(cpu_state)
-        for module, flag in was_training:
-            module.training = flag
-        for parameter, gradient in kept_gradients:
-            parameter.grad = gradient
     result = Verification(
-        gradients_equal=all(torch.equal(expected[name], found[name]) for name in expected),
+        gradients_equal=_equal(expected, found),
         num_gradients=len(expected) - 1,
-        largest_difference=max(_difference(expected[name], found[name]) for name in expected),
+        largest_difference=_largest_difference(expected, found),
         loss_plain=float(expected[""]),
         loss_planned=float(found[""]),
         predicted_peak_bytes=plan.predicted_peak_bytes,
@@ -124,32 +124,84 @@ def verify(
         plain_peak_bytes=plain_peak,
         plain_step_seconds=statistics.median(plain_times),
     )
-    _judge(plan, result, repeatable, expected)
+    _judge_gradients(plan, result, control, expected)
+    _judge_peak(plan, measured_peak)
     return result
 
 
-def _judge(plan: Plan, result: Verification, repeatable: bool, expected: Mapping[str, torch.Tensor]) -> None:
+def _judge_gradients(plan: Plan, result: Verification, control: _Gradients, expected: _Gradients) -> None:
+    repeatable = _equal(expected, control)
     if plan.exact and repeatable and not result.gradients_equal:
         raise VerificationError(
-            f"gradients differ from the plain model's by up to {result.largest_difference:.3g}; this plan must be exact"
+            f"gradients differ from the plain model's by up to {result.largest_difference:.3g} of their largest entry; "
+            "this plan must be exact"
         )
-    step = max(torch.finfo(t.dtype).eps for t in expected.values())
-    if result.largest_difference > _ROUNDING_STEPS * step:
+    rounding = _ROUNDING_STEPS * max(torch.finfo(t.dtype).eps for t in expected.values())
+    if result.largest_difference > rounding:
+        itself = _largest_difference(expected, control)
         raise VerificationError(
             f"gradients differ from the plain model's by up to {result.largest_difference:.3g} of their largest entry; "
-            f"rounding explains {_ROUNDING_STEPS * step:.3g}"
+            f"rounding explains {rounding:.3g}",
+            details=[] if repeatable else [f"the plain model, run twice, differs from itself by up to {itself:.3g}"],
         )
-    measured, predicted = result.measured_peak_bytes, result.predicted_peak_bytes
-    if measured > predicted or measured < predicted * (1 - PEAK_TOLERANCE) - PEAK_SLACK:
+
+
+def _judge_peak(plan: Plan, measured: int) -> None:
+    predicted, budget = plan.predicted_peak_bytes, plan.budget_bytes
+    sizes = (
+        f"measured peak {format_bytes(measured)} ({measured} B), predicted {format_bytes(predicted)} ({predicted} B)"
+    )
+    if measured > predicted:
+        over = budget is not None and measured > budget
         raise VerificationError(
-            f"measured peak {format_bytes(measured)}, predicted {format_bytes(predicted)}: "
-            f"outside the promised {PEAK_TOLERANCE:.0%}"
+            f"{sizes}: above the prediction",
+            details=[f"and above the budget of {format_bytes(budget or 0)}"] if over else [],
         )
+    if measured < predicted * (1 - PEAK_TOLERANCE) - PEAK_SLACK:
+        raise VerificationError(f"{sizes}: more than {PEAK_TOLERANCE:.0%} below the prediction")
+
+
+def _equal(expected: _Gradients, found: _Gradients) -> bool:
+    return expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def _largest_difference(expected: _Gradients, found: _Gradients) -> float:
+    """In units of each gradient's largest entry; infinite where a gradient is missing, not expected, or no number."""
+    if expected.keys() != found.keys():
+        return math.inf
+    return max(_difference(expected[name], found[name]) for name in expected)
 
 
 def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:
     largest = float(expected.abs().max())
-    return float((expected - found).abs().max()) / largest if largest > 0 else float(found.abs().max())
+    ratio = float((expected - found).abs().max()) / largest if largest > 0 else float(found.abs().max())
+    return math.inf if math.isnan(ratio) else ratio
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Generator[None]:
+    """Put back what training steps change besides weights: buffers, gradients, training flags, random state."""
+    flags = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [
+        (module, name, buffer, buffer.to("cpu", copy=True))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer.cpu(), value):
+                    buffer.copy_(value)
 
 
 class _Bench:
@@ -182,11 +234,23 @@ class _Bench:
         self._clear()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Loss under "" and gradients by name."""
+        """Loss under "" and gradients by name, off the device: its peak is measured while they are kept."""
         loss = self._forward_backward()
-        found = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        found = {name: p.grad.cpu() for name, p in self._model.named_parameters() if p.grad is not None}
         self._clear()
-        return {"": loss, **found}
+        return {"": loss.cpu(), **found}
+
+    def planned_gradients(self) -> dict[str, torch.Tensor]:
+        """`gradients` under a plan.
+
+        Raises:
+            VerificationError: the recomputation does not save what the forward saved.
+        """
+        try:
+            return self.gradients()
+        except CheckpointError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise VerificationError("the recomputation differs from the forward pass", details=[reason]) from error
 
     def peak(self) -> int:
         """Measured peak of one step."""

@@ -6,8 +6,10 @@ import typer
 
 from rematree.cli import options
 from rematree.cli.options import DEFAULT
-from rematree.cli.output import emit_json, emit_table, hint
+from rematree.cli.output import command_with, emit_json, emit_table, hint
+from rematree.errors import InfeasibleBudgetError
 from rematree.report.tables import frontier_columns, frontier_facts
+from rematree.units import MIB
 
 Points = Annotated[int, typer.Option(min=1, help="At most so many points, if no budgets are given.")]
 Budgets = Annotated[
@@ -55,7 +57,11 @@ def frontier(
     planner = Planner(
         shape.model, shape.batch, accumulation_steps=config.gradient_accumulation_steps, forbid=config.forbid
     )
-    found = sweep(planner, wanted, points)
+    try:
+        found = sweep(planner, wanted, points)
+    except InfeasibleBudgetError as error:
+        least = f"{-(-error.min_peak // MIB)}MiB"
+        raise error.with_remedies([command_with(ctx, budgets=[least]), command_with(ctx, budgets=[])]) from None
     if as_json:
         emit_json(frontier_facts(found, plain_step(planner)))
     else:

@@ -91,7 +91,7 @@ def command_with(ctx: typer.Context, **changes: Any) -> str:
         elif isinstance(value, bool):
             words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
         elif isinstance(value, (list, tuple)):
-            words += [parameter.opts[0], ",".join(map(str, value))]  # pyright: ignore[reportUnknownArgumentType]
+            words += [parameter.opts[0], ",".join(map(str, value))] if value else []  # pyright: ignore[reportUnknownArgumentType]
         else:
             words += [parameter.opts[0], str(value)]
     return shlex.join(words)

@@ -233,7 +233,7 @@ def _keep(tensor: torch.Tensor, stash: bool) -> _Leaf:
 
 # Identity hooks switch off autograd's own check for in-place changes, so the version travels along.
 def _pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    return tensor, tensor._version
+    return tensor.detach(), tensor._version
 
 
 def _unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:

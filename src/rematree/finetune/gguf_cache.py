@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 
 from rematree.errors import UsageError
 
@@ -58,7 +59,7 @@ def converted_copy(path: Path, dtype: torch.dtype) -> Path:
         model, tokenizer = _read(path, dtype)
         _write(model, tokenizer, staging)
         _publish(staging, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second is how the writer of the weights says "disk full"
         raise _not_writable(target.parent, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -125,8 +126,9 @@ def _corrupt(path: Path, error: Exception) -> UsageError:
     )
 
 
-def _not_writable(folder: Path, error: OSError) -> UsageError:
+def _not_writable(folder: Path, error: Exception) -> UsageError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return UsageError(
-        f"a converted copy of the model cannot be kept in {folder}: {error.strerror or error}",
+        f"a converted copy of the model cannot be kept in {folder}: {reason}",
         remedies=["REMATREE_CACHE=/a/directory/with/room rematree ..."],
     )

@@ -6,7 +6,7 @@ Everything is read from the plan; the model is not needed.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rematree.plans import Action, BlockRow, Plan
+from rematree.plans import WHOLE_MODEL, Action, BlockRow, Plan
 from rematree.table import fold_paths, render_table
 from rematree.units import format_bytes, format_seconds
 
@@ -109,7 +109,7 @@ def explain_text(plan: Plan) -> str:
     for block in explain_blocks(plan):
         each = " each" if block.count > 1 else ""
         lines.append(
-            f"  {block.regions}: keeps {format_bytes(block.saved_bytes)}{each}, "
+            f"  {block.regions or WHOLE_MODEL}: keeps {format_bytes(block.saved_bytes)}{each}, "
             f"adds {format_seconds(block.extra_seconds)}{each}"
         )
         lines += [f"    {text}" for text in _decisions(block)]

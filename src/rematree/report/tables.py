@@ -1,21 +1,17 @@
-"""Plans, frontiers, verifications and saved tensors as tables: columns for every reader, colours for a terminal."""
+"""Plans, frontiers and verifications as tables: columns for every reader, colours for a terminal."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from rematree.plans import TABLE_HEADERS, TABLE_RIGHT, Plan
-from rematree.table import fold_paths, render_table
+from rematree.table import render_table
 from rematree.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from rematree.saved import SavedTensor
     from rematree.verification import Verification
-
-_NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -185,65 +181,3 @@ def verification_columns(result: "Verification") -> Columns:
     below = [verdict, f"loss: plain {result.loss_plain:.6f}, under the plan {result.loss_planned:.6f}"]
     headers = ("", "predicted", "measured", "difference", "plain model")
     return Columns(headers, rows, frozenset({1, 2, 3, 4}), below=below)
-
-
-@dataclass(frozen=True, slots=True)
-class FoldedTensor:
-    """One saved tensor of every layer that saves the same.
-
-    Attributes:
-        region: Regions that save it, folded.
-        count: How many they are.
-        num_bytes: Bytes of each; 0 where it is a weight, or memory an earlier line counts.
-        dtype: Dtype.
-        shape: Shape.
-        source: "file.py:line" of the op that saved it.
-    """
-
-    region: str
-    count: int
-    num_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    source: str
-
-
-def fold_saved_tensors(tensors: Sequence["SavedTensor"]) -> list[FoldedTensor]:
-    """One line for every saved tensor, equal layers written once, in the order they were saved.
-
-    The k-th tensor of one layer folds only with the k-th equal one of another, so a layer that saves the same shape
-    twice keeps two lines.
-    """
-    groups: dict[tuple[Any, ...], list[SavedTensor]] = {}
-    seen: dict[tuple[Any, ...], int] = {}
-    for tensor in tensors:
-        what = (tensor.num_bytes, tensor.dtype, tensor.shape, tensor.source)
-        turn = seen[tensor.region, what] = seen.get((tensor.region, what), 0) + 1
-        groups.setdefault((_NUMBER.sub("#", tensor.region), what, turn), []).append(tensor)
-    return [
-        FoldedTensor(
-            ", ".join(fold_paths([tensor.region for tensor in members])),
-            len(members),
-            members[0].num_bytes,
-            members[0].dtype,
-            members[0].shape,
-            members[0].source,
-        )
-        for members in groups.values()
-    ]
-
-
-def saved_columns(tensors: Sequence["SavedTensor"]) -> Columns:
-    """What autograd holds, folded over equal layers."""
-    rows = [
-        [
-            line.region or "(outside any region)",
-            line.dtype,
-            "x".join(map(str, line.shape)) or "scalar",
-            ("" if line.count == 1 else f"{line.count} x ") + format_bytes(line.num_bytes),
-            line.source,
-        ]
-        for line in fold_saved_tensors(tensors)
-    ]
-    total = format_bytes(sum(tensor.num_bytes for tensor in tensors))
-    return Columns(("region", "dtype", "shape", "bytes", "source"), [*rows, ["sum", "", "", total, ""]], frozenset({3}))
