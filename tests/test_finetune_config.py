@@ -28,6 +28,26 @@ def config(**changes: Any) -> TrainConfig:
         ({"heldout": 2.5}, "--heldout is 2.5; give a share below 1 or a whole number of examples"),
         ({"max_steps": 0}, "--max-steps is 0; give a number above zero, or -1 to go by epochs"),
         ({"dtype": "int4"}, '--dtype is \'int4\'; it can be "auto", "float32" or "bfloat16"'),
+        (
+            {"load_in_4bit": True, "load_in_8bit": True},
+            "--load-in-4bit and --load-in-8bit contradict each other; a weight is packed one way or the other",
+        ),
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
+            '--bnb-4bit-quant-type is \'int4\'; it can be "nf4" or "fp4"',
+        ),
+        (
+            {"bnb_4bit_quant_type": "fp4"},
+            "--bnb-4bit-quant-type fp4 says how weights are packed into 4 bits, but they are not packed\n"
+            "What would work:\n"
+            "  --load-in-4bit",
+        ),
+        (
+            {"load_in_8bit": True, "bnb_4bit_use_double_quant": False},
+            "--no-bnb-4bit-use-double-quant says how weights are packed into 4 bits, but they are packed into 8\n"
+            "What would work:\n"
+            "  --load-in-4bit",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_by_their_flag(changes: dict[str, Any], message: str):

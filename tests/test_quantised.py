@@ -103,13 +103,15 @@ def test_predicted_peak_is_the_measured_one(make: Make, kind: str) -> None:
     for budget in (least_peak, (least_peak + most) // 2, most):
         plan = planner.plan(budget)
         with rematree.apply(plan, model, batch):
-            for _ in range(2):
-                with PeakMeter(model, optimizer, batch) as meter:
+            for _ in range(2):  # the second has the optimizer's state
+                meter = PeakMeter(model, optimizer, batch)
+                with meter:
                     model(**batch).loss.backward()
                     optimizer.step()
                     optimizer.zero_grad()
+                measured = meter.peak_bytes
         # The slack for small tensors outside the model is much of a toy; without it.
-        assert plan.predicted_peak_bytes - PEAK_SLACK == pytest.approx(meter.peak_bytes, rel=0.03)
+        assert plan.predicted_peak_bytes - PEAK_SLACK == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", KINDS)

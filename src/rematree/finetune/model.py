@@ -5,6 +5,7 @@ comes inside a PyPI wheel, so that the demo needs no model hub.
 """
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -82,8 +83,8 @@ def load_model(
             compute_dtype=torch_dtype,
         )
     loaded = _find(spec, torch_dtype, revision, config)
-    if quantisation is not None:
-        _check_quantised(loaded.model, quantisation.bits, spec)
+    if quantisation is not None and not four_bit_linears(loaded.model) and not frozen_int8_linears(loaded.model):
+        raise UsageError(f"--load-in-{quantisation.bits}bit: {spec} has no linear layers that bitsandbytes packs")
     keep_trainable(loaded.model)
     return loaded
 
@@ -142,21 +143,31 @@ def _builtin_path(spec: str) -> Path:
     )
 
 
-def _check_quantised(model: Any, bits: int, spec: str) -> None:
-    """Refuse what transformers only logs: the files are quantised another way, or there is nothing to quantise."""
-    if not getattr(model, f"is_loaded_in_{bits}bit", False):
-        there = getattr(model, "quantization_method", None)
+def _refuse_other_quantisation(name: str, stored: Mapping[str, Any], asked: Any) -> None:
+    """Refuse files that are quantised in another way than asked for: transformers would make up the weights."""
+    option = "--load-in-4bit" if asked.load_in_4bit else "--load-in-8bit"
+    compared = ["load_in_4bit", "load_in_8bit"]
+    if asked.load_in_4bit:
+        compared += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"]
+    method = str(stored.get("quant_method"))
+    details = [
+        f"{item}: {stored.get(item)} in the files, {getattr(asked, item)} asked for"
+        for item in compared
+        if method == "bitsandbytes" and stored.get(item) != getattr(asked, item)
+    ]
+    if details or method != "bitsandbytes":
         raise UsageError(
-            f"--load-in-{bits}bit: the weights of {spec} are quantised already, by {getattr(there, 'value', there)}",
-            remedies=[f"leave out --load-in-{bits}bit", "the model with plain weights"],
+            f"{option}: the weights of {name} are quantised already, by {method}",
+            details=details,
+            remedies=[f"leave out {option}: they are loaded as they are", "the model with plain weights"],
         )
-    if not four_bit_linears(model) and not frozen_int8_linears(model):
-        raise UsageError(f"--load-in-{bits}bit: {spec} has no linear layers that bitsandbytes packs")
 
 
 def _from_directory(path: Path, dtype: torch.dtype, quantisation: Any) -> LoadedModel:
     try:
         return _load(str(path.resolve()), dtype, quantisation, local_files_only=True)
+    except UsageError:
+        raise
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise UsageError(f"the model in {path} cannot be loaded", details=_first_lines(error)) from error
 
@@ -164,6 +175,8 @@ def _from_directory(path: Path, dtype: torch.dtype, quantisation: Any) -> Loaded
 def _from_hub(spec: str, dtype: torch.dtype, revision: str | None, quantisation: Any) -> LoadedModel:
     try:
         return _load(spec, dtype, quantisation, revision=revision)
+    except UsageError:
+        raise
     except (OSError, ValueError) as error:
         raise _not_there(
             spec, f"there is no such directory here, and the Hub says: {_first_lines(error)[0]}"
@@ -175,7 +188,12 @@ def _load(name: str, dtype: torch.dtype, quantisation: Any, **kwargs: Any) -> Lo
 
     library: Any = transformers
     tokenizer = library.AutoTokenizer.from_pretrained(name, **kwargs)
-    model = library.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=quantisation, **kwargs)
+    stored = getattr(library.AutoConfig.from_pretrained(name, **kwargs), "quantization_config", None)
+    if stored and quantisation is not None:
+        _refuse_other_quantisation(name, stored, quantisation)
+    elif quantisation is not None:  # an explicit None would hide what is stored
+        kwargs["quantization_config"] = quantisation
+    model = library.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
     if tokenizer.pad_token is None:
         # A new token would need a new row in the embedding; padding is masked, so any existing token does.
         if tokenizer.eos_token is None:

@@ -12,7 +12,7 @@ from rematree.errors import UsageError
 from rematree.units import format_bytes, format_seconds
 
 _MAX_SHOWN: Final = 240
-_LIBRARIES: Final = ("rematree", "torch", "transformers", "peft", "accelerate", "datasets")
+_LIBRARIES: Final = ("rematree", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
