@@ -5,9 +5,9 @@
     python benchmarks/qlora.py upcast           # dtype of the residual stream, bytes between layers, peak
 
 Each part adds its section to --output and prints it as a table. Peaks are allocated bytes of one step, optimizer state
-included; a profiled step is not timed. Ways of stepping are compared in time by `rematree train --compare-hf`, in turns.
-Exits with 1 if a prediction is off by more than 3 %, the held-out loss does not
-fall, or the adapter does not load to the same loss.
+included; a profiled step is not timed. For a comparison of times see `rematree train --compare-hf`, which takes turns.
+Exits with 1 if a prediction is off by more than 3 %, the held-out loss does not fall, or the adapter does not load to
+the same loss.
 """
 
 import argparse
