@@ -88,6 +88,7 @@ def qwen3_moe() -> Any:
         num_experts_per_tok=2,
         vocab_size=99,
     )
+    torch.manual_seed(0)
     return transformers.Qwen3MoeForCausalLM(config)
 
 

@@ -2,7 +2,7 @@
 
 Differences to PEFT 0.21, all of them towards what its documentation says: checkpointing is the non-reentrant variant
 unless asked otherwise, `{}` included; there is one hook on an embedding and none where none is needed; models whose
-quantisation PEFT does not know, or without any, get checkpointing as well; weights that cannot be cast are refused.
+quantisation PEFT does not know, or without any, get checkpointing as well; packed weights stay packed after sharding.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from torch import nn
 from rematree.checkpointing import activation_checkpointing_enable, check_can_switch, request_budget
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.layer_checkpoint import CheckpointOptions
-from rematree.execute.precision import Upcast, cast_to_fp32, refuse_offloaded
+from rematree.execute.precision import Upcast, cast_to_fp32, sixteen_bit_parameters
 from rematree.units import parse_bytes
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -74,8 +74,8 @@ def prepare_model_for_kbit_training(
 
     Raises:
         UsageError: a wrong argument, or a plan is in force; nothing has been changed.
-        UnsupportedModelError: parameters to be cast are offloaded or flattened by FSDP, or the adapter is prefix
-            tuning; nothing has been changed.
+        UnsupportedModelError: FSDP has flattened parameters that would be cast, or the adapter is prefix tuning;
+            nothing has been changed.
 
     Source: peft/utils/other.py, 0.21.2.
     """
@@ -87,12 +87,12 @@ def prepare_model_for_kbit_training(
         check_can_switch(model)
     if upcast == "all" and _is_never_cast(model):
         upcast = "none"
-    refuse_offloaded(model, upcast)
+    to_cast = sixteen_bit_parameters(model, upcast)
 
     for parameter in model.parameters():
         parameter.requires_grad = False
     if upcast != "none":
-        cast_to_fp32(model, upcast)
+        cast_to_fp32(to_cast, hand_on_input_dtype=upcast == "norms")
         if auto_clear_cache:
             _clear_caches()
     if wanted is not None:

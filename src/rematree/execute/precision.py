@@ -4,7 +4,7 @@ A packed weight may be stored in bf16 so that FSDP can shard it; casting it woul
 recognised by what it carries and where it sits, not by its class's name alone, because sharding changes the class.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 import torch
@@ -43,28 +43,31 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
-def sixteen_bit_parameters(model: nn.Module, upcast: Upcast) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """(path, owner, parameter) of the 16-bit numbers that `upcast` names, each once; packed storage is left out.
+def sixteen_bit_parameters(model: nn.Module, upcast: Upcast) -> list[tuple[nn.Module, nn.Parameter]]:
+    """(owner, parameter) of the 16-bit numbers that `upcast` names, each once; packed storage is left out.
 
     "all": every one. "norms": the vectors of normalisation modules, so neither embeddings nor stacks of experts.
+
+    Raises:
+        UnsupportedModelError: FSDP has flattened parameters, so that packed ones cannot be told from others.
     """
+    found: list[tuple[nn.Module, nn.Parameter]] = []
+    if upcast == "none":
+        return found
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype not in _SIXTEEN_BITS or id(parameter) in seen or is_packed(module, name, parameter):
                 continue
-            if upcast == "all" or (upcast == "norms" and is_norm(module)):
+            if upcast == "all" or is_norm(module):
                 seen.add(id(parameter))
-                yield f"{path}.{name}".lstrip("."), module, parameter
+                found.append((module, parameter))
+    return found
 
 
 def is_packed(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether the 16-bit dtype of `module.<name>` is only the container of packed bytes.
-
-    Raises:
-        UnsupportedModelError: FSDP has flattened it together with others, so nobody can tell any more.
-    """
-    if type(parameter).__name__ == "FlatParameter":
+    """Whether the 16-bit dtype of `module.<name>` is only the container of packed bytes."""
+    if getattr(parameter, "_is_flat_param", False):
         raise UnsupportedModelError(
             "FSDP has flattened the weights, and packed ones cannot be told from others any more",
             remedies=["prepare the model before FSDP wraps it", 'upcast="none"'],
@@ -88,36 +91,19 @@ def is_norm(module: nn.Module) -> bool:
     return vectors and not module._modules and "norm" in type(module).__name__.lower()
 
 
-def refuse_offloaded(model: nn.Module, upcast: Upcast) -> None:
-    """Refuse to cast parameters whose values are elsewhere: the cast would not reach them.
+def cast_to_fp32(parameters: Sequence[tuple[nn.Module, nn.Parameter]], *, hand_on_input_dtype: bool) -> None:
+    """Cast what `sixteen_bit_parameters` found, in place.
 
-    A model made on the meta device has no values anywhere, and may be cast.
+    A parameter that accelerate keeps on the host or on disk is cast in name here, and in fact each time it is loaded.
 
-    Raises:
-        UnsupportedModelError: accelerate keeps parameters that `upcast` names on the host or on disk.
+    Args:
+        parameters: With the modules that own them.
+        hand_on_input_dtype: The owners' outputs keep the dtype of their inputs.
     """
-    if not any(_offloads(module.__dict__.get("_hf_hook")) for module in model.modules()):
-        return
-    away = [path for path, _, parameter in sixteen_bit_parameters(model, upcast) if parameter.is_meta]
-    if away:
-        raise UnsupportedModelError(
-            f"{len(away)} parameters that would become fp32 are offloaded, first {away[0]}; the stored weights would "
-            "keep their dtype",
-            remedies=['upcast="none"', "load the model without offloading"],
-        )
-
-
-def _offloads(hook: Any) -> bool:
-    hooks = getattr(hook, "hooks", (hook,))  # accelerate chains several in one
-    return any(getattr(each, "offload", False) for each in hooks)
-
-
-def cast_to_fp32(model: nn.Module, upcast: Upcast) -> None:
-    """Cast in place what `upcast` names. Norms that alone are cast give out the dtype that they get in."""
     owners: dict[int, nn.Module] = {}
-    for _, module, parameter in list(sixteen_bit_parameters(model, upcast)):
+    for module, parameter in parameters:
         parameter.data = parameter.data.to(torch.float32)
         owners[id(module)] = module
-    if upcast == "norms":
+    if hand_on_input_dtype:
         for module in owners.values():
             Fp32Forward(module)
