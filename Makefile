@@ -24,8 +24,9 @@ help:
 demo: $(MODEL)
 	KINETO_LOG_LEVEL=99 $(BIN)/python -m rematree.finetune.demo --output runs/demo
 
+# Two at a time, each with one thread: small models leave the other threads nothing to do.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(MODEL)
 	$(BIN)/python -m pytest -m "slow or gpu"

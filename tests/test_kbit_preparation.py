@@ -7,7 +7,7 @@ shows theirs beside ours; `upstream_is_wrong` fails once it is right.
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import accelerate
 import bitsandbytes
@@ -26,6 +26,7 @@ import rematree
 from checkpointed_models import CASES, EXPERTS, by_rematree, qwen3_moe, state_of, step, upstream_is_wrong
 from models import assert_same, batch_for, build, with_lora
 from rematree.errors import UnsupportedModelError, UsageError
+from rematree.execute.precision import Upcast
 from rematree.units import GIB
 
 pytestmark = [
@@ -50,9 +51,8 @@ def nf4(model: Any, storage: torch.dtype = torch.uint8) -> Any:
             packed = bitsandbytes.nn.Linear4bit(
                 linear.in_features, linear.out_features, bias=False, compute_dtype=HALF, quant_storage=storage
             )
-            packed.weight = bitsandbytes.nn.Params4bit(
-                linear.weight.data, requires_grad=False, quant_type="nf4", quant_storage=storage, module=packed
-            )
+            more: dict[str, Any] = {"quant_type": "nf4", "quant_storage": storage, "module": packed}
+            packed.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **more)
             model.set_submodule(path, packed.to("cpu"))
     model.is_loaded_in_4bit = model.is_quantized = True
     return model
@@ -65,7 +65,8 @@ def int8(model: Any) -> Any:
             packed = bitsandbytes.nn.Linear8bitLt(
                 linear.in_features, linear.out_features, bias=False, has_fp16_weights=False
             )
-            packed.weight = bitsandbytes.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+            more: dict[str, Any] = {"has_fp16_weights": False}
+            packed.weight = bitsandbytes.nn.Int8Params(linear.weight.data, requires_grad=False, **more)
             model.set_submodule(path, packed.to("cpu"))
     model.is_loaded_in_8bit = model.is_quantized = True
     return model
@@ -363,7 +364,7 @@ def test_b6_offloaded_parameters(place: str, upcast: str, tmp_path: Path) -> Non
     ids = batch_for(here)["input_ids"]
     logits: list[torch.Tensor] = []
     for model in (here, away):
-        ours(model, upcast=upcast)
+        ours(model, upcast=cast("Upcast", upcast))
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits)
     assert {p.device.type for p in away.parameters()} == {"meta"}
@@ -427,7 +428,7 @@ def residual_dtypes_and_bytes(model: Any) -> tuple[set[torch.dtype], set[int]]:
 def test_upcast_decides_the_residual_stream(quantiser: str) -> None:
     elements = 2 * 32 * 48
     for upcast, dtype in (("all", torch.float32), ("norms", HALF), ("none", HALF)):
-        model: Any = with_lora(ours(QUANTISERS[quantiser](half()), upcast=upcast))
+        model: Any = with_lora(ours(QUANTISERS[quantiser](half()), upcast=cast("Upcast", upcast)))
         assert residual_dtypes_and_bytes(model) == ({dtype}, {elements * dtype.itemsize})
         norm = model.get_base_model().model.norm
         assert norm.weight.dtype == (HALF if upcast == "none" else torch.float32)
@@ -443,7 +444,7 @@ def test_norms_in_fp32_are_norms_in_fp32(name: str) -> None:
     x = torch.randn(3, 5, norms[0].weight.shape[0])
     exact = ours(build(name))
     for norm in norms:
-        twin = exact.get_submodule(next(path for path, m in model.named_modules() if m is norm))
+        twin: Any = exact.get_submodule(next(path for path, m in model.named_modules() if m is norm))
         twin.load_state_dict(norm.state_dict())
         if twin.weight.shape[0] == x.shape[-1]:
             assert torch.equal(norm(x.to(HALF)), twin(x.to(HALF).float()).to(HALF))
@@ -455,7 +456,7 @@ def test_norms_in_fp32_are_norms_in_fp32(name: str) -> None:
 
 def test_stacks_of_experts_are_left_alone() -> None:
     def bytes_of_experts(model: Any) -> int:
-        return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if p.dim() == 3)
+        return sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() == 3)
 
     before = bytes_of_experts(qwen3_moe().to(HALF))
     assert before > 0
@@ -470,7 +471,7 @@ def test_stacks_of_experts_are_left_alone() -> None:
 class _Container(torch.Tensor):
     """A quantised tensor as other libraries make them: a wrapper that shows the dtype it stands for."""
 
-    inner: torch.Tensor
+    inner: torch.Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> "_Container":
@@ -514,13 +515,14 @@ def test_the_bytes_in_the_docstring() -> None:
 
     def num_bytes(upcast: str | None) -> int:
         with torch.device("meta"):
-            model: Any = transformers.LlamaForCausalLM(config).to(HALF)
+            model: Any = transformers.LlamaForCausalLM(config)
+            model.to(HALF)
         for module in model.model.layers.modules():
             if isinstance(module, nn.Linear):
                 packed = torch.empty(module.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
                 module.weight = nn.Parameter(packed, requires_grad=False)
         if upcast is not None:
-            ours(model, upcast=upcast)
+            ours(model, upcast=cast("Upcast", upcast))
         return sum(p.numel() * p.element_size() for p in model.parameters())
 
     text = str(rematree.prepare_model_for_kbit_training.__doc__)

@@ -57,7 +57,7 @@ def test_readme_shows_what_changes() -> None:
     """All lines that differ, but for the title, the command line and what is read from it."""
     readme = (EXAMPLES.parent.parent / "README.md").read_text()
     for name in ("plain_loop", "trainer", "sft"):
-        shown = re.search(rf"`{name}_after\.py`\):\n\n```diff\n(.*?)```", readme, re.DOTALL)
+        shown = re.search(rf"`{name}_after`\):\n\n```diff\n(.*?)```", readme, re.DOTALL)
         assert shown
         before, after = ((EXAMPLES / f"{name}_{when}.py").read_text().splitlines() for when in ("before", "after"))
         changed = [
