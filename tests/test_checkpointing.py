@@ -76,6 +76,9 @@ def test_gradients_are_the_plain_models(name: str, adapted: bool, use_reentrant:
     case = CASES[name]
     model = case.adapted() if adapted else case.make().train()
     batch = case.batch()
+    if name in ENCODER_DECODERS:
+        # The cache lays keys and values out anew, and on some processors that is another matmul kernel: its last bit.
+        model.config.use_cache = False
     expected = step(model, batch)
     assert_same(expected, step(model, batch))
     with by_rematree(model, {"use_reentrant": use_reentrant}):

@@ -214,11 +214,12 @@ def _measure_options(
             for path, kind in zip(short.blocks, kinds, strict=True):
                 decisions.update(_decide(path, final[kind][min(turn, len(final[kind]) - 1)]))
             result = short.run(decisions, None)
-            if not result.misread:
+            if not result.misread and not result.written:
                 break
             for path, kind in zip(short.blocks, kinds, strict=True):
                 index = min(turn, len(final[kind]) - 1)
-                final[kind][index] = _stash_more(final[kind][index], path, result.misread)
+                option = _save_less(final[kind][index], path, result.written)
+                final[kind][index] = _stash_more(option, path, result.misread)
         for kind, index in enumerate(representatives):
             seconds = _block_seconds(result, index)
             if turn == len(final[kind]) - 1:
@@ -234,6 +235,12 @@ def _stash_more(option: BlockOption, path: str, misread: frozenset[str]) -> Bloc
     prefix = path + "."
     wrong = {region.removeprefix(prefix) for region in misread if region.startswith(prefix)}
     return replace(option, stashed=option.stashed | wrong) if wrong else option
+
+
+def _save_less(option: BlockOption, path: str, written: frozenset[str]) -> BlockOption:
+    """`option` without the regions whose output is written to later in the block."""
+    saved = tuple(region for region in option.saved if join_path(path, region) not in written)
+    return replace(option, saved=saved, stashed=option.stashed & frozenset(saved))
 
 
 def _block_seconds(result: Simulation, index: int) -> float:

@@ -1,4 +1,4 @@
-"""What the recomputation must find as it was in forward: random state, training flags, adapters, captured values.
+"""What the recomputation must find as it was in forward: random state, flags, adapters, hooks, captured values.
 
 Design rules R4 and R5. Autocast is restored by `torch.utils.checkpoint` itself.
 """
@@ -15,8 +15,16 @@ from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_any
 
 from rematree.errors import RecomputeMismatchError
+from rematree.execute.module_state import ChangingBuffers, ModuleState
 
 _STATE_BYTES: Final = 5056  # of torch.get_rng_state()
+_HOOKS: Final = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 @dataclass(frozen=True)
@@ -88,26 +96,69 @@ def _adapter_state(module: nn.Module) -> tuple[Any, bool, tuple[str, ...]] | Non
     return list(active) if isinstance(active, list) else active, layer._disable_adapters, tuple(layer.merged_adapters)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
+class _Hooks:
+    """The forward hooks of some modules, each with its place in them: they are part of what a module computes."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._kept = [(m, [dict(getattr(m, name)) for name in _HOOKS]) for m in modules if _has_hooks(m)]
+
+    def restore(self, modules: list[nn.Module], undo: contextlib.ExitStack) -> None:
+        """Put the hooks of then in the place of those of now, until `undo` closes."""
+        then = {id(module): kept for module, kept in self._kept}
+        for module in modules:
+            kept = then.get(id(module))
+            if kept is None and not _has_hooks(module):
+                continue
+            for position, name in enumerate(_HOOKS):
+                live, wanted = getattr(module, name), {} if kept is None else kept[position]
+                if live != wanted:
+                    undo.callback(_replace, live, dict(live))
+                    _replace(live, wanted)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _replace(live: dict[Any, Any], wanted: dict[Any, Any]) -> None:
+    live.clear()  # in place: whoever registered a hook removes it from this very dict
+    live.update(wanted)
+
+
 class World:
-    """Snapshot of everything around a region's forward except random state."""
+    """Snapshot of everything around a region's forward except random state.
 
-    __slots__ = ("_adapters", "_captured", "_requires_grad", "_training")
+    Args:
+        module: The region.
+        captured: What the user asked to be restored.
+        changing: What is known of the region's buffers.
+    """
 
-    def __init__(self, module: nn.Module, captured: list[Captured]) -> None:
-        modules = list(module.modules())
+    __slots__ = ("_adapters", "_captured", "_hooks", "_modules", "_requires_grad", "_state", "_training")
+
+    def __init__(self, module: nn.Module, captured: list[Captured], changing: ChangingBuffers) -> None:
+        self._modules = modules = list(module.modules())
         self._training = [(m, m.training) for m in modules]
         self._requires_grad = [(p, p.requires_grad) for p in module.parameters()]
         states = [(m, _adapter_state(m)) for m in modules]
         self._adapters = [(m, state) for m, state in states if state is not None]
+        self._hooks = _Hooks(modules[1:])  # the region's own hooks run around it, and once
+        self._state = ModuleState(module, changing)
         self._captured = [(item, item.read()) for item in captured]
+
+    def settle(self) -> None:
+        """The forward is over."""
+        self._state.settle()
 
     @contextlib.contextmanager
     def restored(self, region: str) -> Generator[None]:
         """The world of the forward pass inside, the present one again after.
 
         Raises:
-            RecomputeMismatchError: adapters were merged into or unmerged from the base weights since forward, so the
-                weights the forward used no longer exist.
+            RecomputeMismatchError: adapters were merged into or unmerged from the base weights since forward, or
+                weights were written to, so the weights the forward used no longer exist.
         """
         with contextlib.ExitStack() as undo:
             for module, training in self._training:
@@ -134,8 +185,10 @@ class World:
                 if parameter.requires_grad != flag:
                     undo.callback(parameter.requires_grad_, parameter.requires_grad)
                     parameter.requires_grad_(flag)
+            self._hooks.restore(self._modules[1:], undo)
             for item, value in self._captured:
                 present = item.read()
                 undo.callback(item.write, present)
                 item.write(value)
+            undo.enter_context(self._state.restored(region))
             yield

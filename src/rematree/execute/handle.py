@@ -16,11 +16,11 @@ from rematree.execute.attention import AttentionRegions
 from rematree.execute.context import Captured
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
-from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked
+from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
 from rematree.execute.recompute import Executor, Watcher
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.plans import Action, Decision, Plan
-from rematree.quantised import frozen_int8_linears
+from rematree.quantised import four_bit_linears, frozen_int8_linears
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, parent_path, split_function, unwrap
 
 _ATTRIBUTE: Final = "_rematree_handle"
@@ -60,6 +60,8 @@ class Handle:
         # First, so that it is innermost: whatever saves or recomputes the layer runs it in this form.
         for _, layer in frozen_int8_linears(self._model):
             self._overrides.append(ForwardOverride(layer, functools.partial(keep_no_input, layer)))
+        for path, layer in four_bit_linears(self._model):
+            self._overrides.append(ForwardOverride(layer, functools.partial(watch_weight, path, layer)))
         attention: list[tuple[nn.Module, Callable[..., Any]]] = []
         for path, decision in self.plan.decisions.items():
             if decision.action is effective_action(self.plan.decisions, parent_path(path)):
