@@ -81,12 +81,14 @@ class Arguments:
         if not self._mutable:
             return
         known = {id(tensor) for tensor in (*self._own_tensors(), *(a for a in args if isinstance(a, Tensor)))}
-        if any(id(tensor) not in known for tensor in _tensors((args, kwargs))):
-            raise UnsupportedModelError(
-                f"{self._region} hands tensors on through its arguments, and reentrant checkpointing gives those no "
-                "gradient",
-                remedies=['gradient_checkpointing_kwargs={"use_reentrant": False}'],
-            )
+        named = [*((f"argument {position}", value) for position, value in enumerate(args)), *kwargs.items()]
+        for name, value in named:
+            if any(id(tensor) not in known for tensor in _tensors(value)):
+                raise UnsupportedModelError(
+                    f"{self._region} hands tensors on through {name}, and reentrant checkpointing gives those no "
+                    "gradient",
+                    remedies=['gradient_checkpointing_kwargs={"use_reentrant": False}'],
+                )
 
 
 def is_cache(value: object) -> bool:

@@ -12,17 +12,20 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.input_grads import add_input_grad_hooks, remove_input_grad_hooks
 from rematree.execute.layer_checkpoint import CheckpointOptions, LayerCheckpoint
 from rematree.execute.override import ForwardOverride
+from rematree.execute.self_check import AdapterCheck
 from rematree.regions import find_chain, is_checkpointing_layer, parent_path, unwrap
 
 FLAG: Final = "gradient_checkpointing"
 FUNCTION: Final = "_gradient_checkpointing_func"
 _SWITCH: Final = "_rematree_checkpointing"
+_KEEPS_CACHE: Final = "_can_checkpoint_with_cache"
 _WRAPPERS: Final = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
@@ -44,6 +47,7 @@ class Switch:
         self._before: list[tuple[nn.Module, str, bool, Any]] = []
         self._overrides: list[ForwardOverride] = []
         self._own_disable: Callable[[], Any] | None = None
+        self._check = AdapterCheck(root)
         try:
             self._install(own_kwargs)
         except BaseException:
@@ -65,12 +69,18 @@ class Switch:
             self._use_flags(flagged)
         else:
             self._use_chain()
+        self._overrides.append(ForwardOverride(root, self._outermost))
         if own is not None or self.options.use_reentrant:  # a model's own switch may be reentrant
             add_input_grad_hooks(root, temporary=True)
         # PEFT and the Trainer call these methods while checkpointing is on; the hooks they add would stay behind.
         if callable(getattr(root, "enable_input_require_grads", None)):
             self._set(root, "enable_input_require_grads", functools.partial(add_input_grad_hooks, root, temporary=True))
             self._set(root, "disable_input_require_grads", functools.partial(_disable_input_grads, root))
+
+    def _outermost(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and self._root.training and not torch.compiler.is_compiling():
+            self._check.forward_begins()
+        return inner(*args, **kwargs)
 
     def _use_flags(self, flagged: list[tuple[str, nn.Module]]) -> None:
         layers = {path for path, module in flagged if is_checkpointing_layer(module)}
@@ -84,6 +94,8 @@ class Switch:
         for path, module in flagged:
             self._set(module, FLAG, path in chosen or path not in layers)
             self._set(module, FUNCTION, LayerCheckpoint(path, module, self.options))
+            if path in layers:
+                self._set(module, _KEEPS_CACHE, True)  # transformers would drop a cache, tokens in it or not
 
     def _use_chain(self) -> None:
         chain = find_chain(self._root)
@@ -125,7 +137,11 @@ class Switch:
         module.__dict__[name] = value
 
     def remove(self) -> None:
-        """Restore every attribute and hook. Does nothing the second time."""
+        """Restore every attribute and hook. Does nothing the second time.
+
+        Warns:
+            UserWarning: the first training step left adapters without a gradient, and it was the only one so far.
+        """
         if self._own_disable is not None:
             self._own_disable()
             self._own_disable = None
@@ -139,6 +155,7 @@ class Switch:
                 module.__dict__.pop(name, None)
         self._before.clear()
         remove_input_grad_hooks(self._root, temporary=True)
+        self._check.remove()
 
 
 def _look_at_flag(block: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

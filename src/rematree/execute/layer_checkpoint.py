@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from rematree.errors import UsageError
-from rematree.execute.arguments import Arguments
+from rematree.errors import UnsupportedModelError, UsageError
+from rematree.execute.arguments import Arguments, is_cache
 from rematree.execute.context import RandomState, World, builds_graph
 from rematree.execute.input_grads import require_grad
 from rematree.execute.module_state import ChangingBuffers
@@ -154,13 +154,39 @@ class LayerCheckpoint:
         )
         if known.routes:
             call.routing = Routing()
+        if self.options.use_reentrant:
+            kwargs = _without_cache(self.region, kwargs)
         arguments = Arguments(self.region, args, kwargs)
         if self.options.use_reentrant:
             out = _Reentrant(call, args, kwargs).run(self.options)
             arguments.refuse_outputs_in(args, kwargs)
-            return out
-        call.arguments = arguments
-        return self.options.run(call, args, kwargs)
+        else:
+            call.arguments = arguments
+            out = self.options.run(call, args, kwargs)
+        _end_peft_hooks(module)
+        return out
+
+
+def _without_cache(region: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`kwargs` for the reentrant variant: it gives no gradient to what a layer puts into a cache."""
+    caches = {name: value for name, value in kwargs.items() if is_cache(value)}
+    filled = [name for name, cache in caches.items() if cache.get_seq_length() > 0]
+    if filled:
+        raise UnsupportedModelError(
+            f"{region}: {filled[0]} holds tokens, and reentrant checkpointing cannot train through a key-value cache",
+            remedies=['gradient_checkpointing_kwargs={"use_reentrant": False}'],
+        )
+    return {**kwargs, **dict.fromkeys(caches)}
+
+
+def _end_peft_hooks(module: nn.Module) -> None:
+    """Take off the hooks with which PEFT carries offsets of activated LoRA into a rerun, and then forbids a second one.
+
+    They are not needed: the rerun finds the hooks of the forward. PEFT's list of them is what it looks at.
+    """
+    hooks: list[Any] = getattr(module, "_peft_gradient_checkpointing_forward_hooks", [])
+    while hooks:
+        hooks.pop().remove()
 
 
 class _Known:

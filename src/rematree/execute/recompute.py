@@ -11,7 +11,6 @@ the rerun are matched to those of the forward by order, and the rerun stops when
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -55,7 +54,7 @@ class _Leaf:
     """One tensor of a saved region's output: the stash, or what a placeholder needs to look like it."""
 
     stash: torch.Tensor | None
-    live: "weakref.ref[torch.Tensor] | None"  # the output itself, until the region around it has run
+    counter: torch.Tensor | None  # shares the output's version, not its memory; until the region around it has run
     version: int
     shape: torch.Size
     dtype: torch.dtype
@@ -118,10 +117,10 @@ class _Frame:
         self.world.settle()
         for call in self.calls:
             for leaf in call.leaves:
-                if isinstance(leaf, _Leaf) and leaf.live is not None:
-                    output, leaf.live = leaf.live(), None
-                    if output is not None and output._version != leaf.version:
-                        leaf.written = True
+                if isinstance(leaf, _Leaf) and leaf.counter is not None:
+                    leaf.written = leaf.counter._version != leaf.version
+                    leaf.counter = None
+                    if leaf.written:
                         yield call.region
 
     @property
@@ -286,20 +285,21 @@ class Executor:
                 raise RecomputeMismatchError(
                     f"{region}: its output was modified in place after the forward pass kept it; save a larger region"
                 )
-            return leaf.stash.detach().requires_grad_(leaf.requires_grad)
-        if leaf.written:  # whatever writes to it again needs memory to write to
-            stand_in = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+            given = leaf.stash.detach().requires_grad_(leaf.requires_grad)
         else:
-            stand_in = torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-        if self._watcher is not None:
-            self._watcher.placeholder(region, stand_in)
-        return stand_in.requires_grad_(leaf.requires_grad)
+            given = torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+            if self._watcher is not None:
+                self._watcher.placeholder(region, given)
+            given = given.requires_grad_(leaf.requires_grad)
+        return given.clone() if leaf.written else given  # what writes to it again needs memory that is no leaf's
 
 
 def _keep(tensor: torch.Tensor, stash: bool) -> _Leaf:
-    kept = tensor.detach() if stash else None
     shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
-    return _Leaf(kept, weakref.ref(tensor), tensor._version, shape, dtype, device, tensor.requires_grad)
+    counter = tensor.detach()
+    counter.data = torch.empty(0, dtype=dtype, device=device)
+    kept = tensor.detach() if stash else None
+    return _Leaf(kept, counter, tensor._version, shape, dtype, device, tensor.requires_grad)
 
 
 # Identity hooks switch off autograd's own check for in-place changes, so the version travels along.
