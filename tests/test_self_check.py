@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from both_paths import EVERY_WAY, Ours
@@ -261,6 +264,41 @@ def test_reentrant_checkpoints_are_judged_after_a_second_step() -> None:
         train(model, check, batch)
         (message,) = said(check.forward_begins)
     assert f"1 of 4 adapters have no gradient:\n  {LAYERS}.2.self_attn.q_proj\n" in message
+
+
+def test_an_optimizer_in_backward_leaves_no_gradient_to_look_at() -> None:
+    model = parts()
+
+    def use(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(use)
+    model.get_base_model().route = [0, 1, 2]
+    check = AdapterCheck(model)
+    train(model, check)
+    assert check.silent == path(3)
+    (message,) = said(check.remove)
+    assert "1 of 4" in message
+
+
+def test_sharded_adapters_are_heard() -> None:
+    """FSDP2 assigns gradients to its shards itself, and calls the hooks of the parameters."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = with_lora(build("llama", layers=2), target_modules=["q_proj", "v_proj"])
+        for layer in model.get_submodule(LAYERS).children():
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        idle = model.get_submodule(f"{LAYERS}.1.self_attn.q_proj")
+        idle.register_forward_hook(lambda _m, _i, out: out.detach())
+        check = AdapterCheck(model)
+        train(model, check, batch_for(model))
+        assert check.silent == (f"{LAYERS}.1.self_attn.q_proj",)
+        with pytest.warns(UserWarning, match="1 of 4 adapters"):
+            check.remove()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_copy_has_nothing_to_say() -> None:

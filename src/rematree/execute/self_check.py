@@ -135,20 +135,24 @@ class AdapterCheck:
                 self._task = task
                 engine: Any = torch.autograd.Variable._execution_engine
                 engine.queue_callback(self._end)  # called only if the backward succeeds
-            gradient: Any = parameter.grad
-            if gradient is None or not indices:
-                return
-            if hasattr(gradient, "to_local"):  # a DTensor: a reduction over all of it would wait for the other ranks
-                gradient = gradient.to_local()
-            with torch.no_grad():
-                device = gradient.device
-                if device not in self._heard:
-                    self._heard[device] = torch.zeros(len(self._adapters), dtype=torch.bool, device=device)
-                any_value = gradient.any() if gradient.numel() else torch.ones((), dtype=torch.bool, device=device)
-                for index in indices:
-                    self._heard[device][index].logical_or_(any_value)
+            if indices:
+                self._note(indices, parameter)
 
         return hear
+
+    def _note(self, indices: list[int], parameter: Tensor) -> None:
+        gradient: Any = parameter.grad
+        if hasattr(gradient, "to_local"):  # a DTensor: a reduction over all of it would wait for the other ranks
+            gradient = gradient.to_local()
+        flags = self._heard.get(parameter.device)
+        if flags is None:
+            flags = torch.zeros(len(self._adapters), dtype=torch.bool, device=parameter.device)
+            self._heard[parameter.device] = flags
+        for index in indices:
+            if gradient is None or gradient.numel() == 0:  # an optimizer in backward has used it; another rank holds it
+                flags[index] = True
+            else:
+                flags[index].logical_or_(gradient.any())
 
     def _end(self) -> None:
         """A backward has come to its end: the whole one, unless it is one that a reentrant checkpoint made inside."""
