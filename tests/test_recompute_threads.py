@@ -166,7 +166,7 @@ def test_an_exception_leaves_the_model_usable(ours: Ours, when: str, place: str)
             if ours is nested and "v_proj" in place:
                 pytest.skip("a saved region is not run again")
             torch.manual_seed(7)
-            Fails(module, 2)  # the rerun has the hooks of the forward
+            Fails(module, 2)  # there in forward already: a rerun sees the hooks of the forward
             loss = model(**batch).loss
             state = torch.get_rng_state()
             model.base_model.disable_adapter_layers()
