@@ -19,7 +19,9 @@ from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.input_grads import add_input_grad_hooks, remove_input_grad_hooks
 from rematree.execute.layer_checkpoint import CheckpointOptions, LayerCheckpoint
 from rematree.execute.override import ForwardOverride
+from rematree.execute.quantised import keep_no_input
 from rematree.execute.self_check import AdapterCheck
+from rematree.quantised import frozen_int8_linears
 from rematree.regions import find_chain, is_checkpointing_layer, parent_path, unwrap
 
 FLAG: Final = "gradient_checkpointing"
@@ -57,6 +59,9 @@ class Switch:
 
     def _install(self, own_kwargs: tuple[str, ...]) -> None:
         root = self._root
+        # Innermost, so that a layer that is run again runs it in this form.
+        for _, layer in frozen_int8_linears(root):
+            self._overrides.append(ForwardOverride(layer, functools.partial(keep_no_input, layer)))
         own = own_switch(root)
         if getattr(root, "supports_gradient_checkpointing", True) is False:
             raise UnsupportedModelError(

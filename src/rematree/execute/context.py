@@ -7,7 +7,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
@@ -86,14 +86,60 @@ def builds_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _adapter_state(module: nn.Module) -> tuple[Any, bool, tuple[str, ...]] | None:
-    """(active, disabled, merged) of a PEFT layer; None for any other module."""
+class _Adapters:
+    """What a PEFT layer's forward depends on besides its weights."""
+
+    __slots__ = ("_active", "_disabled", "_layer", "_merged", "_names", "_scaling")
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._active: Any = _copied(layer._active_adapter)
+        self._disabled: bool = layer._disable_adapters
+        self._merged = tuple(layer.merged_adapters)
+        self._scaling: dict[str, Any] = dict(getattr(layer, "scaling", {}))
+        self._names = _names_of(layer)
+
+    def restore(self, region: str, undo: contextlib.ExitStack) -> None:
+        """Put it back until `undo` closes.
+
+        Raises:
+            RecomputeMismatchError: adapters were merged, unmerged or deleted since.
+        """
+        layer = self._layer
+        merged = tuple(layer.merged_adapters)
+        if merged != self._merged:
+            raise RecomputeMismatchError(
+                f"{region}: adapters {list(merged)} are merged now, {list(self._merged)} were in forward; "
+                "gradients through the recomputation would belong to other weights",
+                remedies=["call backward before merging or unmerging adapters"],
+            )
+        if gone := sorted(self._names - _names_of(layer)):
+            raise RecomputeMismatchError(
+                f"{region}: adapter {gone[0]!r} was deleted between forward and backward",
+                remedies=["call backward before deleting adapters"],
+            )
+        for name, then in (("_active_adapter", self._active), ("_disable_adapters", self._disabled)):
+            present = getattr(layer, name)
+            if present != then:
+                undo.callback(setattr, layer, name, present)
+                setattr(layer, name, _copied(then))
+        present = getattr(layer, "scaling", {})
+        if present != self._scaling:
+            undo.callback(_replace, present, dict(present))
+            _replace(present, self._scaling)
+
+
+def _copied(value: Any) -> Any:
+    return list(cast("list[str]", value)) if isinstance(value, list) else value
+
+
+def _names_of(layer: Any) -> frozenset[str]:
+    return frozenset(name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, ()))
+
+
+def _adapters_of(modules: list[nn.Module]) -> list[_Adapters]:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None or not isinstance(module, tuners.BaseTunerLayer):
-        return None
-    layer: Any = module
-    active = layer._active_adapter
-    return list(active) if isinstance(active, list) else active, layer._disable_adapters, tuple(layer.merged_adapters)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return [] if tuners is None else [_Adapters(m) for m in modules if isinstance(m, tuners.BaseTunerLayer)]
 
 
 class _Hooks:
@@ -142,8 +188,7 @@ class World:
         self._modules = modules = list(module.modules())
         self._training = [(m, m.training) for m in modules]
         self._requires_grad = [(p, p.requires_grad) for p in module.parameters()]
-        states = [(m, _adapter_state(m)) for m in modules]
-        self._adapters = [(m, state) for m, state in states if state is not None]
+        self._adapters = _adapters_of(modules)
         self._hooks = _Hooks(modules[1:])  # the region's own hooks run around it, and once
         self._state = ModuleState(module, changing)
         self._captured = [(item, item.read()) for item in captured]
@@ -158,29 +203,15 @@ class World:
 
         Raises:
             RecomputeMismatchError: adapters were merged into or unmerged from the base weights since forward, or
-                weights were written to, so the weights the forward used no longer exist.
+                deleted, or weights were written to: what the forward used no longer exists.
         """
         with contextlib.ExitStack() as undo:
             for module, training in self._training:
                 if module.training != training:
                     undo.callback(setattr, module, "training", module.training)
                     module.training = training
-            for module, state in self._adapters:
-                now = _adapter_state(module)
-                if now == state or now is None:
-                    continue
-                if now[2] != state[2]:
-                    raise RecomputeMismatchError(
-                        f"{region}: adapters {list(now[2])} are merged now, {list(state[2])} were in forward; "
-                        "gradients through the recomputation would belong to other weights",
-                        remedies=["call backward before merging or unmerging adapters"],
-                    )
-                for name, then, present in (
-                    ("_active_adapter", state[0], now[0]),
-                    ("_disable_adapters", state[1], now[1]),
-                ):
-                    undo.callback(setattr, module, name, present)
-                    setattr(module, name, then)
+            for adapters in self._adapters:
+                adapters.restore(region, undo)
             for parameter, flag in self._requires_grad:
                 if parameter.requires_grad != flag:
                     undo.callback(parameter.requires_grad_, parameter.requires_grad)
