@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from rematree.adapters import refuse_prefixes
 from rematree.cost import Cost, Measured
 from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
 from rematree.fingerprint import describe_batch, describe_model
@@ -54,7 +55,7 @@ class Planner:
         loss: The scalar to differentiate, from the model's output; default: its `loss`.
     Raises:
         UsageError: unknown lever, no loss.
-        UnsupportedModelError: the model cannot be observed.
+        UnsupportedModelError: the model cannot be observed, or its adapter is prefix tuning.
     Cost:
         Seconds: some 30 simulated steps, and one short measurement of each distinct op.
     """
@@ -75,6 +76,7 @@ class Planner:
             raise UsageError(f"unknown lever {unknown[0]!r} in forbid; levers: {', '.join(sorted(LEVERS))}")
         if not any(p.requires_grad for p in model.parameters()):
             raise UsageError("no parameter of the model requires grad: there is no training step to plan")
+        refuse_prefixes(model)
         self._fingerprint = replace(describe_model(model), batch=describe_batch(batch))
         self._twin = Twin(model, batch, loss)
         if not self._twin.model.training:

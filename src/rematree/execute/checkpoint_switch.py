@@ -3,13 +3,16 @@
 transformers' layers look at two attributes of their own, `gradient_checkpointing` and `_gradient_checkpointing_func`:
 these are set, so that the library, its Trainer and PEFT see that checkpointing is on. Blocks of other models get the
 same two attributes and a forward that looks at them.
+
+While it is on, the model's own methods lead here: whoever calls `model.activation_checkpointing_enable(...)`, as the
+Trainer does, changes this switch's options, and `model.activation_checkpointing_disable()` pauses it.
 """
 
 import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -23,6 +26,7 @@ from rematree.execute.quantised import keep_no_input
 from rematree.execute.self_check import AdapterCheck
 from rematree.quantised import frozen_int8_linears
 from rematree.regions import find_chain, is_checkpointing_layer, parent_path, unwrap
+from rematree.units import Bytes
 
 FLAG: Final = "gradient_checkpointing"
 FUNCTION: Final = "_gradient_checkpointing_func"
@@ -38,14 +42,26 @@ class Switch:
         root: The model inside every wrapper.
         options: How to recompute.
         own_kwargs: What the user passed for checkpointing; a model whose own switch takes none gets to hear of it.
+        budget: Bytes that were asked for with it, for whoever plans.
+        methods: Stand in for the model's methods of these names while this is on; each gets `root` first.
     Raises:
         UnsupportedModelError: there is nothing in `root` that could be recomputed.
         UsageError: `every_n_layers` for a model whose layers cannot be told apart.
     """
 
-    def __init__(self, root: nn.Module, options: CheckpointOptions, own_kwargs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        options: CheckpointOptions,
+        own_kwargs: tuple[str, ...] = (),
+        *,
+        budget: Bytes | None = None,
+        methods: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
         self.options = options
+        self.budget = budget
         self._root = root
+        self._methods = dict(methods or {})
         self._before: list[tuple[nn.Module, str, bool, Any]] = []
         self._overrides: list[ForwardOverride] = []
         self._own_disable: Callable[[], Any] | None = None
@@ -81,6 +97,10 @@ class Switch:
         if callable(getattr(root, "enable_input_require_grads", None)):
             self._set(root, "enable_input_require_grads", functools.partial(add_input_grad_hooks, root, temporary=True))
             self._set(root, "disable_input_require_grads", functools.partial(_disable_input_grads, root))
+        if own is None:
+            for name, method in self._methods.items():
+                if callable(getattr(root, name, None)):
+                    self._set(root, name, functools.partial(method, root))
 
     def _outermost(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and self._root.training and not torch.compiler.is_compiling():
@@ -101,6 +121,7 @@ class Switch:
             self._set(module, FUNCTION, LayerCheckpoint(path, module, self.options))
             if path in layers:
                 self._set(module, _KEEPS_CACHE, True)  # transformers would drop a cache, tokens in it or not
+        self._overrides.append(ForwardOverride(self._root, functools.partial(_plainly_without_graph, self)))
 
     def _use_chain(self) -> None:
         chain = find_chain(self._root)
@@ -141,6 +162,16 @@ class Switch:
         self._before.append((module, name, name in module.__dict__, module.__dict__.get(name)))
         module.__dict__[name] = value
 
+    def flagged(self) -> list[nn.Module]:
+        """The modules whose flag is set now."""
+        return [module for module, name, _, _ in self._before if name == FLAG and module.__dict__.get(FLAG)]
+
+    def pause(self) -> None:
+        """Recompute nothing, and need no gradient of an embedding, until the model's own method enables it again."""
+        for module in self.flagged():
+            module.__dict__[FLAG] = False
+        remove_input_grad_hooks(self._root, temporary=True)
+
     def remove(self) -> None:
         """Restore every attribute and hook. Does nothing the second time.
 
@@ -161,6 +192,24 @@ class Switch:
         self._before.clear()
         remove_input_grad_hooks(self._root, temporary=True)
         self._check.remove()
+
+
+def _plainly_without_graph(switch: Switch, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`inner` with the flags down where no graph is recorded.
+
+    transformers' layers in training mode drop the key-value cache wherever the flag is set, also under `no_grad`, where
+    nothing is recomputed: a model that generates between two training steps would compute every token anew.
+    """
+    if torch.is_grad_enabled():
+        return inner(*args, **kwargs)
+    flagged = switch.flagged()
+    for module in flagged:
+        module.__dict__[FLAG] = False
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        for module in flagged:
+            module.__dict__[FLAG] = True
 
 
 def _look_at_flag(block: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -187,6 +236,11 @@ def own_switch(root: nn.Module) -> Callable[[], Any] | None:
 def has_flag(module: nn.Module) -> bool:
     """Whether `module` itself, not what it wraps, has transformers' checkpointing attribute."""
     return FLAG in module.__dict__ or hasattr(type(module), FLAG)
+
+
+def is_on(module: nn.Module) -> bool:
+    """Whether `module` is to be recomputed, by anyone's switch."""
+    return has_flag(module) and bool(getattr(module, FLAG))
 
 
 def every_nth(paths: Iterable[str], n: int) -> frozenset[str]:
