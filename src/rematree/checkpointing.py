@@ -15,7 +15,11 @@ from torch import nn
 from rematree.adapters import refuse_prefixes
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.checkpoint_switch import FUNCTION, Switch, innermost, is_on, switches
-from rematree.execute.input_grads import add_input_grad_hooks, remove_input_grad_hooks
+from rematree.execute.input_grads import (
+    add_input_grad_hooks,
+    remove_hooks_of_transformers,
+    remove_input_grad_hooks,
+)
 from rematree.execute.layer_checkpoint import CheckpointOptions
 from rematree.in_effect import BUDGET_KEY, checkpointing_in_effect, handle_on, written_budget
 from rematree.units import Bytes, format_bytes, parse_bytes
@@ -181,8 +185,7 @@ def activation_checkpointing_disable(model: nn.Module) -> None:
     new, old = (getattr(root, f"{name}_checkpointing_disable", None) for name in ("activation", "gradient"))
     if disable := new or old:
         disable()
-        if hasattr(root, "disable_input_require_grads"):
-            root.disable_input_require_grads()
+        remove_hooks_of_transformers(root)
 
 
 def gradient_checkpointing_disable(model: nn.Module) -> None:

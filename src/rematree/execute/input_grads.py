@@ -80,6 +80,16 @@ def remove_input_grad_hooks(model: nn.Module, *, temporary: bool) -> None:
                 del module._forward_hooks[key]
 
 
+def remove_hooks_of_transformers(model: nn.Module) -> None:
+    """Take transformers' own hooks off every embedding, also those whose handles it has lost."""
+    for module in model.modules():
+        if module.__dict__.get("_require_grads_hooks"):
+            disable: Any = module
+            disable.disable_input_require_grads()
+        for key in [key for key, hook in module._forward_hooks.items() if _is_forgotten_by_transformers(hook)]:
+            del module._forward_hooks[key]
+
+
 class SuspendedInputGrads:
     """The hooks of a model's embeddings off, this library's and transformers', until `resume()`.
 
