@@ -793,9 +793,10 @@ def test_a_plan_and_the_switch_do_not_mix() -> None:
         assert len(effect.layers) == 4
         assert "by a plan with a predicted peak of" in str(effect)
         assert_same(expected, step(model, batch))
-        for change in (rematree.activation_checkpointing_enable, rematree.activation_checkpointing_disable):
-            with pytest.raises(UsageError, match=r"handle\.remove\(\)"):
-                change(model)
+        for part in (model, model.get_base_model()):  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            for change in (rematree.activation_checkpointing_enable, rematree.activation_checkpointing_disable):
+                with pytest.raises(UsageError, match=r"handle\.remove\(\)"):
+                    change(part)  # pyright: ignore[reportArgumentType]
     assert rematree.checkpointing_in_effect(model).set_by == "rematree"
     assert_same(expected, step(model, batch))
     rematree.activation_checkpointing_disable(model)

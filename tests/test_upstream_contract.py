@@ -22,9 +22,13 @@ gradient_checkpointing_enable_disable, peft_...           test_flags_of_all_modu
 enable_input_require_grads, ..._with_gradient_checkp...   test_embeddings_get_their_gradient
 training_gradient_checkpointing, _use_reentrant_*         test_full_training
 peft_integration: add_adapter_training_gradient_checkp... test_native_adapters
-trainer: runs with gradient_checkpointing=True            test_budget_callback: test_what_the_trainer_enables_*
+trainer: runs with gradient_checkpointing=True            test_trainer_flags
 quantization/bnb test_training                            not here: needs a GPU; test_kbit_preparation has NF4
 trainer/distributed                                       not here: need several GPUs
+
+One of PEFT's assertions does not hold, on purpose: `_test_prepare_for_training` puts prefix tuning on a prepared model
+without quantisation, which PEFT's preparation leaves without checkpointing and says nothing. Ours switches it on, so
+PEFT refuses the prefix, as it does on quantised models: test_prefixes_after_preparation.
 """
 
 import functools
@@ -410,6 +414,15 @@ def test_prefixes_are_refused_whoever_is_asked(kind: str) -> None:
         with pytest.raises(UnsupportedModelError, match=f"{kind} does not work with checkpointing"):
             asked()
     assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_prefixes_after_preparation() -> None:
+    config: Any = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    get_peft_model(peft.prepare_model_for_kbit_training(build("llama")), config)  # no checkpointing, no word
+    with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
+        get_peft_model(rematree.prepare_model_for_kbit_training(build("llama")), config)
+    model: Any = get_peft_model(rematree.prepare_model_for_kbit_training(build("llama"), False), config).train()
+    assert all(bool(gradient.any()) for gradient in step(model, batch_for("llama")).values())
 
 
 @REENTRANT

@@ -13,6 +13,7 @@ from torch import nn
 from rematree.execute.checkpoint_switch import FUNCTION, has_flag, innermost, is_on, switches
 from rematree.execute.handle import Handle, applied_handle
 from rematree.execute.layer_checkpoint import LayerCheckpoint
+from rematree.execute.override import ForwardOverride
 from rematree.plans import Action, Plan
 from rematree.regions import is_checkpointing_layer
 from rematree.units import Bytes, format_bytes, parse_bytes
@@ -112,8 +113,18 @@ def checkpointing_in_effect(model: nn.Module) -> CheckpointingInEffect:
 
 
 def handle_on(model: nn.Module) -> Handle | None:
-    """The plan in force on `model` or on a module of it."""
-    return next((handle for module in model.modules() if (handle := applied_handle(module)) is not None), None)
+    """The plan in force on `model`, on a module of it, or on a wrapper around it."""
+    for module in model.modules():
+        if (handle := applied_handle(module)) is not None:
+            return handle
+        # A plan is written on the outermost wrapper; what it hangs on the model inside leads back to it.
+        forward = module.__dict__.get("forward")
+        while isinstance(forward, ForwardOverride):
+            owner = getattr(forward.__dict__.get("_around"), "__self__", None)
+            if isinstance(owner, Handle):
+                return owner
+            forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

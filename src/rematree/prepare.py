@@ -62,7 +62,7 @@ def prepare_model_for_kbit_training(
         model: Any module; what is found out about its quantisation is what transformers wrote on it. It is changed in
             place.
         use_gradient_checkpointing: Switch checkpointing on, by `activation_checkpointing_enable`. Where that is not
-            possible, one warning says why.
+            possible, one warning says why. Prefix tuning needs False: PEFT refuses it where checkpointing is on.
         gradient_checkpointing_kwargs: Its keyword arguments. None and `{}` both mean the non-reentrant variant; an
             explicit `use_reentrant` is honoured. A `budget` among them is the same as `budget=`.
         auto_clear_cache: Empty the accelerator's cache after the casts.
