@@ -103,9 +103,27 @@ class Switch:
                     self._set(root, name, functools.partial(method, root))
 
     def _outermost(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and self._root.training and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return inner(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self._without_graph(inner, *args, **kwargs)
+        if self._root.training:
             self._check.forward_begins()
         return inner(*args, **kwargs)
+
+    def _without_graph(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`inner` with the flags down: transformers' models in training mode make no cache where they are up.
+
+        Also under `no_grad`, where nothing is recomputed: text generated between two training steps would be another.
+        """
+        flagged = self.flagged()
+        for module in flagged:
+            module.__dict__[FLAG] = False
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            for module in flagged:
+                module.__dict__[FLAG] = True
 
     def _use_flags(self, flagged: list[tuple[str, nn.Module]]) -> None:
         layers = {path for path, module in flagged if is_checkpointing_layer(module)}
@@ -121,7 +139,6 @@ class Switch:
             self._set(module, FUNCTION, LayerCheckpoint(path, module, self.options))
             if path in layers:
                 self._set(module, _KEEPS_CACHE, True)  # transformers would drop a cache, tokens in it or not
-        self._overrides.append(ForwardOverride(self._root, functools.partial(_plainly_without_graph, self)))
 
     def _use_chain(self) -> None:
         chain = find_chain(self._root)
@@ -192,24 +209,6 @@ class Switch:
         self._before.clear()
         remove_input_grad_hooks(self._root, temporary=True)
         self._check.remove()
-
-
-def _plainly_without_graph(switch: Switch, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`inner` with the flags down where no graph is recorded.
-
-    transformers' layers in training mode drop the key-value cache wherever the flag is set, also under `no_grad`, where
-    nothing is recomputed: a model that generates between two training steps would compute every token anew.
-    """
-    if torch.is_grad_enabled():
-        return inner(*args, **kwargs)
-    flagged = switch.flagged()
-    for module in flagged:
-        module.__dict__[FLAG] = False
-    try:
-        return inner(*args, **kwargs)
-    finally:
-        for module in flagged:
-            module.__dict__[FLAG] = True
 
 
 def _look_at_flag(block: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
