@@ -26,10 +26,10 @@ trainer: runs with gradient_checkpointing=True            test_trainer_flags
 quantization/bnb test_training                            not here: needs a GPU; test_kbit_preparation has NF4
 trainer/distributed                                       not here: need several GPUs
 
-Two of PEFT's assertions do not hold, on purpose. A second forward with an activated LoRA does not raise: it is right. And
-`_test_prepare_for_training` puts prefix tuning on a prepared model
-without quantisation, which PEFT's preparation leaves without checkpointing and says nothing. Ours switches it on, so
-PEFT refuses the prefix, as it does on quantised models: test_prefixes_after_preparation.
+Two of PEFT's assertions do not hold, on purpose. A second forward with an activated LoRA does not raise: it is right.
+And `_test_prepare_for_training` puts prefix tuning on a prepared model without quantisation, which PEFT's preparation
+leaves without checkpointing, and says nothing. Ours switches it on, so PEFT refuses the prefix, as it does on quantised
+models: test_prefixes_after_preparation.
 """
 
 import functools
@@ -445,9 +445,7 @@ def test_activated_lora(use_reentrant: bool) -> None:
         with model.disable_adapter():
             model(**batch)
         model(**batch)
-        model(
-            **batch
-        )  # PEFT raises here with its own checkpointing; test_upstream_bugs has the gradients of two forwards
+        model(**batch)  # PEFT raises here; the gradients of two forwards are in test_upstream_bugs
 
 
 class _OwnBlock(nn.Module):
