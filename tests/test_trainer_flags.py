@@ -20,7 +20,7 @@ from checkpointed_models import Batch, step
 from models import assert_same, batch_for, build, with_lora
 from rematree import BudgetCallback, checkpointing_in_effect, prepare_model_for_kbit_training
 from rematree.cost import Roofline
-from rematree.errors import UnsupportedModelError, UsageError
+from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.handle import applied_handle
 
 COST = Roofline(1e11, 1e10)
@@ -311,12 +311,24 @@ def test_generation_between_steps_keeps_its_cache(how: str, tmp_path: Path, leas
     assert set(generates.modes) == {True, False}
 
 
-def test_prefix_tuning_is_refused_by_name(tmp_path: Path) -> None:
-    config: Any = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
-    model: Any = get_peft_model(build("llama", layers=2), config)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnsupportedModelError, match="PREFIX_TUNING does not work with checkpointing"):
-        train(tmp_path, model, quiet(AMPLE))
-    assert applied_handle(model) is None
+def test_prefix_tuning_under_a_plan(tmp_path: Path) -> None:
+    """The prefix is a cache, and a rerun finds it as the forward did."""
+
+    def prefixed() -> Any:
+        config: Any = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+        torch.manual_seed(1)
+        return get_peft_model(build("llama", layers=3), config)  # pyright: ignore[reportArgumentType]
+
+    expected = train(tmp_path, prefixed())
+    callback = quiet(AMPLE)
+    train(tmp_path, prefixed(), callback)
+    assert callback.plan is not None
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        train(tmp_path, prefixed(), quiet("1KiB"))
+    callback = quiet(refused.value.min_peak)
+    assert_same(expected, train(tmp_path, prefixed(), callback))
+    assert callback.plan is not None
+    assert callback.plan.recomputes
 
 
 @pytest.mark.usefixtures("budget_set_by_theirs")

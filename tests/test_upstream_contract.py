@@ -10,7 +10,7 @@ testing_common: _test_training_gradient_checkpointing     test_gradients_of_adap
   of decoder, encoder_decoder, feature_extraction models  test_gradients_of_adapters
   of target_parameters                                    test_gradients_of_adapted_experts
 decoder_models: prompt_learning_with_gradient_checkp...   test_prompts_train_in_a_trainer
-  its prefix tuning; cartridge: ...checkpointing_raises   test_prefixes_are_refused_whoever_is_asked
+  its prefix tuning; cartridge: ...checkpointing_raises   test_prefixes_refused_or_planned
 lora_variants: gradient_checkpointing_double_forward,     test_activated_lora
   gradient_checkpointing_dpo_doesnt_raise                 test_activated_lora
 shadow: matches_the_uncheckpointed_run                    test_a_model_that_checkpoints_by_itself
@@ -393,7 +393,7 @@ def test_prompts_train_in_a_trainer(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "CARTRIDGE"])
-def test_prefixes_are_refused_whoever_is_asked(kind: str) -> None:
+def test_prefixes_refused_or_planned(kind: str) -> None:
     config: Any = {
         "PREFIX_TUNING": peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
         "CARTRIDGE": peft.CartridgeConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
@@ -407,14 +407,16 @@ def test_prefixes_are_refused_whoever_is_asked(kind: str) -> None:
     for asked in (
         lambda: rematree.activation_checkpointing_enable(model),
         lambda: rematree.prepare_model_for_kbit_training(model),
-        lambda: rematree.prepare_model_for_kbit_training(model, False, budget="1GiB"),
-        lambda: rematree.plan(model, batch, None),
-        lambda: rematree.plan(model, batch, "1GiB"),
-        lambda: rematree.Planner(model, batch),
     ):
         with pytest.raises(UnsupportedModelError, match=f"{kind} does not work with checkpointing"):
             asked()
     assert any(parameter.requires_grad for parameter in model.parameters())
+    expected = step(model, batch)
+    planner = rematree.Planner(model, batch, cost=rematree.Roofline(5e10, 1e10), forbid=["chunked_loss"])
+    plan = planner.plan(planner.min_peak_bytes())
+    assert plan.recomputes
+    with rematree.apply(plan, model):
+        assert_same(expected, step(model, batch))
 
 
 def test_prefixes_after_preparation() -> None:

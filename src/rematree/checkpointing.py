@@ -6,13 +6,11 @@ which of the two is in force.
 """
 
 import functools
-import warnings
 from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import nn
 
-from rematree.adapters import refuse_prefixes
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.checkpoint_switch import FUNCTION, Switch, innermost, is_on, switches
 from rematree.execute.input_grads import (
@@ -23,6 +21,8 @@ from rematree.execute.input_grads import (
 from rematree.execute.layer_checkpoint import CheckpointOptions
 from rematree.in_effect import BUDGET_KEY, checkpointing_in_effect, handle_on, written_budget
 from rematree.units import Bytes, format_bytes, parse_bytes
+
+_PREFIXES: Final = ("PREFIX_TUNING", "CARTRIDGE")  # they hand their prefix to the layers as a key-value cache
 
 
 def activation_checkpointing_enable(
@@ -102,14 +102,7 @@ def parse_with_budget(
 
 def _again(root: nn.Module, kwargs: Mapping[str, Any] | None, every_n_layers: int, offload: bool) -> None:
     """What the model's own method for enabling does while the switch is on."""
-    if handle_on(root) is not None:
-        warnings.warn(
-            "checkpointing was to be enabled, but a plan is in force on this model and decides which regions are "
-            "recomputed: nothing changes",
-            UserWarning,
-            stacklevel=3,
-        )
-    elif offload:  # transformers' own, which this library does not have: the last word is the user's
+    if offload:  # transformers' own, which this library does not have: the last word is the user's
         for switch in switches(root):
             switch.remove()
         kind: Any = type(root)
@@ -162,7 +155,23 @@ def check_can_switch(model: nn.Module) -> None:
             "a plan is in force on this model, and decides which regions are recomputed",
             remedies=["handle.remove() first; handle is what rematree.apply returned"],
         )
-    refuse_prefixes(model)
+    _refuse_prefixes(model)
+
+
+def _refuse_prefixes(model: nn.Module) -> None:
+    """Refuse adapters that enter the layers by a cache; PEFT refuses them too, but only when they are made.
+
+    Under a plan they are right: there a rerun finds the cache as the forward found it.
+    """
+    for module in model.modules():
+        configs: Any = module.__dict__.get("_peft_config") or {}  # only prompt learning keeps them here
+        kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()]
+        if found := [kind for kind in kinds if kind in _PREFIXES]:
+            raise UnsupportedModelError(
+                f"{found[0]} does not work with checkpointing: the prefix reaches the layers as a key-value cache, "
+                "and a recomputed layer has none",
+                remedies=["rematree.plan(model, batch, budget=...) and apply; under a plan it works"],
+            )
 
 
 def activation_checkpointing_disable(model: nn.Module) -> None:

@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import nn
 
-from rematree.adapters import refuse_prefixes
 from rematree.cost import Cost, Measured
 from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
 from rematree.fingerprint import describe_batch, describe_model
@@ -76,7 +75,6 @@ class Planner:
             raise UsageError(f"unknown lever {unknown[0]!r} in forbid; levers: {', '.join(sorted(LEVERS))}")
         if not any(p.requires_grad for p in model.parameters()):
             raise UsageError("no parameter of the model requires grad: there is no training step to plan")
-        refuse_prefixes(model)
         self._fingerprint = replace(describe_model(model), batch=describe_batch(batch))
         self._twin = Twin(model, batch, loss)
         if not self._twin.model.training:

@@ -12,7 +12,6 @@ from typing import Any, Final, TypeVar, get_args
 import torch
 from torch import nn
 
-from rematree.adapters import refuse_prefixes
 from rematree.checkpointing import (
     activation_checkpointing_enable,
     check_can_switch,
@@ -94,8 +93,6 @@ def prepare_model_for_kbit_training(
         )
     if use_gradient_checkpointing:
         check_can_switch(model)
-    elif wanted is not None:
-        refuse_prefixes(model)
     if upcast == "all" and _is_never_cast(model):
         upcast = "none"
     to_cast = sixteen_bit_parameters(model, upcast)

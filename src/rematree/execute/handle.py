@@ -25,6 +25,7 @@ from rematree.quantised import four_bit_linears, frozen_int8_linears
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, parent_path, split_function, unwrap
 
 _ATTRIBUTE: Final = "_rematree_handle"
+_OWN_SWITCH: Final = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 class Handle:
@@ -45,6 +46,7 @@ class Handle:
         self._layout: TrainingLayout | None = None
         self._said_cache = False
         self._check = AdapterCheck(model) if watcher is None else None
+        self._own_switch: list[tuple[nn.Module, str, Any]] = []
         try:
             self._install(check_loss)
         except BaseException:
@@ -85,6 +87,10 @@ class Handle:
         if self.plan.loss_chunk_rows is not None:
             self._loss = attach_chunked_loss(self._model, self.plan.loss_chunk_rows, check=check_loss)
         base = unwrap(self._model)
+        for name in _OWN_SWITCH:  # transformers' layers would be recomputed under the plan's recomputation
+            if callable(getattr(base, name, None)):
+                self._own_switch.append((base, name, base.__dict__.get(name)))
+                base.__dict__[name] = functools.partial(_nothing_changes, name)
         if self.plan.recomputes and "use_cache" in inspect.signature(base.forward).parameters:
             self._overrides.append(ForwardOverride(base, self._without_cache))
         self._overrides.append(ForwardOverride(self._model, self._outermost))
@@ -142,6 +148,12 @@ class Handle:
         if self._layout is not None:
             self._layout.remove()
             self._layout = None
+        for base, name, before in self._own_switch:
+            if before is None:
+                base.__dict__.pop(name, None)
+            else:
+                base.__dict__[name] = before
+        self._own_switch.clear()
         for module in self._switched_off:
             module.__dict__["gradient_checkpointing"] = True
         self._switched_off.clear()
@@ -157,6 +169,15 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _nothing_changes(name: str, *_: Any, **__: Any) -> None:
+    """What the model's own methods of checkpointing do while a plan is in force."""
+    warnings.warn(
+        f"{name}: a plan is in force on this model and decides which regions are recomputed; nothing changes",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def apply(
