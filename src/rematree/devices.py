@@ -20,6 +20,7 @@ from rematree.typed_json import read_typed
 from rematree.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
+    from rematree.price import Cost, Overhead
     from rematree.roofline import Roofline
 
 PROFILE_FORMAT: Final = 1
@@ -36,6 +37,7 @@ CONTEXT_BYTES: Final = 512 * MIB
 # torch's default: ":4096:2:16:8", and 32 MiB on Hopper and Blackwell (aten/src/ATen/cuda/CublasHandlePool.cpp).
 _WORKSPACE_BYTES: Final = (4096 * 2 + 16 * 8) * KIB
 _LARGE_WORKSPACE_BYTES: Final = 32 * MIB
+_MATMUL_THREADS: Final = 2  # the caller's in forward, autograd's in backward
 _LARGE_SINCE: Final = 9  # major number of the compute capability: Hopper
 _LAUNCH_SECONDS: Final = 5e-6
 _CPU: Final = "cpu"
@@ -83,9 +85,12 @@ class Device:
     note: str = ""
 
     @property
-    def caches(self) -> bool:
-        """Whether memory comes from torch's caching allocator in rounded blocks."""
-        return self.backend in {"cuda", "rocm"}
+    def overhead(self) -> "Overhead":
+        """What it takes beside the tensors of a step; nothing on a CPU."""
+        from rematree.price import Overhead
+
+        caches = self.backend in {"cuda", "rocm"}
+        return Overhead(caches, self.context_bytes, _MATMUL_THREADS * self.workspace_bytes)
 
     def roofline(self, *, tf32: bool = False) -> "Roofline":
         """Prices ops for this device.
@@ -111,7 +116,8 @@ class Device:
                 self.launch_seconds,
                 overlaps=self.backend != _CPU,
                 tf32=tf32,
-            )
+            ),
+            self.overhead,
         )
 
 
@@ -274,6 +280,19 @@ def _device(entry: _Entry) -> Device:
 def cublas_workspace_bytes(major: int) -> int:
     """Bytes torch gives cuBLAS in each thread that multiplies, by the major number of the compute capability."""
     return _LARGE_WORKSPACE_BYTES if major >= _LARGE_SINCE else _WORKSPACE_BYTES
+
+
+def overhead_of(cost: "Cost", device_type: str) -> "Overhead":
+    """What a step takes beside its tensors: on the device that `cost` stands for, or on the one that is here."""
+    from rematree.price import Overhead
+
+    stated: Overhead | None = getattr(cost, "overhead", None)
+    if stated is not None or device_type != "cuda":
+        return stated or Overhead()
+    import torch
+
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else _LARGE_SINCE
+    return Overhead(True, CONTEXT_BYTES, _MATMUL_THREADS * cublas_workspace_bytes(major))
 
 
 def default_efficiency() -> dict[str, float]:

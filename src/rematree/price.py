@@ -23,6 +23,21 @@ class OpPrice:
     workspace_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """What a device takes beside the tensors of a step.
+
+    Attributes:
+        caches: Memory comes from torch's caching allocator for GPUs: sizes are rounded, and segments counted.
+        context_bytes: Of the CUDA context.
+        library_bytes: Workspaces of cuBLAS.
+    """
+
+    caches: bool = False
+    context_bytes: int = 0
+    library_bytes: int = 0
+
+
 class Cost(Protocol):
     """Prices ops."""
 

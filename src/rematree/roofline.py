@@ -6,7 +6,7 @@ from typing import Any, Final, Self
 
 import torch
 
-from rematree.price import OpPrice, num_bytes, price_key
+from rematree.price import OpPrice, Overhead, num_bytes, price_key
 from rematree.workload import Kind, Work, work_of
 
 _OVERHEAD_SECONDS: Final = 5e-6
@@ -68,19 +68,23 @@ class Roofline:
         flops_per_second: Peak of the matmul units, the same for every dtype.
         bytes_per_second: Memory bandwidth.
         efficiency: Fraction of both that real kernels reach, the same for every kind of work.
+    Attributes:
+        rates: What ops are priced with.
+        overhead: What the device takes beside tensors; None if it is the device of the tensors that says.
     See Also:
         `Roofline.of`: with peaks by dtype and efficiencies by kind; `rematree.devices.Device.roofline`.
     """
 
     def __init__(self, flops_per_second: float, bytes_per_second: float, efficiency: float = 0.6) -> None:
         self.rates = Rates({"fp32": flops_per_second}, bytes_per_second, dict.fromkeys(Kind, efficiency))
+        self.overhead: Overhead | None = None
         self._prices: dict[Any, OpPrice] = {}
 
     @classmethod
-    def of(cls, rates: Rates) -> Self:
+    def of(cls, rates: Rates, overhead: Overhead | None = None) -> Self:
         """A roofline with different rates for dtypes and kinds of work."""
         made = cls(1.0, 1.0)
-        made.rates = rates
+        made.rates, made.overhead = rates, overhead
         return made
 
     def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
