@@ -32,7 +32,7 @@ PLANS = st.builds(
     budget_bytes=st.none() | SIZES,
     predicted_peak_bytes=SIZES,
     predicted_step_seconds=SECONDS,
-    ledger=st.lists(st.builds(LedgerLine, NAMES, SIZES), max_size=3).map(tuple),
+    ledger=st.lists(st.builds(LedgerLine, NAMES, SIZES, NAMES), max_size=3).map(tuple),
     rows=st.lists(st.builds(BlockRow, NAMES, NAMES, SIZES, SECONDS), max_size=3).map(tuple),
     fingerprint=FINGERPRINTS,
     notes=st.lists(NAMES, max_size=2).map(tuple),
@@ -58,7 +58,7 @@ PLAN = Plan(
     budget_bytes=1000,
     predicted_peak_bytes=900,
     predicted_step_seconds=0.5,
-    ledger=(LedgerLine("weights", 600), LedgerLine("saved tensors", 300)),
+    ledger=(LedgerLine("base weights, bf16", 600, "counted"), LedgerLine("saved tensors", 300, "simulated")),
     rows=(BlockRow("layers.0", "recompute, save mlp.up_proj", 300, 0.125),),
     fingerprint=FINGERPRINT,
     notes=("the blocks were not found; planned in coarser regions",),
@@ -66,7 +66,7 @@ PLAN = Plan(
 )
 # Stored plans outlive the library: a change here needs a new PLAN_FORMAT and a line in CHANGELOG.md.
 WRITTEN: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "decisions": {
         "layers.0": ["recompute", False],
         "layers.0.mlp.up_proj": ["save", False],
@@ -76,7 +76,10 @@ WRITTEN: dict[str, Any] = {
     "budget_bytes": 1000,
     "predicted_peak_bytes": 900,
     "predicted_step_seconds": 0.5,
-    "ledger": [{"category": "weights", "num_bytes": 600}, {"category": "saved tensors", "num_bytes": 300}],
+    "ledger": [
+        {"category": "base weights, bf16", "num_bytes": 600, "obtained": "counted"},
+        {"category": "saved tensors", "num_bytes": 300, "obtained": "simulated"},
+    ],
     "rows": [{"path": "layers.0", "option": "recompute, save mlp.up_proj", "saved_bytes": 300, "extra_seconds": 0.125}],
     "fingerprint": {
         "model_class": "LlamaForCausalLM",
@@ -122,7 +125,7 @@ def test_a_missing_field_is_refused(name: str) -> None:
     )
 
 
-ANOTHER_FORMAT = "plan of another format version; this library reads version 1"
+ANOTHER_FORMAT = "plan of another format version; this library reads version 2"
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,10 @@ PLAN = Plan(
     budget_bytes=80 * MIB,
     predicted_peak_bytes=75 * MIB,
     predicted_step_seconds=2.5,
-    ledger=(LedgerLine("weights (frozen)", 60 * MIB), LedgerLine("saved by forward", 15 * MIB)),
+    ledger=(
+        LedgerLine("base weights, bf16", 60 * MIB, "counted"),
+        LedgerLine("saved tensors", 15 * MIB, "simulated"),
+    ),
     rows=ROWS,
     fingerprint=Fingerprint("LlamaForCausalLM", "a", "b", "c", (("input_ids", (4, 512), "int64"),), "cpu", "sdpa"),
 )
@@ -114,9 +117,9 @@ def test_the_explanation_says_why() -> None:
         "plan for LlamaForCausalLM on cpu: input_ids 4x512\n"
         "\n"
         "At the peak, 75.0 MiB:\n"
-        "  what                 bytes  share\n"
-        "  weights (frozen)  60.0 MiB  80.0%\n"
-        "  saved by forward  15.0 MiB  20.0%\n"
+        "  what                   bytes  share  how\n"
+        "  base weights, bf16  60.0 MiB  80.0%  counted\n"
+        "  saved tensors       15.0 MiB  20.0%  simulated\n"
         "\n"
         "Blocks, inside model:\n"
         "  layers.{0,2}: keeps 1.0 MiB each, adds 250 ms each\n"

@@ -14,12 +14,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rematree.cost import Cost, tensors_in
+from rematree.accounts import DEQUANTISED, MASKS, RECOMPUTED, ROUNDING, SAVED, WORKSPACE
+from rematree.allocator import CachingAllocator, rounded
+from rematree.devices import overhead_of
+from rematree.price import Cost, tensors_in
 
 # Ops that look at a tensor's shape, never at its values.
 _SHAPE_ONLY: Final = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
 _DEVICE: Final = torch.ops.prim.device.default
 _NONDETERMINISTIC: Final = torch.Tag.nondeterministic_seeded
+_BITSANDBYTES: Final = "bitsandbytes"
+_BEFORE_THE_BLOCKS: Final = "embedding"  # the mark of what runs in front of the first block
+_MASK_DIMENSIONS: Final = 4
 
 
 @dataclass(slots=True)
@@ -27,6 +33,8 @@ class _Entry:
     uid: int
     num_bytes: int
     category: str
+    padding: int
+    block: Any
     reference: "weakref.ref[torch.UntypedStorage]"
 
 
@@ -60,15 +68,19 @@ class OpRecord:
 class Ledger(TorchDispatchMode):
     """Tracks live bytes by category, the peak, and time; optionally tells a listener every op.
 
-    Categories are the caller's: whatever `category` is set to when a storage is born.
+    Categories are the caller's: whatever `category` is set to when a storage is born. Some are known better: what a
+    recomputation makes, weights that bitsandbytes unpacks, masks made in front of the first block.
 
     Args:
         cost: Prices ops.
         device_type: Only storages on such a device count ("cpu", "cuda"); others weigh nothing.
+
+    On a GPU, here or one that `cost` stands for, sizes are rounded and segments counted as its allocator does.
     """
 
     def __init__(self, cost: Cost, device_type: str) -> None:
         super().__init__()
+        self._allocator = CachingAllocator() if overhead_of(cost, device_type).caches else None
         self._cost = cost
         self._device_type = device_type
         self.draws = 0
@@ -122,25 +134,45 @@ class Ledger(TorchDispatchMode):
         self._next_uid += 1
         device: torch.device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         num_bytes = storage.nbytes() if device.type == self._device_type else 0
-        entry = _Entry(self._next_uid, num_bytes, category, weakref.ref(storage, lambda _: self._free(key)))
-        self._entries[key] = entry
-        self.live_bytes += num_bytes
+        padding, block = 0, None
+        if self._allocator is not None:
+            padding, block = rounded(num_bytes) - num_bytes, self._allocator.allocate(num_bytes)
+        reference = weakref.ref(storage, lambda _: self._free(key))
+        entry = self._entries[key] = _Entry(self._next_uid, num_bytes, category, padding, block, reference)
+        self.live_bytes += num_bytes + padding
         self.by_category[category] = self.by_category.get(category, 0) + num_bytes
+        if padding:
+            self.by_category[ROUNDING] = self.by_category.get(ROUNDING, 0) + padding
         return entry
 
     def _free(self, key: int) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self.live_bytes -= entry.num_bytes
+            self.live_bytes -= entry.num_bytes + entry.padding
             self.by_category[entry.category] -= entry.num_bytes
+            if self._allocator is not None:
+                self._allocator.release(entry.block)
+                if entry.padding:
+                    self.by_category[ROUNDING] -= entry.padding
             self._taint.pop(entry.uid, None)
 
-    def _raise_peak(self, workspace: int) -> None:
-        here = self.live_bytes + workspace
+    def _raise_peak(self, workspace: int, line: str = WORKSPACE) -> None:
+        padding = 0
+        if workspace and self._allocator is not None:
+            padding = rounded(workspace) - workspace
+            self._allocator.release(self._allocator.allocate(workspace))
+        here = self.live_bytes + workspace + padding
         self._segment_peak = max(self._segment_peak, here)
         if here > self.peak_bytes:
             self.peak_bytes = here
-            self.at_peak = {**self.by_category, "kernel workspace": workspace}
+            self.at_peak = {**self.by_category}
+            for name, more in ((line, workspace), (ROUNDING, padding)):
+                self.at_peak[name] = self.at_peak.get(name, 0) + more
+
+    @property
+    def slack_bytes(self) -> int:
+        """Most that the allocator's segments in use held, beyond the most that was allocated."""
+        return 0 if self._allocator is None else max(0, self._allocator.peak_held_bytes - self.peak_bytes)
 
     # -- time line --------------------------------------------------------------------------------------------------
 
@@ -175,6 +207,16 @@ class Ledger(TorchDispatchMode):
         for entry in writes:
             self._taint[entry.uid] = self._taint.get(entry.uid, frozenset()) | blame
 
+    def _line_of(self, func: Any, output: torch.Tensor) -> str:
+        """The line of what `func` makes."""
+        if func.namespace == _BITSANDBYTES and "dequant" in func.__name__:
+            return DEQUANTISED
+        if self.recomputing:
+            return RECOMPUTED
+        if self._label == _BEFORE_THE_BLOCKS and output.dim() == _MASK_DIMENSIONS and self.category == SAVED:
+            return MASKS
+        return self.category
+
     # -- dispatch ---------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -194,7 +236,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs)
         outputs = [out] if isinstance(out, torch.Tensor) else list(tensors_in(out))
         before = self.live_bytes
-        entries = [self._entry(t, self.category) for t in outputs]
+        entries = [self._entry(t, self._line_of(func, t)) for t in outputs]
         born = self.live_bytes - before
         mutable = func._schema.is_mutable
         if born == 0 and not mutable and all(entry.uid <= known for entry in entries):
@@ -202,7 +244,8 @@ class Ledger(TorchDispatchMode):
         price = self._cost.price(func, args, kwargs, outputs)
         self.seconds += price.seconds
         self._segment_seconds += price.seconds
-        self._raise_peak(max(0, price.workspace_bytes - born))
+        unpacks = func.namespace == _BITSANDBYTES and func.__name__.startswith("gemm_4bit")
+        self._raise_peak(max(0, price.workspace_bytes - born), DEQUANTISED if unpacks else WORKSPACE)
         writes = entries
         if mutable:
             writes = entries + [self._entry(t, self.category) for t in _mutated(func, args, kwargs)]

@@ -14,7 +14,9 @@ import torch
 import transformers
 from torch import nn
 
+from rematree.accounts import CONTEXT, HOST, LIBRARY, SLACK, how_workspaces_are_known, ledger_lines
 from rematree.cost import Cost, Measured
+from rematree.devices import overhead_of
 from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.observe import LossFunction, RegionStack, Twin
@@ -47,7 +49,8 @@ class Planner:
     Args:
         model: The model as it will train: adapters on, frozen what is frozen. Read, not run.
         batch: One batch as the training loop will pass it (`model(**batch)`), labels included.
-        optimizer: What holds state: "adamw" (two fp32-like states per trained parameter), "sgd" or "none".
+        optimizer: What holds state: "adamw" (two states per trained parameter, in its dtype), "adamw_8bit" (of
+            bitsandbytes), "paged_adamw_8bit" (on a GPU, state of large tensors counts as on the host), "sgd", "none".
         accumulation_steps: More than one means gradients of earlier micro-batches are live during the step.
         forbid: Levers not to use: "chunked_loss" (changes rounding).
         cost: Prices ops; default: measured on the model's device.
@@ -80,6 +83,9 @@ class Planner:
         if not self._twin.model.training:
             self._twin.model.train()
         self._cost = cost if cost is not None else Measured(self._twin.device)
+        self._overhead = overhead_of(self._cost, self._twin.device.type)
+        # Beside the tensors of the step, whatever is decided.
+        self._fixed = _SLACK + self._overhead.library_bytes + self._overhead.context_bytes
         self._forbid = frozenset(forbid)
         accumulate = accumulation_steps > 1
         chain = self._running_chain(find_chain(self._twin.model))
@@ -113,6 +119,10 @@ class Planner:
             said = f"planned as saved, because they do not run exactly once in a step: {', '.join(fold_paths(left))}"
         return Chain(tuple(order), None, "; ".join(note for note in (chain.note, said) if note))
 
+    def _peak(self, simulation: Simulation) -> int:
+        """All that the device must have: the sum of the ledger."""
+        return simulation.peak_bytes + simulation.slack_bytes + self._fixed
+
     # -- limits and confirmations -------------------------------------------------------------------------------------
 
     def _at(self, limit: int) -> _Confirmed | None:
@@ -128,7 +138,7 @@ class Planner:
                 raise UnsupportedModelError(
                     f"{sorted(result.misread)[0]}: its output is read after all; this is a bug in the survey"
                 )
-            self._confirmed[key] = _Confirmed(choice, result, result.peak_bytes + _SLACK)
+            self._confirmed[key] = _Confirmed(choice, result, self._peak(result))
         return self._confirmed[key]
 
     def _best_within(self, budget: int) -> _Confirmed | None:
@@ -138,7 +148,7 @@ class Planner:
 
     def _search(self, budget: int) -> None:
         """Confirm plans around `budget`: lower the solver's limit by what the referee says it was off, then refine."""
-        high = min(budget - _SLACK, self._top)
+        high = min(budget - self._fixed, self._top)
         low: int | None = None
         limit = high
         for _ in range(_MAX_CONFIRMATIONS):
@@ -213,7 +223,7 @@ class Planner:
 
     def plain_step(self) -> tuple[int, float]:
         """(peak bytes, seconds) of the step without a plan."""
-        return self.survey.plain.peak_bytes + _SLACK, self.survey.plain.seconds
+        return self._peak(self.survey.plain), self.survey.plain.seconds
 
     def chunked_step(self, budget: int) -> tuple[int, float] | None:
         """(peak bytes, seconds) of the step that recomputes nothing and computes the loss in chunks.
@@ -226,20 +236,20 @@ class Planner:
         heads = [index for index, rows in enumerate(known.rows) if rows is not None]
         if not heads:
             return None
-        peaks = {head: position_peak(problem, everything, head) + _SLACK for head in heads}
+        peaks = {head: position_peak(problem, everything, head) + self._fixed for head in heads}
         fitting = [head for head in heads if peaks[head] <= budget]
         if fitting:
             head = min(fitting, key=lambda head: problem.heads[head].seconds)
         else:
             head = min(heads, key=lambda head: (peaks[head], problem.heads[head].seconds))
         result = self._referee.run({}, known.rows[head])
-        return result.peak_bytes + _SLACK, result.seconds
+        return self._peak(result), result.seconds
 
     def every_layer_step(self) -> tuple[int, float]:
         """(peak bytes, seconds) of the step with every block recomputed, as `gradient_checkpointing=True` does it."""
         everything = {path: Decision(Action.RECOMPUTE) for path in self.survey.chain.blocks}
         result = self._referee.run(everything, None)
-        return result.peak_bytes + _SLACK, result.seconds
+        return self._peak(result), result.seconds
 
     def _infeasible(self, budget: int) -> InfeasibleBudgetError:
         least = self.min_peak_bytes()
@@ -255,8 +265,13 @@ class Planner:
         )
 
     def _ledger(self, entry: _Confirmed) -> tuple[LedgerLine, ...]:
-        lines = [LedgerLine(name, size) for name, size in entry.simulation.at_peak.items()]
-        return (*lines, LedgerLine("slack", entry.peak_bytes - entry.simulation.peak_bytes))
+        beside = {
+            HOST: _SLACK,
+            LIBRARY: self._overhead.library_bytes,
+            SLACK: entry.simulation.slack_bytes,
+            CONTEXT: self._overhead.context_bytes,
+        }
+        return ledger_lines(entry.simulation.at_peak, beside, how_workspaces_are_known(self._cost))
 
     def _as_plan(self, entry: _Confirmed, budget: int | None) -> Plan:
         known = self.survey

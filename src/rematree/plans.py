@@ -17,9 +17,11 @@ from rematree.table import FoldedRow, common_prefix, fold_rows, render_table
 from rematree.typed_json import read_typed
 from rematree.units import format_bytes, format_seconds
 
-PLAN_FORMAT: Final = 1
+PLAN_FORMAT: Final = 2
 TABLE_HEADERS: Final = ("region", "decision", "saved", "added time")
 TABLE_RIGHT: Final = frozenset({2, 3})
+ALLOCATOR_SLACK: Final = "allocator slack"
+CUDA_CONTEXT: Final = "CUDA context"
 WHOLE_MODEL: Final = "(whole model)"
 _WRAP: Final = 56
 
@@ -79,10 +81,18 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class LedgerLine:
-    """One category of the bytes that are live at the predicted peak."""
+    """One category of the bytes that are live at the predicted peak.
+
+    Attributes:
+        category: What it is.
+        num_bytes: Its size.
+        obtained: How: "counted" (there before the step), "simulated" (the executor on fake tensors), "measured" (on the
+            device, op by op), or "estimated: ..." with what the estimate is.
+    """
 
     category: str
     num_bytes: int
+    obtained: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +120,8 @@ class Plan:
         decisions: Region path -> decision. A region that is not named inherits from its parent; the root saves.
         loss_chunk_rows: Rows (tokens) of logits formed at a time, or None for the model's own loss. Changes rounding.
         budget_bytes: The budget the plan was made for, or None when it is a point of the frontier.
-        predicted_peak_bytes: Peak allocated bytes of one training step, optimizer state included.
+        predicted_peak_bytes: Peak bytes of one training step, optimizer state included; on a GPU also what its
+            allocator and context take.
         predicted_step_seconds: Forward + backward + optimizer on the device that was priced.
         ledger: Where the bytes are at the peak; the sum is `predicted_peak_bytes`.
         rows: One line a block.
@@ -139,6 +150,12 @@ class Plan:
     def headroom_bytes(self) -> int | None:
         """Budget minus predicted peak; None without a budget."""
         return None if self.budget_bytes is None else self.budget_bytes - self.predicted_peak_bytes
+
+    @property
+    def predicted_allocated_bytes(self) -> int:
+        """Of the predicted peak, what torch's allocator hands out: what its own counters measure."""
+        outside = (line.num_bytes for line in self.ledger if line.category in {ALLOCATOR_SLACK, CUDA_CONTEXT})
+        return self.predicted_peak_bytes - sum(outside)
 
     @property
     def recomputes(self) -> bool:

@@ -9,22 +9,22 @@ import contextlib
 import functools
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from rematree.accounts import BACKWARD, BATCH, GRADIENTS, LOGITS, SAVED, STATE, STEP, weights
 from rematree.cost import Cost
+from rematree.devices import overhead_of
 from rematree.execute.handle import Handle
 from rematree.execute.override import ForwardOverride
 from rematree.fingerprint import describe_model
 from rematree.ledger import Ledger, Segment
 from rematree.observe import Twin
+from rematree.optimizers import Optimizer, optimizer_with_state
 from rematree.plans import Decision, Plan
-from rematree.quantised import hidden_tensors
 
-Optimizer = Literal["adamw", "sgd", "none"]
 _HEAD: Final = "head"
 _OPTIMIZER: Final = "optimizer"
 
@@ -38,6 +38,7 @@ class Simulation:
         seconds: Sum of the prices of all ops.
         at_peak: Bytes by category at the peak; the sum is `peak_bytes`.
         segments: The timeline, by what was running.
+        slack_bytes: What the segments of a GPU's caching allocator hold beyond the peak; 0 on a CPU.
         misread: Regions whose placeholder was read outside a recomputation: their output must be stashed.
         written: Saved regions whose output the recomputed region around them writes to: they cannot be saved alone.
         graph: For each block, whether its input and its output require grad.
@@ -50,6 +51,7 @@ class Simulation:
     misread: frozenset[str]
     written: frozenset[str]
     graph: tuple[tuple[bool, bool], ...]
+    slack_bytes: int = 0
 
     def segment(self, label: str) -> Segment | None:
         """The segment called `label`, if the step had one."""
@@ -96,7 +98,8 @@ class Referee:
         self.trainable = [p for p in self.twin.model.parameters() if p.requires_grad]
         if self.trainable:
             with self.twin.mode:
-                self._stepper = _optimizer_with_state(self.optimizer, self.trainable)
+                pages = overhead_of(self.cost, self.twin.device.type).caches
+                self._stepper = optimizer_with_state(self.optimizer, self.trainable, pages=pages)
 
     def draft(self, decisions: Mapping[str, Decision], rows: int | None) -> Plan:
         """A plan without prediction, so that the executor can run it."""
@@ -132,32 +135,29 @@ class Referee:
             frozenset(ledger.misread),
             frozenset(ledger.written_regions),
             marks.graph(),
+            ledger.slack_bytes,
         )
 
     def _adopt(self, ledger: Ledger) -> None:
-        model = self.twin.model
-        ledger.adopt((p for p in model.parameters() if not p.requires_grad), "weights (frozen)")
-        ledger.adopt(self.trainable, "weights (trained)")
-        ledger.adopt(model.buffers(), "weights (frozen)")
-        ledger.adopt(hidden_tensors(model), "weights (frozen)")
-        ledger.adopt((t for t in tree_leaves(self.twin.batch) if isinstance(t, torch.Tensor)), "batch")
+        for tensor, line in weights(self.twin.model):
+            ledger.adopt([tensor], line)
+        ledger.adopt((t for t in tree_leaves(self.twin.batch) if isinstance(t, torch.Tensor)), BATCH)
         if self._stepper is not None:
             state = (t for entry in self._stepper.state.values() for t in entry.values())
-            ledger.adopt((t for t in state if isinstance(t, torch.Tensor)), "optimizer state")
+            ledger.adopt((t for t in state if isinstance(t, torch.Tensor)), STATE)
         if self.accumulate:
             for parameter in self.trainable:
                 parameter.grad = torch.zeros_like(parameter)
-                ledger.adopt([parameter.grad], "gradients")
+                ledger.adopt([parameter.grad], GRADIENTS)
 
     def _step(self, ledger: Ledger) -> None:
-        ledger.category = "saved by forward"
+        ledger.category = SAVED
         ledger.mark("embedding")
         loss = self.twin.loss()
-        ledger.category = "backward and recomputation"
         if loss.requires_grad:
             loss.backward()
         del loss
-        ledger.category = "optimizer step"
+        ledger.category = STEP
         ledger.mark(_OPTIMIZER)
         if self._stepper is not None and self.optimizer != "none":
             self._stepper.step()
@@ -166,7 +166,7 @@ class Referee:
     def _gradients_known(self, ledger: Ledger) -> Generator[None]:
         def moved(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
-                ledger.move(parameter.grad, "gradients")
+                ledger.move(parameter.grad, GRADIENTS)
 
         hooks = [p.register_post_accumulate_grad_hook(moved) for p in self.trainable]
         try:
@@ -198,6 +198,7 @@ class _BlockMarks:
                 tensors[0].register_hook(functools.partial(_mark, ledger, f"backward {index}"))
             if index == len(self._graph) - 1:
                 ledger.mark(_HEAD)
+                ledger.category = LOGITS
             return out
 
         return run
@@ -205,28 +206,4 @@ class _BlockMarks:
 
 def _mark(ledger: Ledger, label: str, _: torch.Tensor) -> None:
     ledger.mark(label)
-
-
-def make_optimizer(
-    kind: Optimizer, parameters: list[nn.Parameter], learning_rate: float = 1e-3
-) -> torch.optim.Optimizer | None:
-    """The optimizer a plan counts with: "adamw" is transformers' default, the fused one."""
-    match kind:
-        case "adamw":
-            return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-        case "sgd":
-            return torch.optim.SGD(parameters, lr=learning_rate)
-        case "none":
-            return None
-
-
-def _optimizer_with_state(kind: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer after its first step, when its state exists."""
-    stepper = make_optimizer(kind, parameters)
-    if stepper is not None:
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        stepper.step()
-        for parameter in parameters:
-            parameter.grad = None
-    return stepper
+    ledger.category = BACKWARD  # what came before was the head's

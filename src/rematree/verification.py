@@ -16,8 +16,8 @@ from rematree.errors import UsageError, VerificationError
 from rematree.execute.handle import applied_handle, apply
 from rematree.measure import PeakMeter
 from rematree.observe import LossFunction, loss_of
+from rematree.optimizers import Optimizer, make_optimizer
 from rematree.plans import Plan
-from rematree.simulate import Optimizer, make_optimizer
 from rematree.units import KIB, format_bytes
 
 PEAK_TOLERANCE: Final = 0.03
@@ -39,7 +39,7 @@ class Verification:
         largest_difference: Largest difference of any gradient, relative to its largest entry.
         loss_plain: Loss of the plain model.
         loss_planned: Loss under the plan.
-        predicted_peak_bytes: From the plan.
+        predicted_peak_bytes: From the plan; on a GPU what torch's allocator hands out of it.
         measured_peak_bytes: Of one step under the plan, optimizer included.
         predicted_step_seconds: From the plan.
         measured_step_seconds: Median of the timed steps under the plan.
@@ -117,7 +117,7 @@ def verify(
         largest_difference=_largest_difference(expected, found),
         loss_plain=float(expected[""]),
         loss_planned=float(found[""]),
-        predicted_peak_bytes=plan.predicted_peak_bytes,
+        predicted_peak_bytes=plan.predicted_allocated_bytes,
         measured_peak_bytes=measured_peak,
         predicted_step_seconds=plan.predicted_step_seconds,
         measured_step_seconds=statistics.median(planned_times),
@@ -147,7 +147,7 @@ def _judge_gradients(plan: Plan, result: Verification, control: _Gradients, expe
 
 
 def _judge_peak(plan: Plan, measured: int) -> None:
-    predicted, budget = plan.predicted_peak_bytes, plan.budget_bytes
+    predicted, budget = plan.predicted_allocated_bytes, plan.budget_bytes
     sizes = (
         f"measured peak {format_bytes(measured)} ({measured} B), predicted {format_bytes(predicted)} ({predicted} B)"
     )

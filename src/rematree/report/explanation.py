@@ -101,10 +101,13 @@ def next_exchange(plan: Plan) -> Exchange | None:
 def explain_text(plan: Plan) -> str:
     """The explanation for a reader."""
     peak = max(1, plan.predicted_peak_bytes)
-    ledger = [[line.category, format_bytes(line.num_bytes), f"{line.num_bytes / peak:.1%}"] for line in plan.ledger]
+    ledger = [
+        (line.category, format_bytes(line.num_bytes), f"{line.num_bytes / peak:.1%}", line.obtained)
+        for line in plan.ledger
+    ]
     lines = [plan.title(), "", f"At the peak, {format_bytes(plan.predicted_peak_bytes)}:"]
     if ledger:
-        lines += _indented(render_table(("what", "bytes", "share"), ledger, right={1, 2}))
+        lines += _indented(render_table(("what", "bytes", "share", "how"), ledger, right={1, 2}))
     lines += ["", "Blocks" + (f", inside {plan.region_prefix}:" if plan.region_prefix else ":")]
     for block in explain_blocks(plan):
         each = " each" if block.count > 1 else ""
@@ -126,6 +129,7 @@ def explain_facts(plan: Plan) -> dict[str, Any]:
     return {
         "predicted_peak_bytes": plan.predicted_peak_bytes,
         "ledger": {line.category: line.num_bytes for line in plan.ledger},
+        "obtained": {line.category: line.obtained for line in plan.ledger},
         "blocks": [asdict(block) for block in explain_blocks(plan)],
         "loss_chunk_rows": plan.loss_chunk_rows,
         "budget_bytes": plan.budget_bytes,
