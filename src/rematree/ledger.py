@@ -178,7 +178,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # two of three calls; it only reads an attribute
-            return args[0].fake_device
+            told: torch.device | None = getattr(args[0].fake_mode, "engine_device", None)
+            return args[0].fake_device if told is None else told
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
