@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from rematree.attention_kernels import Capability, choose_kernel, run_kernel
@@ -48,6 +49,7 @@ class DeviceView(TorchFunctionMode):
             torch.dropout: self._dropout,
             Tensor.to: self._to,
             _IS_CUDA: self._is_cuda,
+            Tensor.backward: self._backward,
         }
 
     def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
@@ -68,6 +70,24 @@ class DeviceView(TorchFunctionMode):
         if "device" in kwargs:
             kwargs["device"] = self._told(kwargs["device"])
         return func(tensor, *told, **kwargs)
+
+    def _backward(
+        self,
+        func: Any,
+        tensor: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """`Tensor.backward` is Python: while it runs no function mode is in force, but it may run recomputations."""
+        seed = torch.ones_like(tensor) if gradient is None else gradient
+        keep = create_graph if retain_graph is None else retain_graph
+        into = () if inputs is None else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        with self:
+            _engine_run_backward(
+                (tensor,), (seed,), keep, create_graph, into, allow_unreachable=True, accumulate_grad=True
+            )
 
     def _told(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -39,12 +39,16 @@ class Segment:
         live_bytes: Live when it began.
         peak_bytes: Largest live sum within it.
         seconds: Price of the ops within it.
+        live: `live_bytes` by category.
+        at_peak: `peak_bytes` by category.
     """
 
     label: str
     live_bytes: int
     peak_bytes: int
     seconds: float
+    live: dict[str, int]
+    at_peak: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class OpRecord:
 class Ledger(TorchDispatchMode):
     """Tracks live bytes by category, the peak, and time; optionally tells a listener every op.
 
-    Categories are the caller's: whatever `category` is set to when a storage is born.
+    Categories are the caller's: whatever `category` is set to when a storage is born. `label` is the latest mark.
 
     Args:
         cost: Prices ops.
@@ -75,7 +79,10 @@ class Ledger(TorchDispatchMode):
         self._entries: dict[int, _Entry] = {}
         self._next_uid = 0
         self._taint: dict[int, frozenset[str]] = {}
-        self._label, self._segment_live, self._segment_peak, self._segment_seconds = "start", 0, 0, 0.0
+        self.label = "start"
+        self._segment_live, self._segment_peak, self._segment_seconds = 0, 0, 0.0
+        self._segment_start: dict[str, int] = {}
+        self._segment_at_peak: dict[str, int] = {}
         self.segments: list[Segment] = []
         self.category = "other"
         self.live_bytes = 0
@@ -136,17 +143,28 @@ class Ledger(TorchDispatchMode):
 
     def _raise_peak(self, workspace: int) -> None:
         here = self.live_bytes + workspace
-        self._segment_peak = max(self._segment_peak, here)
-        if here > self.peak_bytes:
-            self.peak_bytes = here
-            self.at_peak = {**self.by_category, "kernel workspace": workspace}
+        if here > self._segment_peak:
+            self._segment_peak = here
+            self._segment_at_peak = {**self.by_category, "kernel workspace": workspace}
+            if here > self.peak_bytes:
+                self.peak_bytes, self.at_peak = here, self._segment_at_peak
 
     # -- time line --------------------------------------------------------------------------------------------------
 
     def mark(self, label: str) -> None:
         """End the current segment and begin one called `label`."""
-        self.segments.append(Segment(self._label, self._segment_live, self._segment_peak, self._segment_seconds))
-        self._label, self._segment_live, self._segment_peak = label, self.live_bytes, self.live_bytes
+        self.segments.append(
+            Segment(
+                self.label,
+                self._segment_live,
+                self._segment_peak,
+                self._segment_seconds,
+                self._segment_start,
+                self._segment_at_peak,
+            )
+        )
+        self.label, self._segment_live, self._segment_peak = label, self.live_bytes, self.live_bytes
+        self._segment_start = self._segment_at_peak = dict(self.by_category)
         self._segment_seconds = 0.0
 
     # -- placeholders (R3) ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 `Planner` keeps the survey, so that a frontier or several budgets cost one observation. `plan` is the one-call form.
 """
 
+import functools
 import math
 import platform
 import sys
@@ -14,10 +15,14 @@ import torch
 import transformers
 from torch import nn
 
+from rematree.absent import is_absent
+from rematree.attention_kernels import Capability
 from rematree.cost import Cost, Measured
 from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
+from rematree.execute.override import ForwardOverride
 from rematree.fingerprint import describe_batch, describe_model
-from rematree.observe import LossFunction, RegionStack, Twin
+from rematree.folding import block_kinds
+from rematree.observe import LossFunction, Twin
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Plan
 from rematree.quantised import frozen_int8_linears
 from rematree.regions import Chain, find_chain
@@ -52,6 +57,9 @@ class Planner:
         forbid: Levers not to use: "chunked_loss" (changes rounding).
         cost: Prices ops; default: measured on the model's device.
         loss: The scalar to differentiate, from the model's output; default: its `loss`.
+        device: Where the step will run, if not where the model is; it need not be in this machine. Then `cost` says
+            what it is like.
+        capability: Compute capability of that device, which decides between attention kernels.
     Raises:
         UsageError: unknown lever, no loss.
         UnsupportedModelError: the model cannot be observed.
@@ -69,14 +77,22 @@ class Planner:
         forbid: Collection[str] = (),
         cost: Cost | None = None,
         loss: LossFunction | None = None,
+        device: torch.device | None = None,
+        capability: Capability | None = None,
     ) -> None:
         unknown = sorted(set(forbid) - LEVERS)
         if unknown:
             raise UsageError(f"unknown lever {unknown[0]!r} in forbid; levers: {', '.join(sorted(LEVERS))}")
         if not any(p.requires_grad for p in model.parameters()):
             raise UsageError("no parameter of the model requires grad: there is no training step to plan")
-        self._fingerprint = replace(describe_model(model), batch=describe_batch(batch))
-        self._twin = Twin(model, batch, loss)
+        if cost is None and device is not None and is_absent(device):
+            raise UsageError(
+                f"no {device.type} device is here to measure", remedies=["pass cost=, for example a Roofline"]
+            )
+        self._twin = Twin(model, batch, loss, device=device, capability=capability)
+        self._fingerprint = replace(
+            describe_model(model), batch=describe_batch(batch), device=self._twin.device.type
+        )
         if not self._twin.model.training:
             self._twin.model.train()
         self._cost = cost if cost is not None else Measured(self._twin.device)
@@ -96,13 +112,27 @@ class Planner:
 
     def _running_chain(self, chain: Chain) -> Chain:
         """The chain without blocks that do not run exactly once, in the order they run."""
-        stack = RegionStack({path: self._twin.model.get_submodule(path) for path in chain.blocks}, {})
+        model = self._twin.model
+        calls: dict[str, int] = {}
+        outputs: dict[int, Any] = {}
+
+        def around(path: str, kind: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
+            calls[path] = calls.get(path, 0) + 1
+            if kind not in outputs:
+                outputs[kind] = inner(*args, **kwargs)
+            return outputs[kind]  # an equal block's output is as good; nothing is computed from it
+
+        overrides = [
+            ForwardOverride(model.get_submodule(path), functools.partial(around, path, kind))
+            for path, kind in zip(chain.blocks, block_kinds(model, chain.blocks), strict=True)
+        ]
         try:
             with self._twin.mode, torch.no_grad():
                 self._twin.loss()
         finally:
-            stack.remove()
-        order = [path for path in stack.calls if stack.calls[path] == 1]
+            for override in overrides:
+                override.remove()
+        order = [path for path in calls if calls[path] == 1]
         if not order:
             raise UnsupportedModelError("none of the model's blocks runs exactly once in a step")
         if tuple(order) == chain.blocks:
@@ -300,6 +330,8 @@ def plan(
     forbid: Collection[str] = (),
     cost: Cost | None = None,
     loss: LossFunction | None = None,
+    device: torch.device | None = None,
+    capability: Capability | None = None,
 ) -> Plan:
     """The fastest training step of `model` on batches like `batch` whose peak stays within `budget`.
 
@@ -317,6 +349,8 @@ def plan(
         forbid=forbid,
         cost=cost,
         loss=loss,
+        device=device,
+        capability=capability,
     )
     return planner.plan(wanted)
 

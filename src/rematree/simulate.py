@@ -7,8 +7,8 @@ ledger; the result is the timeline, the peak with what was live at it, and the p
 
 import contextlib
 import functools
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
@@ -19,6 +19,18 @@ from rematree.cost import Cost
 from rematree.execute.handle import Handle
 from rematree.execute.override import ForwardOverride
 from rematree.fingerprint import describe_model
+from rematree.folding import (
+    Fold,
+    Neighbours,
+    UnevenBlocksError,
+    block_kinds,
+    fold,
+    list_of,
+    relative_decisions,
+    shortened,
+    unfold,
+    whole,
+)
 from rematree.ledger import Ledger, Segment
 from rematree.observe import Twin
 from rematree.plans import Decision, Plan
@@ -26,6 +38,8 @@ from rematree.quantised import hidden_tensors
 
 Optimizer = Literal["adamw", "sgd", "none"]
 _HEAD: Final = "head"
+_BETWEEN: Final = "between backward and optimizer"
+_GRADIENTS: Final = "gradients"
 _OPTIMIZER: Final = "optimizer"
 
 
@@ -71,9 +85,11 @@ class Simulation:
         return segment
 
 
-@dataclass
 class Referee:
     """Runs decisions on a twin.
+
+    Blocks whose part in the step is known from others are left out of the run and put back into its result
+    (`rematree.folding`); the result is that of the whole step.
 
     Args:
         twin: Model and batch under fake tensors.
@@ -81,20 +97,32 @@ class Referee:
         cost: Prices ops.
         optimizer: What holds state and runs after backward.
         accumulate: Gradients of an earlier micro-batch are live when the step begins.
+        folds: Whether blocks may be left out.
     """
 
-    twin: Twin
-    blocks: tuple[str, ...]
-    cost: Cost
-    optimizer: Optimizer = "adamw"
-    accumulate: bool = False
-    _stepper: torch.optim.Optimizer | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.trainable = [p for p in self.twin.model.parameters() if p.requires_grad]
+    def __init__(
+        self,
+        twin: Twin,
+        blocks: tuple[str, ...],
+        cost: Cost,
+        optimizer: Optimizer = "adamw",
+        accumulate: bool = False,
+        *,
+        folds: bool = True,
+    ) -> None:
+        self.twin = twin
+        self.blocks = blocks
+        self.cost = cost
+        self.optimizer: Optimizer = optimizer
+        self.accumulate = accumulate
+        self.trainable = [p for p in twin.model.parameters() if p.requires_grad]
+        self._stepper: torch.optim.Optimizer | None = None
         if self.trainable:
-            with self.twin.mode:
-                self._stepper = _optimizer_with_state(self.optimizer, self.trainable)
+            with twin.mode:
+                self._stepper = _optimizer_with_state(optimizer, self.trainable)
+        self._container = list_of(twin.model, blocks) if folds else None
+        self._kinds = block_kinds(twin.model, blocks) if self._container is not None else []
+        self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
     def draft(self, decisions: Mapping[str, Decision], rows: int | None) -> Plan:
         """A plan without prediction, so that the executor can run it."""
@@ -103,67 +131,113 @@ class Referee:
 
     def run(self, decisions: Mapping[str, Decision], rows: int | None) -> Simulation:
         """Simulate one step under `decisions`, with `rows` of logits at a time (None: the model's own loss)."""
-        ledger = Ledger(self.cost, self.twin.device.type)
-        marks = _BlockMarks(ledger, len(self.blocks))
-        handle = Handle(self.draft(decisions, rows), self.twin.model, watcher=ledger, check_loss=False)
+        chain = whole(len(self.blocks))
+        if self._container is not None:
+            chain = fold(list(zip(self._kinds, relative_decisions(self._container, self.blocks, decisions), strict=True)))
+            left_out = tuple(self.blocks[index] + "." for index in chain.left_out)
+            if left_out:
+                blocks = set(self.blocks[index] for index in chain.left_out)
+                here = {p: d for p, d in decisions.items() if p not in blocks and not p.startswith(left_out)}
+                try:
+                    return self._run(here, rows, chain)
+                except UnevenBlocksError:
+                    self._container = None
+                    chain = whole(len(self.blocks))
+        return self._run(decisions, rows, chain)
+
+    def _run(self, decisions: Mapping[str, Decision], rows: int | None, chain: Fold) -> Simulation:
+        model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type)
+        static = self._static()
+        marks = _BlockMarks(ledger, chain.kept)
+        absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
         overrides: list[ForwardOverride] = []
-        try:
-            for index, path in enumerate(self.blocks):
-                module = self.twin.model.get_submodule(path)
-                overrides.append(ForwardOverride(module, marks.around(index)))
+        with contextlib.ExitStack() as undo:
+            if absent:
+                assert self._container is not None
+                undo.enter_context(shortened(model, self._container, chain.kept))
+                ledger.listener = self._neighbours and self._neighbours.listener(ledger, chain.kept)
+            handle = Handle(self.draft(decisions, rows), model, watcher=ledger, check_loss=False)
+            undo.callback(self._clear_gradients)
+            undo.callback(handle.remove)
+            for index in chain.kept:
+                overrides.append(ForwardOverride(model.get_submodule(self.blocks[index]), marks.around(index)))
+                undo.callback(overrides[-1].remove)
             with self.twin.mode, self._gradients_known(ledger):
-                self._adopt(ledger)
+                self._adopt(ledger, static)
                 with ledger:
-                    self._step(ledger)
-        finally:
-            for override in reversed(overrides):
-                override.remove()
-            handle.remove()
-            for parameter in self.trainable:
-                parameter.grad = None
-        ledger.mark("end")
+                    self._forward_backward(ledger)
+                ledger.mark(_BETWEEN)
+                left = self._adopt_gradients(ledger, absent)
+                ledger.category = "optimizer step"
+                ledger.mark(_OPTIMIZER)
+                if self._stepper is not None and self.optimizer != "none":
+                    with ledger:
+                        self._stepper.step()
+                ledger.mark("end")
+        *step, between, optimizer = ledger.segments
+        if absent and self._neighbours is not None:
+            self._neighbours.check()
+            self._neighbours = None
+        segments = [*unfold([*step, between], chain, left)]
+        if segments[-1].label == _BETWEEN:
+            segments.pop()
+        segments.append(optimizer)
+        highest = max(segments, key=lambda segment: segment.peak_bytes)
         return Simulation(
-            ledger.peak_bytes,
-            ledger.seconds,
-            {name: size for name, size in ledger.at_peak.items() if size},
-            tuple(ledger.segments),
+            highest.peak_bytes,
+            sum(segment.seconds for segment in segments),
+            {name: size for name, size in highest.at_peak.items() if size},
+            tuple(segments),
             frozenset(ledger.misread),
-            marks.graph(),
+            tuple(marks.graph[image] for image in chain.images),
         )
 
-    def _adopt(self, ledger: Ledger) -> None:
-        model = self.twin.model
-        ledger.adopt((p for p in model.parameters() if not p.requires_grad), "weights (frozen)")
-        ledger.adopt(self.trainable, "weights (trained)")
-        ledger.adopt(model.buffers(), "weights (frozen)")
-        ledger.adopt(hidden_tensors(model), "weights (frozen)")
-        ledger.adopt((t for t in tree_leaves(self.twin.batch) if isinstance(t, torch.Tensor)), "batch")
-        if self._stepper is not None:
-            state = (t for entry in self._stepper.state.values() for t in entry.values())
-            ledger.adopt((t for t in state if isinstance(t, torch.Tensor)), "optimizer state")
-        if self.accumulate:
-            for parameter in self.trainable:
-                parameter.grad = torch.zeros_like(parameter)
-                ledger.adopt([parameter.grad], "gradients")
+    def _clear_gradients(self) -> None:
+        for parameter in self.trainable:
+            parameter.grad = None
 
-    def _step(self, ledger: Ledger) -> None:
+    def _static(self) -> list[tuple[str, list[torch.Tensor]]]:
+        """What exists before the step, by category."""
+        model = self.twin.model
+        state = [t for entry in self._stepper.state.values() for t in entry.values()] if self._stepper else []
+        return [
+            ("weights (frozen)", [p for p in model.parameters() if not p.requires_grad]),
+            ("weights (trained)", [*self.trainable]),
+            ("weights (frozen)", [*model.buffers(), *hidden_tensors(model)]),
+            ("batch", [t for t in tree_leaves(self.twin.batch) if isinstance(t, torch.Tensor)]),
+            ("optimizer state", [t for t in state if isinstance(t, torch.Tensor)]),
+        ]
+
+    def _adopt(self, ledger: Ledger, static: list[tuple[str, list[torch.Tensor]]]) -> None:
+        for category, tensors in static:
+            ledger.adopt(tensors, category)
+        if self.accumulate:
+            self._adopt_gradients(ledger, self.trainable)
+
+    def _adopt_gradients(self, ledger: Ledger, parameters: Iterable[torch.Tensor]) -> dict[str, int]:
+        """Give `parameters` gradients that a part of the step not run here leaves behind; their bytes by category."""
+        before = ledger.by_category.get(_GRADIENTS, 0)
+        for parameter in parameters:
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+                ledger.adopt([parameter.grad], _GRADIENTS)
+        return {_GRADIENTS: ledger.by_category.get(_GRADIENTS, 0) - before}
+
+    def _forward_backward(self, ledger: Ledger) -> None:
         ledger.category = "saved by forward"
         ledger.mark("embedding")
         loss = self.twin.loss()
+        ledger.listener = None
         ledger.category = "backward and recomputation"
         if loss.requires_grad:
             loss.backward()
         del loss
-        ledger.category = "optimizer step"
-        ledger.mark(_OPTIMIZER)
-        if self._stepper is not None and self.optimizer != "none":
-            self._stepper.step()
 
     @contextlib.contextmanager
     def _gradients_known(self, ledger: Ledger) -> Generator[None]:
         def moved(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
-                ledger.move(parameter.grad, "gradients")
+                ledger.move(parameter.grad, _GRADIENTS)
 
         hooks = [p.register_post_accumulate_grad_hook(moved) for p in self.trainable]
         try:
@@ -174,14 +248,16 @@ class Referee:
 
 
 class _BlockMarks:
-    """Marks on the ledger's timeline where blocks begin and end."""
+    """Marks on the ledger's timeline where blocks begin and end.
 
-    def __init__(self, ledger: Ledger, num_blocks: int) -> None:
+    Attributes:
+        graph: For each block that ran, whether its input and its output require grad.
+    """
+
+    def __init__(self, ledger: Ledger, blocks: Sequence[int]) -> None:
         self._ledger = ledger
-        self._graph: list[tuple[bool, bool]] = [(False, False)] * num_blocks
-
-    def graph(self) -> tuple[tuple[bool, bool], ...]:
-        return tuple(self._graph)
+        self._last = blocks[-1]
+        self.graph: dict[int, tuple[bool, bool]] = dict.fromkeys(blocks, (False, False))
 
     def around(self, index: int) -> Any:
         def run(inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -190,10 +266,10 @@ class _BlockMarks:
             takes = any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
             out = inner(*args, **kwargs)
             tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
-            self._graph[index] = (takes, bool(tensors))
+            self.graph[index] = (takes, bool(tensors))
             if tensors:
                 tensors[0].register_hook(functools.partial(_mark, ledger, f"backward {index}"))
-            if index == len(self._graph) - 1:
+            if index == self._last:
                 ledger.mark(_HEAD)
             return out
 
