@@ -16,8 +16,8 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from rematree.attention_kernels import Capability, choose_kernel, run_kernel
+from rematree.recipes import META
 
-META: Final = torch.device("meta")
 _F: Final = torch.nn.functional
 _ATTENTION: Final = _F.scaled_dot_product_attention
 _IS_CUDA: Final = Tensor.is_cuda.__get__  # pyright: ignore[reportAttributeAccessIssue]

@@ -198,7 +198,10 @@ class Ledger(TorchDispatchMode):
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # two of three calls; it only reads an attribute
             told: torch.device | None = getattr(args[0].fake_mode, "engine_device", None)
             return args[0].fake_device if told is None else told
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # a function mode is for code above
+            return self._record(func, args, kwargs or {})
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "prim":
             return func(*args, **kwargs)
         if _NONDETERMINISTIC in func.tags and _draws(func, args, kwargs):

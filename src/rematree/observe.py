@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
 
-from rematree.absent import META, DeviceView, is_absent
+from rematree.absent import DeviceView, is_absent
 from rematree.attention_kernels import DEFAULT_CAPABILITY, Capability
 from rematree.cost import present_device
 from rematree.errors import UnsupportedModelError, UsageError
@@ -32,6 +32,7 @@ from rematree.execute.handle import forget_handle
 from rematree.execute.override import ForwardOverride, remove_overrides
 from rematree.execute.quantised import keep_trainable
 from rematree.quantised import attributes_of, hidden_tensors
+from rematree.recipes import META, Recipes
 
 LossFunction = Callable[[Any], torch.Tensor]
 
@@ -63,6 +64,7 @@ class TwinMode(FakeTensorMode):
         self.engine_device: torch.device | None = META if absent else None
         self._view: DeviceView | None = None
         self._entered = 0
+        self._recipes = Recipes(self, self.engine_device, device)
         if device is not None and (absent or capability is not None):
             self._view = DeviceView(device, capability or DEFAULT_CAPABILITY)
 
@@ -89,18 +91,36 @@ class TwinMode(FakeTensorMode):
         with no_dispatch():
             bare = torch.empty(0, dtype=tensor.dtype, device=META)
             bare.set_(shadow, tensor.storage_offset(), tensor.size(), tensor.stride())  # pyright: ignore[reportCallIssue, reportArgumentType]
-        device = self._device if self._device is not None else tensor.device
-        copied = FakeTensor(self, bare, device, requires_grad=tensor.requires_grad)
+            bare.requires_grad_(tensor.requires_grad)
+        copied = self._recipes.wrap(bare, self._device if self._device is not None else tensor.device)
         if isinstance(tensor, nn.Parameter):
             copied._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
         return copied
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # `DeviceView` is for code above
+            if self.engine_device is not None:
+                if func is _DEVICE and isinstance(args[0], FakeTensor):
+                    return self.engine_device if args[0].fake_device == self._device else args[0].fake_device
+                if kwargs and kwargs.get("device") == META:
+                    kwargs = {**kwargs, "device": self._device}
+            found = self._recipes.key(func, args, kwargs)
+            if found is None:
+                return self.dispatch(func, types, args, kwargs or {})
+            key, tensors = found
+            recipe = self._recipes.known(key)
+            if recipe:
+                return self._recipes.make(recipe, tensors)
+            out = self.dispatch(func, types, args, kwargs or {})
+            if recipe is None:
+                self._recipes.learn(key, func, tensors, out)
+            return out
+
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.engine_device is not None:
-            if func is _DEVICE and isinstance(args[0], FakeTensor):
-                return self.engine_device if args[0].fake_device == self._device else args[0].fake_device
-            if kwargs and kwargs.get("device") == META:
-                kwargs = {**kwargs, "device": self._device}
         if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
             dtype = args[0].dtype
             with self:
