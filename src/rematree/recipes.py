@@ -2,7 +2,7 @@
 
 Torch's fake tensors remember too, but look up by more than a dozen attributes of every argument; a step of a few
 layers is thousands of ops, and a plan some twenty steps. Here an op is remembered by its arguments' shapes, strides,
-offsets, dtypes and devices. What is remembered is how to make each output: a new storage, a view of an argument, or an
+dtypes and devices. What is remembered is how to make each output: a new storage, a view of an argument, or an
 argument itself.
 
 Not remembered: ops without a tensor argument, outputs that depend on values, outputs whose storage is larger than their
@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 META: Final = torch.device("meta")
 _PLAIN: Final = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _NEVER: Final = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
+# Their outputs' offsets are arguments; all other views begin at a fixed distance from their base.
+_ABSOLUTE: Final = frozenset({torch.ops.aten.as_strided, torch.ops.aten.as_strided_, torch.ops.aten.as_strided_copy})
 _VALUES: Final = (int, float, bool, type(None))
 
 
@@ -34,7 +36,7 @@ class _Output:
         same: It is that argument itself.
         shape: Shape.
         stride: Strides.
-        offset: Storage offset.
+        offset: Elements between the beginning of the argument and that of the view.
         dtype: Dtype.
         device: Fake device.
     """
@@ -66,6 +68,8 @@ class Recipes:
 
     def key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]] | None:
         """What the op is remembered by, and its tensor arguments; None if it is not to be remembered."""
+        if func.overloadpacket in _ABSOLUTE:
+            return None
         tensors: list[torch.Tensor] = []
         try:
             key = (func, self._part(args, tensors), self._part(kwargs, tensors) if kwargs else None)
@@ -79,7 +83,7 @@ class Recipes:
             if value.fake_mode is not self._mode or value.constant is not None or value.layout is not torch.strided:
                 raise _UnknownError
             tensors.append(value)
-            return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device
+            return value.shape, value.stride(), value.dtype, value.fake_device
         if kind is tuple or kind is list or kind is torch.Size:
             return tuple([self._part(item, tensors) for item in value])
         if kind is dict:
@@ -114,19 +118,19 @@ class Recipes:
             raise _UnknownError
         for place, tensor in enumerate(tensors):
             if out is tensor:
-                return self._output(place, True, out)
+                return self._output(place, True, out, 0)
         storage = out.untyped_storage()
         place = places.get(storage._cdata)
         if place is not None:
-            return self._output(place, False, out)
+            return self._output(place, False, out, out.storage_offset() - tensors[place].storage_offset())
         natural = 0 if out.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(out.shape, out.stride(), strict=True))
         if storage._cdata in fresh or out.storage_offset() or storage.nbytes() != natural * out.element_size():
             raise _UnknownError
         fresh.add(storage._cdata)
-        return self._output(-1, False, out)
+        return self._output(-1, False, out, 0)
 
-    def _output(self, source: int, same: bool, out: FakeTensor) -> _Output:
-        return _Output(source, same, out.shape, out.stride(), out.storage_offset(), out.dtype, out.fake_device)
+    def _output(self, source: int, same: bool, out: FakeTensor, offset: int) -> _Output:
+        return _Output(source, same, out.shape, out.stride(), offset, out.dtype, out.fake_device)
 
     def make(self, recipe: Any, tensors: list[torch.Tensor]) -> Any:
         """The outputs again, of other tensors of the same layouts."""
@@ -138,8 +142,10 @@ class Recipes:
         if recipe.source < 0:
             bare = torch.empty_strided(recipe.shape, recipe.stride, dtype=recipe.dtype, device=META)
         else:
+            base = tensors[recipe.source]
             bare = torch.empty(0, dtype=recipe.dtype, device=META)
-            bare.set_(tensors[recipe.source].untyped_storage(), recipe.offset, recipe.shape, recipe.stride)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            offset = base.storage_offset() + recipe.offset
+            bare.set_(base.untyped_storage(), offset, recipe.shape, recipe.stride)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return self.wrap(bare, recipe.device)
 
     def wrap(self, bare: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from rematree.cost import Cost
 from rematree.execute.handle import Handle
 from rematree.execute.override import ForwardOverride
-from rematree.fingerprint import describe_model
 from rematree.folding import (
     Fold,
     Neighbours,
@@ -33,13 +32,14 @@ from rematree.folding import (
 )
 from rematree.ledger import Ledger, Segment
 from rematree.observe import Twin
-from rematree.plans import Decision, Plan
+from rematree.plans import Decision, Fingerprint, Plan
 from rematree.quantised import hidden_tensors
 
 Optimizer = Literal["adamw", "sgd", "none"]
 _HEAD: Final = "head"
 _BETWEEN: Final = "between backward and optimizer"
 _GRADIENTS: Final = "gradients"
+_NOBODY: Final = Fingerprint("", "", "", "", (), "", "")  # the executor checks it only against live models
 _OPTIMIZER: Final = "optimizer"
 
 
@@ -122,12 +122,8 @@ class Referee:
                 self._stepper = _optimizer_with_state(optimizer, self.trainable)
         self._container = list_of(twin.model, blocks) if folds else None
         self._kinds = block_kinds(twin.model, blocks) if self._container is not None else []
+        self._static = self._existing()
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
-
-    def draft(self, decisions: Mapping[str, Decision], rows: int | None) -> Plan:
-        """A plan without prediction, so that the executor can run it."""
-        mark = describe_model(self.twin.model)
-        return Plan(decisions, rows, None, 0, 0.0, (), (), mark)
 
     def run(self, decisions: Mapping[str, Decision], rows: int | None) -> Simulation:
         """Simulate one step under `decisions`, with `rows` of logits at a time (None: the model's own loss)."""
@@ -147,7 +143,6 @@ class Referee:
 
     def _run(self, decisions: Mapping[str, Decision], rows: int | None, chain: Fold) -> Simulation:
         model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type)
-        static = self._static()
         marks = _BlockMarks(ledger, chain.kept)
         absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
         overrides: list[ForwardOverride] = []
@@ -156,14 +151,15 @@ class Referee:
                 assert self._container is not None
                 undo.enter_context(shortened(model, self._container, chain.kept))
                 ledger.listener = self._neighbours and self._neighbours.listener(ledger, chain.kept)
-            handle = Handle(self.draft(decisions, rows), model, watcher=ledger, check_loss=False)
+            plan = Plan(decisions, rows, None, 0, 0.0, (), (), _NOBODY)
+            handle = Handle(plan, model, watcher=ledger, check_loss=False)
             undo.callback(self._clear_gradients)
             undo.callback(handle.remove)
             for index in chain.kept:
                 overrides.append(ForwardOverride(model.get_submodule(self.blocks[index]), marks.around(index)))
                 undo.callback(overrides[-1].remove)
             with self.twin.mode, self._gradients_known(ledger):
-                self._adopt(ledger, static)
+                self._adopt(ledger)
                 with ledger:
                     self._forward_backward(ledger)
                 ledger.mark(_BETWEEN)
@@ -196,7 +192,7 @@ class Referee:
         for parameter in self.trainable:
             parameter.grad = None
 
-    def _static(self) -> list[tuple[str, list[torch.Tensor]]]:
+    def _existing(self) -> list[tuple[str, list[torch.Tensor]]]:
         """What exists before the step, by category."""
         model = self.twin.model
         state = [t for entry in self._stepper.state.values() for t in entry.values()] if self._stepper else []
@@ -208,8 +204,8 @@ class Referee:
             ("optimizer state", [t for t in state if isinstance(t, torch.Tensor)]),
         ]
 
-    def _adopt(self, ledger: Ledger, static: list[tuple[str, list[torch.Tensor]]]) -> None:
-        for category, tensors in static:
+    def _adopt(self, ledger: Ledger) -> None:
+        for category, tensors in self._static:
             ledger.adopt(tensors, category)
         if self.accumulate:
             self._adopt_gradients(ledger, self.trainable)
