@@ -97,20 +97,26 @@ class Planner:
             self._twin.model.train()
         self._cost = cost if cost is not None else Measured(self._twin.device)
         self._forbid = frozenset(forbid)
-        accumulate = accumulation_steps > 1
-        chain = self._running_chain(find_chain(self._twin.model))
-        chunk = "chunked_loss" not in self._forbid and loss is None
-        self.survey: Survey = survey(
-            self._twin, chain, self._cost, optimizer=optimizer, accumulate=accumulate, chunk=chunk
+        found = find_chain(self._twin.model)
+        kinds = dict(zip(found.blocks, block_kinds(self._twin.model, found.blocks), strict=True))
+        chain = self._running_chain(found, kinds)
+        self._referee = Referee(
+            self._twin,
+            chain.blocks,
+            self._cost,
+            optimizer,
+            accumulation_steps > 1,
+            kinds=[kinds[path] for path in chain.blocks],
         )
-        self._referee = Referee(self._twin, chain.blocks, self._cost, optimizer, accumulate)
+        chunk = "chunked_loss" not in self._forbid and loss is None
+        self.survey: Survey = survey(self._referee, chain, chunk=chunk)
         self._confirmed: dict[tuple[tuple[int, ...], int], _Confirmed] = {}
         problem = self.survey.problem
         self._quantum = max(KIB, (self.survey.plain.peak_bytes - problem.base) // _RESOLUTION)
         self._least_limit = least_peak(problem, self._quantum)
         self._top = max(self.survey.plain.peak_bytes, self._least_limit) * 2
 
-    def _running_chain(self, chain: Chain) -> Chain:
+    def _running_chain(self, chain: Chain, kinds: Mapping[str, int]) -> Chain:
         """The chain without blocks that do not run exactly once, in the order they run."""
         model = self._twin.model
         calls: dict[str, int] = {}
@@ -124,7 +130,7 @@ class Planner:
 
         overrides = [
             ForwardOverride(model.get_submodule(path), functools.partial(around, path, kind))
-            for path, kind in zip(chain.blocks, block_kinds(model, chain.blocks), strict=True)
+            for path, kind in kinds.items()
         ]
         try:
             with self._twin.mode, torch.no_grad():

@@ -97,7 +97,10 @@ class Referee:
         cost: Prices ops.
         optimizer: What holds state and runs after backward.
         accumulate: Gradients of an earlier micro-batch are live when the step begins.
+        kinds: A number for each block; equal ones do the same under equal decisions. Default: found.
         folds: Whether blocks may be left out.
+    Attributes:
+        kinds: As above.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Referee:
         optimizer: Optimizer = "adamw",
         accumulate: bool = False,
         *,
+        kinds: Sequence[int] | None = None,
         folds: bool = True,
     ) -> None:
         self.twin = twin
@@ -121,7 +125,7 @@ class Referee:
             with twin.mode:
                 self._stepper = _optimizer_with_state(optimizer, self.trainable)
         self._container = list_of(twin.model, blocks) if folds else None
-        self._kinds = block_kinds(twin.model, blocks) if self._container is not None else []
+        self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
         self._static = self._existing()
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
@@ -129,7 +133,7 @@ class Referee:
         """Simulate one step under `decisions`, with `rows` of logits at a time (None: the model's own loss)."""
         chain = whole(len(self.blocks))
         if self._container is not None:
-            chain = fold(list(zip(self._kinds, relative_decisions(self._container, self.blocks, decisions), strict=True)))
+            chain = fold(list(zip(self.kinds, relative_decisions(self._container, self.blocks, decisions), strict=True)))
             left_out = tuple(self.blocks[index] + "." for index in chain.left_out)
             if left_out:
                 blocks = set(self.blocks[index] for index in chain.left_out)

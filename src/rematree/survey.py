@@ -19,13 +19,13 @@ from rematree.execute.attention import attention_modules
 from rematree.execute.dropout import packed_bytes
 from rematree.execute.loss import find_head
 from rematree.execute.override import ForwardOverride
-from rematree.folding import block_kinds, shortened
+from rematree.folding import shortened
 from rematree.ledger import Ledger, OpRecord
 from rematree.observe import RegionStack, Twin
 from rematree.plans import Action, Decision
 from rematree.quantised import hidden_tensors
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, Chain, inner_regions, join_path
-from rematree.simulate import Optimizer, Referee, Simulation
+from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainProblem, HeadOption, StageOption
 from rematree.trace import BlockTrace, TraceOp, TraceSave
@@ -77,25 +77,22 @@ def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
     return decisions
 
 
-def survey(twin: Twin, chain: Chain, cost: Cost, *, optimizer: Optimizer, accumulate: bool, chunk: bool) -> Survey:
-    """Survey `twin`.
+def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
+    """Survey the twin of `referee`.
 
     Args:
-        twin: Model and batch under fake tensors.
+        referee: Runs the whole step.
         chain: Its blocks.
-        cost: Prices ops.
-        optimizer: Holds state and runs after backward.
-        accumulate: Gradients of an earlier micro-batch are live.
         chunk: Whether chunked loss may be used.
     Cost:
         About 25 simulated steps of a few blocks; seconds for a model of any size.
     """
-    referee = Referee(twin, chain.blocks, cost, optimizer, accumulate)
+    twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
     plain = referee.run({}, None)
-    kinds, representatives = _kinds(twin, chain, plain)
+    kinds, representatives = _kinds(referee, plain)
     length = min(len(chain.blocks), max(representatives) + 2) if chain.container else len(chain.blocks)
     with _shortened(twin.model, chain, range(length)) as blocks:
-        short = Referee(twin, blocks, cost, "none", accumulate)
+        short = Referee(twin, blocks, cost, "none", accumulate, kinds=referee.kinds[:length])
         options = [
             enumerate_options(observe_block(twin, blocks[index], cost), _how_many(kinds.count(kind)))
             if plain.graph[index][1]
@@ -103,8 +100,10 @@ def survey(twin: Twin, chain: Chain, cost: Cost, *, optimizer: Optimizer, accumu
             for kind, index in enumerate(representatives)
         ]
         stages, options = _measure_options(short, kinds[:length], representatives, options)
-    with _shortened(twin.model, chain, _smallest(twin.model, chain, length)) as blocks:
-        rows, heads = _measure_heads(Referee(twin, blocks, cost, "none", accumulate), chunk)
+    few = _smallest(twin.model, chain, length)
+    with _shortened(twin.model, chain, few) as blocks:
+        smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=[referee.kinds[index] for index in few])
+        rows, heads = _measure_heads(smallest, chunk)
     gradients = [0 if accumulate else _gradient_bytes(twin.model, path) for path in chain.blocks]
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
@@ -135,12 +134,12 @@ def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:
     return range(length)
 
 
-def _kinds(twin: Twin, chain: Chain, plain: Simulation) -> tuple[list[int], list[int]]:
+def _kinds(referee: Referee, plain: Simulation) -> tuple[list[int], list[int]]:
     """Kind number of each block, and for each kind the block to measure: its second one if there is one."""
     numbers: dict[Any, int] = {}
     kinds = [
         numbers.setdefault(key, len(numbers))
-        for key in zip(block_kinds(twin.model, chain.blocks), plain.graph, strict=True)
+        for key in zip(referee.kinds, plain.graph, strict=True)
     ]
     representatives: list[int] = []
     for kind in range(len(numbers)):
