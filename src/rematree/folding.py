@@ -31,6 +31,10 @@ class UnevenBlocksError(Exception):
     """What left-out blocks leave behind does not add up: this chain must be simulated whole."""
 
 
+class FarReadError(UnevenBlocksError):
+    """A block reads what an earlier one than its predecessor made."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fold:
     """Which blocks are simulated.
@@ -173,10 +177,10 @@ class Neighbours:
         """Raise if there was one.
 
         Raises:
-            UnevenBlocksError: names the op.
+            FarReadError: names the op.
         """
         if self._far is not None:
-            raise UnevenBlocksError(f"{self._far} reads what an earlier block than the last one made")
+            raise FarReadError(f"{self._far} reads what an earlier block than the last one made")
 
 
 # -- the model, shorter -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from rematree.cost import Cost
 from rematree.execute.handle import Handle
 from rematree.execute.override import ForwardOverride
 from rematree.folding import (
+    FarReadError,
     Fold,
     Neighbours,
     UnevenBlocksError,
@@ -140,8 +141,10 @@ class Referee:
                 here = {p: d for p, d in decisions.items() if p not in blocks and not p.startswith(left_out)}
                 try:
                     return self._run(here, rows, chain)
-                except UnevenBlocksError:
+                except FarReadError:
                     self._container = None
+                    chain = whole(len(self.blocks))
+                except UnevenBlocksError:  # as when a cache of keys lives until the loss; it does not in other runs
                     chain = whole(len(self.blocks))
         return self._run(decisions, rows, chain)
 
