@@ -20,6 +20,7 @@ from rematree.regions import find_chain, inner_regions
 from rematree.simulate import Referee, Simulation
 
 COST = Roofline(5e10, 1e10)
+NARROW = ["q_proj", "down_proj"]
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -35,16 +36,14 @@ _SIZES: dict[str, Any] = {
 def _gemma3() -> nn.Module:
     """Every third block sees all tokens, the others a window: no two neighbours of a full one are alike."""
     types = ["sliding_attention", "sliding_attention", "full_attention"] * 4
-    config = transformers.Gemma3TextConfig(
-        **_SIZES, head_dim=8, sliding_window=8, layer_types=types, attn_implementation="sdpa"
-    )
+    extra: dict[str, Any] = {"head_dim": 8, "sliding_window": 8, "attn_implementation": "sdpa"}
+    config = transformers.Gemma3TextConfig(**_SIZES, **extra, layer_types=types)
     return transformers.Gemma3ForCausalLM(config)
 
 
 def _qwen3_moe() -> nn.Module:
-    config = transformers.Qwen3MoeConfig(
-        **_SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-    )
+    extra: dict[str, Any] = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = transformers.Qwen3MoeConfig(**_SIZES, **extra)
     return transformers.Qwen3MoeForCausalLM(config)
 
 
@@ -56,9 +55,13 @@ def _model(name: str, folder: Path) -> nn.Module:
         case "full":
             return build("llama", layers=12).train()
         case "frozen bottom":
-            return with_lora(build("llama", layers=12), target_modules=["q_proj", "down_proj"], layers_to_transform=[7, 8, 9, 10, 11])
+            return with_lora(
+                build("llama", layers=12), target_modules=["q_proj", "down_proj"], layers_to_transform=[7, 8, 9, 10, 11]
+            )
         case "a few layers":
-            return with_lora(build("llama", layers=12), target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3, 7])
+            return with_lora(
+                build("llama", layers=12), target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3, 7]
+            )
         case "gemma3":
             return with_lora(_gemma3())
         case "qwen3-moe":

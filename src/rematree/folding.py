@@ -89,9 +89,7 @@ def fold(signatures: Sequence[Hashable]) -> Fold:
                 del path[start + 1 :]
                 break
     kept = [position - 1 for position in path[1:-1]]
-    places = {
-        (marks[path[i - 1]], marks[path[i]], marks[path[i + 1]]): path[i] - 1 for i in range(1, len(path) - 1)
-    }
+    places = {(marks[path[i - 1]], marks[path[i]], marks[path[i + 1]]): path[i] - 1 for i in range(1, len(path) - 1)}
     images = [places[tuple(marks[i : i + 3])] for i in range(len(signatures))]  # pyright: ignore[reportArgumentType]
     return Fold(tuple(kept), tuple(images))
 

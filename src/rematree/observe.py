@@ -170,7 +170,7 @@ class Twin:
         capability: Capability | None = None,
     ) -> None:
         self.device = device or present_device(model.parameters())
-        if self.device.type == "cuda" and self.device.index is None:
+        if self.device == torch.device("cuda"):  # without a number
             self.device = torch.device("cuda", 0)
         self.mode = TwinMode(self.device, capability)
         self._loss = loss or loss_of

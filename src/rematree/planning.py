@@ -3,7 +3,6 @@
 `Planner` keeps the survey, so that a frontier or several budgets cost one observation. `plan` is the one-call form.
 """
 
-import functools
 import math
 import platform
 import sys
@@ -19,17 +18,15 @@ from rematree.absent import is_absent
 from rematree.attention_kernels import Capability
 from rematree.cost import Cost, Measured
 from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
-from rematree.execute.override import ForwardOverride
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.folding import block_kinds
 from rematree.observe import LossFunction, Twin
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Plan
 from rematree.quantised import frozen_int8_linears
-from rematree.regions import Chain, find_chain
+from rematree.regions import find_chain
 from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import ChainChoice, least_peak, position_peak, solve_chain
-from rematree.survey import Survey, describe_option, survey
-from rematree.table import fold_paths
+from rematree.survey import Survey, describe_option, running_chain, survey
 from rematree.units import KIB, MIB, format_bytes, parse_bytes
 
 LEVERS: Final = frozenset({"chunked_loss"})
@@ -90,16 +87,14 @@ class Planner:
                 f"no {device.type} device is here to measure", remedies=["pass cost=, for example a Roofline"]
             )
         self._twin = Twin(model, batch, loss, device=device, capability=capability)
-        self._fingerprint = replace(
-            describe_model(model), batch=describe_batch(batch), device=self._twin.device.type
-        )
+        self._fingerprint = replace(describe_model(model), batch=describe_batch(batch), device=self._twin.device.type)
         if not self._twin.model.training:
             self._twin.model.train()
         self._cost = cost if cost is not None else Measured(self._twin.device)
         self._forbid = frozenset(forbid)
         found = find_chain(self._twin.model)
         kinds = dict(zip(found.blocks, block_kinds(self._twin.model, found.blocks), strict=True))
-        chain = self._running_chain(found, kinds)
+        chain = running_chain(self._twin, found, kinds)
         self._referee = Referee(
             self._twin,
             chain.blocks,
@@ -115,39 +110,6 @@ class Planner:
         self._quantum = max(KIB, (self.survey.plain.peak_bytes - problem.base) // _RESOLUTION)
         self._least_limit = least_peak(problem, self._quantum)
         self._top = max(self.survey.plain.peak_bytes, self._least_limit) * 2
-
-    def _running_chain(self, chain: Chain, kinds: Mapping[str, int]) -> Chain:
-        """The chain without blocks that do not run exactly once, in the order they run."""
-        model = self._twin.model
-        calls: dict[str, int] = {}
-        outputs: dict[int, Any] = {}
-
-        def around(path: str, kind: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
-            calls[path] = calls.get(path, 0) + 1
-            if kind not in outputs:
-                outputs[kind] = inner(*args, **kwargs)
-            return outputs[kind]  # an equal block's output is as good; nothing is computed from it
-
-        overrides = [
-            ForwardOverride(model.get_submodule(path), functools.partial(around, path, kind))
-            for path, kind in kinds.items()
-        ]
-        try:
-            with self._twin.mode, torch.no_grad():
-                self._twin.loss()
-        finally:
-            for override in overrides:
-                override.remove()
-        order = [path for path in calls if calls[path] == 1]
-        if not order:
-            raise UnsupportedModelError("none of the model's blocks runs exactly once in a step")
-        if tuple(order) == chain.blocks:
-            return chain
-        left = [path for path in chain.blocks if path not in order]
-        said = "the blocks do not run in the order of their list"
-        if left:
-            said = f"planned as saved, because they do not run exactly once in a step: {', '.join(fold_paths(left))}"
-        return Chain(tuple(order), None, "; ".join(note for note in (chain.note, said) if note))
 
     # -- limits and confirmations -------------------------------------------------------------------------------------
 

@@ -109,7 +109,9 @@ class Recipes:
 
     def _recipe(self, out: Any, tensors: list[torch.Tensor], places: dict[int, int], fresh: set[int]) -> Any:
         if isinstance(out, tuple | list):
-            return list if isinstance(out, list) else tuple, [self._recipe(item, tensors, places, fresh) for item in out]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            return list if isinstance(out, list) else tuple, [
+                self._recipe(item, tensors, places, fresh) for item in out
+            ]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         if type(out) in _VALUES:
             return None, out
         if type(out) is not FakeTensor or out.constant is not None or out.layout is not torch.strided:
@@ -122,7 +124,7 @@ class Recipes:
         storage = out.untyped_storage()
         place = places.get(storage._cdata)
         if place is not None:
-            return self._output(place, False, out, out.storage_offset() - tensors[place].storage_offset())
+            return self._output(place, False, out, int(out.storage_offset() - tensors[place].storage_offset()))
         natural = 0 if out.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(out.shape, out.stride(), strict=True))
         if storage._cdata in fresh or out.storage_offset() or storage.nbytes() != natural * out.element_size():
             raise _UnknownError

@@ -134,10 +134,12 @@ class Referee:
         """Simulate one step under `decisions`, with `rows` of logits at a time (None: the model's own loss)."""
         chain = whole(len(self.blocks))
         if self._container is not None:
-            chain = fold(list(zip(self.kinds, relative_decisions(self._container, self.blocks, decisions), strict=True)))
+            chain = fold(
+                list(zip(self.kinds, relative_decisions(self._container, self.blocks, decisions), strict=True))
+            )
             left_out = tuple(self.blocks[index] + "." for index in chain.left_out)
             if left_out:
-                blocks = set(self.blocks[index] for index in chain.left_out)
+                blocks = {self.blocks[index] for index in chain.left_out}
                 here = {p: d for p, d in decisions.items() if p not in blocks and not p.startswith(left_out)}
                 try:
                     return self._run(here, rows, chain)

@@ -6,6 +6,7 @@ the solver adds up are bytes the executor really allocates.
 """
 
 import contextlib
+import functools
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -15,6 +16,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rematree.cost import Cost
+from rematree.errors import UnsupportedModelError
 from rematree.execute.attention import attention_modules
 from rematree.execute.dropout import packed_bytes
 from rematree.execute.loss import find_head
@@ -28,6 +30,7 @@ from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, Chain, inner_regions
 from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainProblem, HeadOption, StageOption
+from rematree.table import fold_paths
 from rematree.trace import BlockTrace, TraceOp, TraceSave
 
 _OPTIONS_PER_KIND: Final = 16
@@ -77,6 +80,48 @@ def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
     return decisions
 
 
+def running_chain(twin: Twin, chain: Chain, kinds: Mapping[str, int]) -> Chain:
+    """The chain without blocks that do not run exactly once, in the order they run.
+
+    Args:
+        twin: Model and batch under fake tensors.
+        chain: The blocks as they are listed.
+        kinds: A number for each; of equal ones only the first is run.
+    Raises:
+        UnsupportedModelError: none of them runs exactly once.
+    """
+    model = twin.model
+    calls: dict[str, int] = {}
+    outputs: dict[int, Any] = {}
+
+    def around(path: str, kind: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[path] = calls.get(path, 0) + 1
+        if kind not in outputs:
+            outputs[kind] = inner(*args, **kwargs)
+        return outputs[kind]  # an equal block's output is as good; nothing is computed from it
+
+    overrides = [
+        ForwardOverride(model.get_submodule(path), functools.partial(around, path, kind))
+        for path, kind in kinds.items()
+    ]
+    try:
+        with twin.mode, torch.no_grad():
+            twin.loss()
+    finally:
+        for override in overrides:
+            override.remove()
+    order = [path for path in calls if calls[path] == 1]
+    if not order:
+        raise UnsupportedModelError("none of the model's blocks runs exactly once in a step")
+    if tuple(order) == chain.blocks:
+        return chain
+    left = [path for path in chain.blocks if path not in order]
+    said = "the blocks do not run in the order of their list"
+    if left:
+        said = f"planned as saved, because they do not run exactly once in a step: {', '.join(fold_paths(left))}"
+    return Chain(tuple(order), None, "; ".join(note for note in (chain.note, said) if note))
+
+
 def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
     """Survey the twin of `referee`.
 
@@ -94,7 +139,10 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
     with _shortened(twin.model, chain, range(length)) as blocks:
         short = Referee(twin, blocks, cost, "none", accumulate, kinds=referee.kinds[:length])
         options = [
-            enumerate_options(observe_block(twin, blocks[index], cost), _how_many(kinds.count(kind)))
+            enumerate_options(
+                observe_block(twin, blocks[index], cost),
+                _OPTIONS_OF_MANY if kinds.count(kind) >= _MANY else _OPTIONS_PER_KIND,
+            )
             if plain.graph[index][1]
             else [_SAVE_ALL]
             for kind, index in enumerate(representatives)
@@ -122,10 +170,6 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
     )
 
 
-def _how_many(blocks: int) -> int:
-    return _OPTIONS_OF_MANY if blocks >= _MANY else _OPTIONS_PER_KIND
-
-
 def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:
     """The fewest blocks behind which the head is what it is in the whole chain: one that trains something."""
     for index in range(length):
@@ -137,10 +181,7 @@ def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:
 def _kinds(referee: Referee, plain: Simulation) -> tuple[list[int], list[int]]:
     """Kind number of each block, and for each kind the block to measure: its second one if there is one."""
     numbers: dict[Any, int] = {}
-    kinds = [
-        numbers.setdefault(key, len(numbers))
-        for key in zip(referee.kinds, plain.graph, strict=True)
-    ]
+    kinds = [numbers.setdefault(key, len(numbers)) for key in zip(referee.kinds, plain.graph, strict=True)]
     representatives: list[int] = []
     for kind in range(len(numbers)):
         members = [index for index, k in enumerate(kinds) if k == kind]
