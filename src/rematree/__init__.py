@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from rematree.checkpointing import (
-        CheckpointingInEffect,
         activation_checkpointing_disable,
         activation_checkpointing_enable,
-        checkpointing_in_effect,
         disable_input_require_grads,
         enable_input_require_grads,
         gradient_checkpointing_disable,
         gradient_checkpointing_enable,
         is_activation_checkpointing,
-        requested_budget,
     )
     from rematree.cost import Measured, Roofline
     from rematree.errors import (
@@ -31,6 +28,7 @@ if TYPE_CHECKING:
     )
     from rematree.execute.handle import Handle, apply
     from rematree.execute.quantised import keep_trainable
+    from rematree.in_effect import CheckpointingInEffect, checkpointing_in_effect, requested_budget
     from rematree.integrations.trainer import BudgetCallback
     from rematree.measure import PeakMeter
     from rematree.planning import Planner, frontier, plan
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES: Final = {
     "BudgetCallback": "rematree.integrations.trainer",
-    "CheckpointingInEffect": "rematree.checkpointing",
+    "CheckpointingInEffect": "rematree.in_effect",
     "Handle": "rematree.execute.handle",
     "InfeasibleBudgetError": "rematree.errors",
     "Measured": "rematree.cost",
@@ -60,7 +58,7 @@ _HOMES: Final = {
     "activation_checkpointing_disable": "rematree.checkpointing",
     "activation_checkpointing_enable": "rematree.checkpointing",
     "apply": "rematree.execute.handle",
-    "checkpointing_in_effect": "rematree.checkpointing",
+    "checkpointing_in_effect": "rematree.in_effect",
     "disable_input_require_grads": "rematree.checkpointing",
     "enable_input_require_grads": "rematree.checkpointing",
     "frontier": "rematree.planning",
@@ -70,7 +68,7 @@ _HOMES: Final = {
     "keep_trainable": "rematree.execute.quantised",
     "plan": "rematree.planning",
     "prepare_model_for_kbit_training": "rematree.prepare",
-    "requested_budget": "rematree.checkpointing",
+    "requested_budget": "rematree.in_effect",
     "saved_tensors": "rematree.saved",
     "verify": "rematree.verification",
 }

@@ -5,24 +5,24 @@ backward. `rematree.plan` and `apply` choose per region instead. At any moment `
 which of the two is in force.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any, Final
 
 from torch import nn
 
+from rematree.adapters import refuse_prefixes
 from rematree.errors import UnsupportedModelError, UsageError
-from rematree.execute.checkpoint_switch import FLAG, FUNCTION, Switch, has_flag, innermost, switches
-from rematree.execute.handle import Handle, applied_handle
-from rematree.execute.input_grads import add_input_grad_hooks, remove_input_grad_hooks
-from rematree.execute.layer_checkpoint import CheckpointOptions, LayerCheckpoint
-from rematree.plans import Action, Plan
-from rematree.regions import is_checkpointing_layer
+from rematree.execute.checkpoint_switch import FUNCTION, Switch, innermost, is_on, switches
+from rematree.execute.input_grads import (
+    add_input_grad_hooks,
+    remove_hooks_of_transformers,
+    remove_input_grad_hooks,
+)
+from rematree.execute.layer_checkpoint import CheckpointOptions
+from rematree.in_effect import BUDGET_KEY, checkpointing_in_effect, handle_on, written_budget
 from rematree.units import Bytes, format_bytes, parse_bytes
-
-_BUDGET: Final = "_rematree_budget"
-_PREFIXES: Final = ("PREFIX_TUNING", "CARTRIDGE")  # they hand their prefix to the layers as a key-value cache
 
 
 def activation_checkpointing_enable(
@@ -39,13 +39,17 @@ def activation_checkpointing_enable(
     Gradients are those of the plain model, also when adapters or training flags change between forward and backward,
     and also with `preserve_rng_state=False`: where a layer drew random numbers, their state is kept all the same.
     A layer is called plainly when it would record nothing: under `no_grad`, in evaluation mode, below the lowest
-    trained parameter.
+    trained parameter. Generation under `no_grad` keeps its key-value cache, also in training mode.
+
+    While this is on, the model's own methods of these names lead here: the Trainer of transformers, which calls them,
+    changes the options and nothing else.
 
     Args:
         model: The model, possibly wrapped by PEFT, `torch.compile` or data parallelism.
         activation_checkpointing_kwargs: `use_reentrant` (default False, honoured as given), `preserve_rng_state`,
             `determinism_check`, `context_fn`, `debug`, `early_stop`, `every_n_layers`; see `torch.utils.checkpoint`.
-            None and `{}` mean the same.
+            None and `{}` mean the same. `budget` is not obeyed here: it is kept for `rematree.BudgetCallback`, as
+            `requested_budget(model)`, until this is switched off.
         every_n_layers: Run only the first of every n layers again, counted in each list of blocks by itself: the
             decoder's count does not depend on how many layers the encoder or a vision tower has.
     Raises:
@@ -69,11 +73,81 @@ def gradient_checkpointing_enable(
 
 
 def _switch_on(model: nn.Module, kwargs: Mapping[str, Any] | None, every_n_layers: int) -> None:
-    options = CheckpointOptions.parse(kwargs, every_n_layers)
+    options, budget = parse_with_budget(kwargs, every_n_layers)
     check_can_switch(model)
-    for switch in switches(model):
+    ours = switches(model)
+    written = written_budget(model)
+    if budget is not None and written is not None and budget != written:
+        raise UsageError(
+            f"two budgets: {format_bytes(written)} is written on the model, and {format_bytes(budget)} was given with "
+            "the arguments of checkpointing; name one, in one place"
+        )
+    for switch in ours:
         switch.remove()
-    Switch(innermost(model), options, tuple(kwargs or ()))
+    Switch(innermost(model), options, tuple(kwargs or ()), budget=budget, methods=_METHODS)
+
+
+def parse_with_budget(
+    kwargs: Mapping[str, Any] | None, every_n_layers: int = 1
+) -> tuple[CheckpointOptions, Bytes | None]:
+    """Checked options of checkpointing, and the budget that is among them.
+
+    Raises:
+        UsageError: an unknown or impossible argument, or a budget that is no size.
+    """
+    given = dict(kwargs or {})
+    budget = given.pop(BUDGET_KEY, None)
+    return CheckpointOptions.parse(given, every_n_layers), None if budget is None else parse_bytes(budget)
+
+
+def _again(root: nn.Module, kwargs: Mapping[str, Any] | None, every_n_layers: int, offload: bool) -> None:
+    """What the model's own method for enabling does while the switch is on."""
+    if handle_on(root) is not None:
+        warnings.warn(
+            "checkpointing was to be enabled, but a plan is in force on this model and decides which regions are "
+            "recomputed: nothing changes",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif offload:  # transformers' own, which this library does not have: the last word is the user's
+        for switch in switches(root):
+            switch.remove()
+        kind: Any = type(root)
+        kind.activation_checkpointing_enable(root, kwargs, every_n_layers, offload=True)
+    else:
+        _switch_on(root, kwargs, every_n_layers)
+
+
+def _again_by_new_name(
+    root: nn.Module,
+    activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    every_n_layers: int = 1,
+    offload: bool = False,
+) -> None:
+    _again(root, activation_checkpointing_kwargs, every_n_layers, offload)
+
+
+def _again_by_old_name(
+    root: nn.Module,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    every_n_layers: int = 1,
+    offload: bool = False,
+) -> None:
+    _again(root, gradient_checkpointing_kwargs, every_n_layers, offload)
+
+
+def _pause(root: nn.Module) -> None:
+    """What the model's own method for disabling does: TRL calls it around scoring, and enables again afterwards."""
+    for switch in switches(root):
+        switch.pause()
+
+
+_METHODS: Final = {
+    "activation_checkpointing_enable": _again_by_new_name,
+    "gradient_checkpointing_enable": _again_by_old_name,
+    "activation_checkpointing_disable": _pause,
+    "gradient_checkpointing_disable": _pause,
+}
 
 
 def check_can_switch(model: nn.Module) -> None:
@@ -83,19 +157,12 @@ def check_can_switch(model: nn.Module) -> None:
         UsageError: a plan is in force.
         UnsupportedModelError: prefix tuning.
     """
-    if _handle(model) is not None:
+    if handle_on(model) is not None:
         raise UsageError(
             "a plan is in force on this model, and decides which regions are recomputed",
             remedies=["handle.remove() first; handle is what rematree.apply returned"],
         )
-    for module in model.modules():
-        configs: Any = module.__dict__.get("_peft_config") or {}  # only prompt learning keeps them here
-        kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()]
-        if found := [kind for kind in kinds if kind in _PREFIXES]:
-            raise UnsupportedModelError(
-                f"{found[0]} does not work with checkpointing: the prefix reaches the layers as a key-value cache, "
-                "and a recomputed layer has none"
-            )
+    refuse_prefixes(model)
 
 
 def activation_checkpointing_disable(model: nn.Module) -> None:
@@ -107,19 +174,18 @@ def activation_checkpointing_disable(model: nn.Module) -> None:
     Raises:
         UsageError: a plan is in force on the model.
     """
-    if _handle(model) is not None:
+    if handle_on(model) is not None:
         raise UsageError("a plan is in force on this model", remedies=["handle.remove() takes it off"])
     ours = switches(model)
     for switch in ours:
         switch.remove()
-    if ours or not any(_is_on(module) for module in model.modules()):
+    if ours or not any(is_on(module) for module in model.modules()):
         return
     root: Any = innermost(model)
     new, old = (getattr(root, f"{name}_checkpointing_disable", None) for name in ("activation", "gradient"))
     if disable := new or old:
         disable()
-        if hasattr(root, "disable_input_require_grads"):
-            root.disable_input_require_grads()
+        remove_hooks_of_transformers(root)
 
 
 def gradient_checkpointing_disable(model: nn.Module) -> None:
@@ -153,115 +219,17 @@ def disable_input_require_grads(model: nn.Module) -> None:
     remove_input_grad_hooks(innermost(model), temporary=False)
 
 
-def request_budget(model: nn.Module, budget: int | str) -> Bytes:
-    """Write on the model how many bytes it may train in, for whoever plans once a batch is known.
+def take_budget_from_transformers(model: nn.Module) -> None:
+    """Take `budget` out of what transformers will hand to torch's checkpoint, which does not know the word.
 
-    Raises:
-        UsageError: not a size.
+    Its Trainer passes every key of `activation_checkpointing_kwargs` on. The rest means what it means to the Trainer:
+    nothing else is the non-reentrant variant.
     """
-    parsed = parse_bytes(budget)
-    innermost(model).__dict__[_BUDGET] = parsed
-    return parsed
-
-
-def requested_budget(model: nn.Module) -> Bytes | None:
-    """Bytes of peak memory that `prepare_model_for_kbit_training(budget=...)` was given, or None."""
-    return next((m.__dict__[_BUDGET] for m in model.modules() if _BUDGET in m.__dict__), None)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointingInEffect:
-    """What is recomputed now. `str()` is one line; true if anything is.
-
-    Attributes:
-        layers: Paths of the layers that are run again in backward, or under a plan, in which something is.
-        num_layers: How many there are to choose from.
-        kwargs: Keyword arguments of the recomputation, as far as they were given.
-        set_by: Who decides: this library's switch, transformers' own, a plan, or nobody.
-        budget: Bytes that were asked for, by the plan in force or by `prepare_model_for_kbit_training`.
-        plan: The plan in force.
-    """
-
-    layers: tuple[str, ...]
-    num_layers: int
-    kwargs: Mapping[str, Any]
-    set_by: Literal["rematree", "transformers", "plan", "nobody"]
-    budget: Bytes | None
-    plan: Plan | None
-
-    def __bool__(self) -> bool:
-        return bool(self.layers)
-
-    def __str__(self) -> str:
-        parts = ["no layer is recomputed"]
-        if self.layers:
-            parts = [f"{len(self.layers)} of {self.num_layers} layers recomputed ({fold(self.layers)})"]
-            parts += [f"{name}={value!r}" for name, value in self.kwargs.items()]
-        if self.plan is not None:
-            parts.append(f"by a plan with a predicted peak of {format_bytes(self.plan.predicted_peak_bytes)}")
-        elif self.layers:
-            parts.append(f"set by {self.set_by}")
-        if self.budget is not None:
-            waiting = "" if self.plan is not None else ", no plan applied yet"
-            parts.append(f"budget {format_bytes(self.budget)}{waiting}")
-        return "; ".join(parts)
-
-
-def checkpointing_in_effect(model: nn.Module) -> CheckpointingInEffect:
-    """What the next training step recomputes, read from the live model and not from what was once asked for.
-
-    Returns:
-        Paths in it are relative to `model`.
-    """
-    handle = _handle(model)
-    if handle is not None:
-        plan = handle.plan
-        active = [path for path, decision in plan.decisions.items() if decision.action is Action.RECOMPUTE]
-        layers = tuple(row.path for row in plan.rows if any(_within(path, row.path) for path in active))
-        budget = None if plan.budget_bytes is None else Bytes(plan.budget_bytes)
-        return CheckpointingInEffect(layers, len(plan.rows), {}, "plan", budget, plan)
-    candidates = dict(_layers(model))
-    layers = tuple(path for path, module in candidates.items() if _is_on(module))
-    budget = requested_budget(model)
-    if not layers:
-        return CheckpointingInEffect((), len(candidates), {}, "nobody", budget, None)
-    function: Any = getattr(candidates[layers[0]], FUNCTION, None)
-    if isinstance(function, LayerCheckpoint):
-        return CheckpointingInEffect(layers, len(candidates), function.options.shown(), "rematree", budget, None)
-    kwargs: Mapping[str, Any] = getattr(function, "keywords", {})  # transformers binds them with functools.partial
-    return CheckpointingInEffect(layers, len(candidates), dict(kwargs), "transformers", budget, None)
-
-
-def _handle(model: nn.Module) -> Handle | None:
-    return next((handle for module in model.modules() if (handle := applied_handle(module)) is not None), None)
-
-
-def _is_on(module: nn.Module) -> bool:
-    return has_flag(module) and bool(getattr(module, FLAG))
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that are recomputed one by one; without any, those that decide for their layers."""
-    flagged = [(path, module) for path, module in model.named_modules() if has_flag(module)]
-    layers = [item for item in flagged if is_checkpointing_layer(item[1])]
-    return iter(layers or flagged)
-
-
-def _within(path: str, block: str) -> bool:
-    return path == block or path.startswith((f"{block}.", f"{block}#"))
-
-
-def fold(paths: tuple[str, ...]) -> str:
-    """Paths with neighbouring numbers joined: "model.layers.0-3", "encoder.0,2,4 decoder.0,2"."""
-    parts: list[str] = []
-    for parent, members in itertools.groupby(paths, key=lambda path: path.rpartition(".")[0]):
-        names = [path.rpartition(".")[2] for path in members]
-        runs: list[list[str]] = []
-        for name in names:
-            if runs and name.isdigit() and runs[-1][-1].isdigit() and int(name) == int(runs[-1][-1]) + 1:
-                runs[-1].append(name)
-            else:
-                runs.append([name])
-        shown = ",".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-        parts.append(f"{parent}.{shown}" if parent else shown)
-    return " ".join(parts)
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        function = module.__dict__.get(FUNCTION)
+        if isinstance(function, functools.partial) and BUDGET_KEY in function.keywords:
+            if id(function) not in known:
+                rest = {name: value for name, value in function.keywords.items() if name != BUDGET_KEY}
+                known[id(function)] = functools.partial(function.func, **(rest or {"use_reentrant": False}))
+            module.__dict__[FUNCTION] = known[id(function)]

@@ -92,6 +92,7 @@ class Ledger(TorchDispatchMode):
         self.seconds = 0.0
         self.recomputing = 0
         self.misread: set[str] = set()
+        self.written_regions: set[str] = set()
         self.listener: Callable[[OpRecord], None] | None = None
 
     # -- storages ---------------------------------------------------------------------------------------------------
@@ -177,6 +178,10 @@ class Ledger(TorchDispatchMode):
     def recomputation(self, entered: bool) -> None:
         """A recomputation begins or ends (they nest)."""
         self.recomputing += 1 if entered else -1
+
+    def written(self, region: str) -> None:
+        """The output of saved `region` was written to by the region around it: it cannot be given back."""
+        self.written_regions.add(region)
 
     def _follow_taint(self, name: str, reads: list[_Entry], writes: list[_Entry]) -> None:
         sources = [self._taint[entry.uid] for entry in reads if entry.uid in self._taint]

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from rematree.absent import is_absent
+from rematree.adapters import refuse_prefixes
 from rematree.attention_kernels import Capability
 from rematree.cost import Cost, Measured
 from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
@@ -24,9 +25,10 @@ from rematree.observe import LossFunction, Twin
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Plan
 from rematree.quantised import frozen_int8_linears
 from rematree.regions import find_chain
+from rematree.running import running_chain
 from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import ChainChoice, least_peak, position_peak, solve_chain
-from rematree.survey import Survey, describe_option, running_chain, survey
+from rematree.survey import Survey, describe_option, survey
 from rematree.units import KIB, MIB, format_bytes, parse_bytes
 
 LEVERS: Final = frozenset({"chunked_loss"})
@@ -59,7 +61,7 @@ class Planner:
         capability: Compute capability of that device, which decides between attention kernels.
     Raises:
         UsageError: unknown lever, no loss.
-        UnsupportedModelError: the model cannot be observed.
+        UnsupportedModelError: the model cannot be observed, or its adapter is prefix tuning.
     Cost:
         Seconds: some 30 simulated steps, and one short measurement of each distinct op.
     """
@@ -82,6 +84,7 @@ class Planner:
             raise UsageError(f"unknown lever {unknown[0]!r} in forbid; levers: {', '.join(sorted(LEVERS))}")
         if not any(p.requires_grad for p in model.parameters()):
             raise UsageError("no parameter of the model requires grad: there is no training step to plan")
+        refuse_prefixes(model)
         if cost is None and device is not None and is_absent(device):
             raise UsageError(
                 f"no {device.type} device is here to measure", remedies=["pass cost=, for example a Roofline"]

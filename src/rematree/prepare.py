@@ -12,10 +12,15 @@ from typing import Any, Final, TypeVar, get_args
 import torch
 from torch import nn
 
-from rematree.checkpointing import activation_checkpointing_enable, check_can_switch, request_budget
+from rematree.adapters import refuse_prefixes
+from rematree.checkpointing import (
+    activation_checkpointing_enable,
+    check_can_switch,
+    parse_with_budget,
+)
 from rematree.errors import UnsupportedModelError, UsageError
-from rematree.execute.layer_checkpoint import CheckpointOptions
 from rematree.execute.precision import Upcast, cast_to_fp32, sixteen_bit_parameters
+from rematree.in_effect import request_budget
 from rematree.units import parse_bytes
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -57,9 +62,9 @@ def prepare_model_for_kbit_training(
         model: Any module; what is found out about its quantisation is what transformers wrote on it. It is changed in
             place.
         use_gradient_checkpointing: Switch checkpointing on, by `activation_checkpointing_enable`. Where that is not
-            possible, one warning says why.
+            possible, one warning says why. Prefix tuning needs False: PEFT refuses it where checkpointing is on.
         gradient_checkpointing_kwargs: Its keyword arguments. None and `{}` both mean the non-reentrant variant; an
-            explicit `use_reentrant` is honoured.
+            explicit `use_reentrant` is honoured. A `budget` among them is the same as `budget=`.
         auto_clear_cache: Empty the accelerator's cache after the casts.
         upcast: "all", "norms" (computed in fp32, handed on in the dtype that came in) or "none". With quantisers that
             PEFT does not cast (GPTQ, AQLM, EETQ, HQQ, torchao), "all" casts nothing either.
@@ -81,10 +86,16 @@ def prepare_model_for_kbit_training(
     """
     if upcast not in get_args(Upcast):
         raise UsageError(f"upcast is {upcast!r}; it can be {', '.join(map(repr, get_args(Upcast)))}")
-    CheckpointOptions.parse(gradient_checkpointing_kwargs)
-    wanted = None if budget is None else parse_bytes(budget)
+    _, given = parse_with_budget(gradient_checkpointing_kwargs)
+    wanted = given if budget is None else parse_bytes(budget)
+    if given not in (None, wanted):
+        raise UsageError(
+            f"two budgets: budget={budget!r} and {gradient_checkpointing_kwargs!r}; name one, in one place"
+        )
     if use_gradient_checkpointing:
         check_can_switch(model)
+    elif wanted is not None:
+        refuse_prefixes(model)
     if upcast == "all" and _is_never_cast(model):
         upcast = "none"
     to_cast = sixteen_bit_parameters(model, upcast)

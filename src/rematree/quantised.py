@@ -55,17 +55,18 @@ def hidden_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     They may share storage with a parameter or with each other; count storages, not tensors.
     """
     for _, module in _modules(model):
-        yield from _held_by(vars(module))
+        yield from held_by(vars(module))
         for parameter in module.parameters(recurse=False):
-            yield from _held_by(vars(parameter))
+            yield from held_by(vars(parameter))
 
 
-def _held_by(attributes: dict[str, Any]) -> Iterator[torch.Tensor]:
+def held_by(attributes: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Tensors among `attributes` of a quantised layer or of its weight, and inside the library's objects there."""
     for value in attributes.values():
         if isinstance(value, torch.Tensor):
             yield value
         elif _from_library(value) and not isinstance(value, nn.Module | type):
-            yield from _held_by(vars(value))
+            yield from held_by(vars(value))
 
 
 def describe_packing(model: nn.Module) -> list[str]:

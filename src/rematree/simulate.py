@@ -54,6 +54,7 @@ class Simulation:
         at_peak: Bytes by category at the peak; the sum is `peak_bytes`.
         segments: The timeline, by what was running.
         misread: Regions whose placeholder was read outside a recomputation: their output must be stashed.
+        written: Saved regions whose output the recomputed region around them writes to: they cannot be saved alone.
         graph: For each block, whether its input and its output require grad.
     """
 
@@ -62,6 +63,7 @@ class Simulation:
     at_peak: Mapping[str, int]
     segments: tuple[Segment, ...]
     misread: frozenset[str]
+    written: frozenset[str]
     graph: tuple[tuple[bool, bool], ...]
 
     def segment(self, label: str) -> Segment | None:
@@ -194,6 +196,7 @@ class Referee:
             {name: size for name, size in highest.at_peak.items() if size},
             tuple(segments),
             frozenset(ledger.misread),
+            frozenset(ledger.written_regions),
             tuple(marks.graph[image] for image in chain.images),
         )
 

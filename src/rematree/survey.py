@@ -6,7 +6,6 @@ the solver adds up are bytes the executor really allocates.
 """
 
 import contextlib
-import functools
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -16,7 +15,6 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rematree.cost import Cost
-from rematree.errors import UnsupportedModelError
 from rematree.execute.attention import attention_modules
 from rematree.execute.dropout import packed_bytes
 from rematree.execute.loss import find_head
@@ -30,7 +28,6 @@ from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, Chain, inner_regions
 from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainProblem, HeadOption, StageOption
-from rematree.table import fold_paths
 from rematree.trace import BlockTrace, TraceOp, TraceSave
 
 _OPTIONS_PER_KIND: Final = 16
@@ -78,48 +75,6 @@ def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
     for region in option.saved:
         decisions[join_path(block, region)] = Decision(Action.SAVE, stash=region in option.stashed)
     return decisions
-
-
-def running_chain(twin: Twin, chain: Chain, kinds: Mapping[str, int]) -> Chain:
-    """The chain without blocks that do not run exactly once, in the order they run.
-
-    Args:
-        twin: Model and batch under fake tensors.
-        chain: The blocks as they are listed.
-        kinds: A number for each; of equal ones only the first is run.
-    Raises:
-        UnsupportedModelError: none of them runs exactly once.
-    """
-    model = twin.model
-    calls: dict[str, int] = {}
-    outputs: dict[int, Any] = {}
-
-    def around(path: str, kind: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        calls[path] = calls.get(path, 0) + 1
-        if kind not in outputs:
-            outputs[kind] = inner(*args, **kwargs)
-        return outputs[kind]  # an equal block's output is as good; nothing is computed from it
-
-    overrides = [
-        ForwardOverride(model.get_submodule(path), functools.partial(around, path, kind))
-        for path, kind in kinds.items()
-    ]
-    try:
-        with twin.mode, torch.no_grad():
-            twin.loss()
-    finally:
-        for override in overrides:
-            override.remove()
-    order = [path for path in calls if calls[path] == 1]
-    if not order:
-        raise UnsupportedModelError("none of the model's blocks runs exactly once in a step")
-    if tuple(order) == chain.blocks:
-        return chain
-    left = [path for path in chain.blocks if path not in order]
-    said = "the blocks do not run in the order of their list"
-    if left:
-        said = f"planned as saved, because they do not run exactly once in a step: {', '.join(fold_paths(left))}"
-    return Chain(tuple(order), None, "; ".join(note for note in (chain.note, said) if note))
 
 
 def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
@@ -261,11 +216,12 @@ def _measure_options(
             for path, kind in zip(short.blocks, kinds, strict=True):
                 decisions.update(_decide(path, final[kind][min(turn, len(final[kind]) - 1)]))
             result = short.run(decisions, None)
-            if not result.misread:
+            if not result.misread and not result.written:
                 break
             for path, kind in zip(short.blocks, kinds, strict=True):
                 index = min(turn, len(final[kind]) - 1)
-                final[kind][index] = _stash_more(final[kind][index], path, result.misread)
+                option = _save_less(final[kind][index], path, result.written)
+                final[kind][index] = _stash_more(option, path, result.misread)
         for kind, index in enumerate(representatives):
             seconds = _block_seconds(result, index)
             if turn == len(final[kind]) - 1:
@@ -281,6 +237,12 @@ def _stash_more(option: BlockOption, path: str, misread: frozenset[str]) -> Bloc
     prefix = path + "."
     wrong = {region.removeprefix(prefix) for region in misread if region.startswith(prefix)}
     return replace(option, stashed=option.stashed | wrong) if wrong else option
+
+
+def _save_less(option: BlockOption, path: str, written: frozenset[str]) -> BlockOption:
+    """`option` without the regions whose output is written to later in the block."""
+    saved = tuple(region for region in option.saved if join_path(path, region) not in written)
+    return replace(option, saved=saved, stashed=option.stashed & frozenset(saved))
 
 
 def _block_seconds(result: Simulation, index: int) -> float:

@@ -3,26 +3,35 @@
 transformers' layers look at two attributes of their own, `gradient_checkpointing` and `_gradient_checkpointing_func`:
 these are set, so that the library, its Trainer and PEFT see that checkpointing is on. Blocks of other models get the
 same two attributes and a forward that looks at them.
+
+While it is on, the model's own methods lead here: whoever calls `model.activation_checkpointing_enable(...)`, as the
+Trainer does, changes this switch's options, and `model.activation_checkpointing_disable()` pauses it.
 """
 
 import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.input_grads import add_input_grad_hooks, remove_input_grad_hooks
 from rematree.execute.layer_checkpoint import CheckpointOptions, LayerCheckpoint
 from rematree.execute.override import ForwardOverride
+from rematree.execute.quantised import keep_no_input
+from rematree.execute.self_check import AdapterCheck
+from rematree.quantised import frozen_int8_linears
 from rematree.regions import find_chain, is_checkpointing_layer, parent_path, unwrap
+from rematree.units import Bytes
 
 FLAG: Final = "gradient_checkpointing"
 FUNCTION: Final = "_gradient_checkpointing_func"
 _SWITCH: Final = "_rematree_checkpointing"
+_KEEPS_CACHE: Final = "_can_checkpoint_with_cache"
 _WRAPPERS: Final = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
@@ -33,17 +42,30 @@ class Switch:
         root: The model inside every wrapper.
         options: How to recompute.
         own_kwargs: What the user passed for checkpointing; a model whose own switch takes none gets to hear of it.
+        budget: Bytes that were asked for with it, for whoever plans.
+        methods: Stand in for the model's methods of these names while this is on; each gets `root` first.
     Raises:
         UnsupportedModelError: there is nothing in `root` that could be recomputed.
         UsageError: `every_n_layers` for a model whose layers cannot be told apart.
     """
 
-    def __init__(self, root: nn.Module, options: CheckpointOptions, own_kwargs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        options: CheckpointOptions,
+        own_kwargs: tuple[str, ...] = (),
+        *,
+        budget: Bytes | None = None,
+        methods: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
         self.options = options
+        self.budget = budget
         self._root = root
+        self._methods = dict(methods or {})
         self._before: list[tuple[nn.Module, str, bool, Any]] = []
         self._overrides: list[ForwardOverride] = []
         self._own_disable: Callable[[], Any] | None = None
+        self._check = AdapterCheck(root)
         try:
             self._install(own_kwargs)
         except BaseException:
@@ -53,6 +75,9 @@ class Switch:
 
     def _install(self, own_kwargs: tuple[str, ...]) -> None:
         root = self._root
+        # Innermost, so that a layer that is run again runs it in this form.
+        for _, layer in frozen_int8_linears(root):
+            self._overrides.append(ForwardOverride(layer, functools.partial(keep_no_input, layer)))
         own = own_switch(root)
         if getattr(root, "supports_gradient_checkpointing", True) is False:
             raise UnsupportedModelError(
@@ -65,12 +90,40 @@ class Switch:
             self._use_flags(flagged)
         else:
             self._use_chain()
+        self._overrides.append(ForwardOverride(root, self._outermost))
         if own is not None or self.options.use_reentrant:  # a model's own switch may be reentrant
             add_input_grad_hooks(root, temporary=True)
         # PEFT and the Trainer call these methods while checkpointing is on; the hooks they add would stay behind.
         if callable(getattr(root, "enable_input_require_grads", None)):
             self._set(root, "enable_input_require_grads", functools.partial(add_input_grad_hooks, root, temporary=True))
             self._set(root, "disable_input_require_grads", functools.partial(_disable_input_grads, root))
+        if own is None:
+            for name, method in self._methods.items():
+                if callable(getattr(root, name, None)):
+                    self._set(root, name, functools.partial(method, root))
+
+    def _outermost(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return inner(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self._without_graph(inner, *args, **kwargs)
+        if self._root.training:
+            self._check.forward_begins()
+        return inner(*args, **kwargs)
+
+    def _without_graph(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`inner` with the flags down: transformers' models in training mode make no cache where they are up.
+
+        Also under `no_grad`, where nothing is recomputed: text generated between two training steps would be another.
+        """
+        flagged = self.flagged()
+        for module in flagged:
+            module.__dict__[FLAG] = False
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            for module in flagged:
+                module.__dict__[FLAG] = True
 
     def _use_flags(self, flagged: list[tuple[str, nn.Module]]) -> None:
         layers = {path for path, module in flagged if is_checkpointing_layer(module)}
@@ -84,6 +137,8 @@ class Switch:
         for path, module in flagged:
             self._set(module, FLAG, path in chosen or path not in layers)
             self._set(module, FUNCTION, LayerCheckpoint(path, module, self.options))
+            if path in layers:
+                self._set(module, _KEEPS_CACHE, True)  # transformers would drop a cache, tokens in it or not
 
     def _use_chain(self) -> None:
         chain = find_chain(self._root)
@@ -124,8 +179,22 @@ class Switch:
         self._before.append((module, name, name in module.__dict__, module.__dict__.get(name)))
         module.__dict__[name] = value
 
+    def flagged(self) -> list[nn.Module]:
+        """The modules whose flag is set now."""
+        return [module for module, name, _, _ in self._before if name == FLAG and module.__dict__.get(FLAG)]
+
+    def pause(self) -> None:
+        """Recompute nothing, and need no gradient of an embedding, until the model's own method enables it again."""
+        for module in self.flagged():
+            module.__dict__[FLAG] = False
+        remove_input_grad_hooks(self._root, temporary=True)
+
     def remove(self) -> None:
-        """Restore every attribute and hook. Does nothing the second time."""
+        """Restore every attribute and hook. Does nothing the second time.
+
+        Warns:
+            UserWarning: the first training step left adapters without a gradient, and it was the only one so far.
+        """
         if self._own_disable is not None:
             self._own_disable()
             self._own_disable = None
@@ -139,6 +208,7 @@ class Switch:
                 module.__dict__.pop(name, None)
         self._before.clear()
         remove_input_grad_hooks(self._root, temporary=True)
+        self._check.remove()
 
 
 def _look_at_flag(block: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -165,6 +235,11 @@ def own_switch(root: nn.Module) -> Callable[[], Any] | None:
 def has_flag(module: nn.Module) -> bool:
     """Whether `module` itself, not what it wraps, has transformers' checkpointing attribute."""
     return FLAG in module.__dict__ or hasattr(type(module), FLAG)
+
+
+def is_on(module: nn.Module) -> bool:
+    """Whether `module` is to be recomputed, by anyone's switch."""
+    return has_flag(module) and bool(getattr(module, FLAG))
 
 
 def every_nth(paths: Iterable[str], n: int) -> frozenset[str]:

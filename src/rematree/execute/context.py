@@ -1,4 +1,4 @@
-"""What the recomputation must find as it was in forward: random state, training flags, adapters, captured values.
+"""What the recomputation must find as it was in forward: random state, flags, adapters, hooks, captured values.
 
 Design rules R4 and R5. Autocast is restored by `torch.utils.checkpoint` itself.
 """
@@ -7,7 +7,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
@@ -15,8 +15,16 @@ from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_any
 
 from rematree.errors import RecomputeMismatchError
+from rematree.execute.module_state import ChangingBuffers, ModuleState
 
 _STATE_BYTES: Final = 5056  # of torch.get_rng_state()
+_HOOKS: Final = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 @dataclass(frozen=True)
@@ -78,64 +86,140 @@ def builds_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _adapter_state(module: nn.Module) -> tuple[Any, bool, tuple[str, ...]] | None:
-    """(active, disabled, merged) of a PEFT layer; None for any other module."""
+class _Adapters:
+    """What a PEFT layer's forward depends on besides its weights."""
+
+    __slots__ = ("_active", "_disabled", "_layer", "_merged", "_names", "_scaling")
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._active: Any = _copied(layer._active_adapter)
+        self._disabled: bool = layer._disable_adapters
+        self._merged = tuple(layer.merged_adapters)
+        self._scaling: dict[str, Any] = dict(getattr(layer, "scaling", {}))
+        self._names = _names_of(layer)
+
+    def restore(self, region: str, undo: contextlib.ExitStack) -> None:
+        """Put it back until `undo` closes.
+
+        Raises:
+            RecomputeMismatchError: adapters were merged, unmerged or deleted since.
+        """
+        layer = self._layer
+        merged = tuple(layer.merged_adapters)
+        if merged != self._merged:
+            raise RecomputeMismatchError(
+                f"{region}: adapters {list(merged)} are merged now, {list(self._merged)} were in forward; "
+                "gradients through the recomputation would belong to other weights",
+                remedies=["call backward before merging or unmerging adapters"],
+            )
+        if gone := sorted(self._names - _names_of(layer)):
+            raise RecomputeMismatchError(
+                f"{region}: adapter {gone[0]!r} was deleted between forward and backward",
+                remedies=["call backward before deleting adapters"],
+            )
+        for name, then in (("_active_adapter", self._active), ("_disable_adapters", self._disabled)):
+            present = getattr(layer, name)
+            if present != then:
+                undo.callback(setattr, layer, name, present)
+                setattr(layer, name, _copied(then))
+        present = getattr(layer, "scaling", {})
+        if present != self._scaling:
+            undo.callback(_replace, present, dict(present))
+            _replace(present, self._scaling)
+
+
+def _copied(value: Any) -> Any:
+    return list(cast("list[str]", value)) if isinstance(value, list) else value
+
+
+def _names_of(layer: Any) -> frozenset[str]:
+    return frozenset(name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, ()))
+
+
+def _adapters_of(modules: list[nn.Module]) -> list[_Adapters]:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None or not isinstance(module, tuners.BaseTunerLayer):
-        return None
-    layer: Any = module
-    active = layer._active_adapter
-    return list(active) if isinstance(active, list) else active, layer._disable_adapters, tuple(layer.merged_adapters)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return [] if tuners is None else [_Adapters(m) for m in modules if isinstance(m, tuners.BaseTunerLayer)]
+
+
+class _Hooks:
+    """The forward hooks of some modules, each with its place in them: they are part of what a module computes."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._kept = [(m, [dict(getattr(m, name)) for name in _HOOKS]) for m in modules if _has_hooks(m)]
+
+    def restore(self, modules: list[nn.Module], undo: contextlib.ExitStack) -> None:
+        """Put the hooks of then in the place of those of now, until `undo` closes."""
+        then = {id(module): kept for module, kept in self._kept}
+        for module in modules:
+            kept = then.get(id(module))
+            if kept is None and not _has_hooks(module):
+                continue
+            for position, name in enumerate(_HOOKS):
+                live, wanted = getattr(module, name), {} if kept is None else kept[position]
+                if live != wanted:
+                    undo.callback(_replace, live, dict(live))
+                    _replace(live, wanted)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _replace(live: dict[Any, Any], wanted: dict[Any, Any]) -> None:
+    live.clear()  # in place: whoever registered a hook removes it from this very dict
+    live.update(wanted)
 
 
 class World:
-    """Snapshot of everything around a region's forward except random state."""
+    """Snapshot of everything around a region's forward except random state.
 
-    __slots__ = ("_adapters", "_captured", "_requires_grad", "_training")
+    Args:
+        module: The region.
+        captured: What the user asked to be restored.
+        changing: What is known of the region's buffers.
+    """
 
-    def __init__(self, module: nn.Module, captured: list[Captured]) -> None:
-        modules = list(module.modules())
+    __slots__ = ("_adapters", "_captured", "_hooks", "_modules", "_requires_grad", "_state", "_training")
+
+    def __init__(self, module: nn.Module, captured: list[Captured], changing: ChangingBuffers) -> None:
+        self._modules = modules = list(module.modules())
         self._training = [(m, m.training) for m in modules]
         self._requires_grad = [(p, p.requires_grad) for p in module.parameters()]
-        states = [(m, _adapter_state(m)) for m in modules]
-        self._adapters = [(m, state) for m, state in states if state is not None]
+        self._adapters = _adapters_of(modules)
+        self._hooks = _Hooks(modules[1:])  # the region's own hooks run around it, and once
+        self._state = ModuleState(module, changing)
         self._captured = [(item, item.read()) for item in captured]
+
+    def settle(self) -> None:
+        """The forward is over."""
+        self._state.settle()
 
     @contextlib.contextmanager
     def restored(self, region: str) -> Generator[None]:
         """The world of the forward pass inside, the present one again after.
 
         Raises:
-            RecomputeMismatchError: adapters were merged into or unmerged from the base weights since forward, so the
-                weights the forward used no longer exist.
+            RecomputeMismatchError: adapters were merged into or unmerged from the base weights since forward, or
+                deleted, or weights were written to: what the forward used no longer exists.
         """
         with contextlib.ExitStack() as undo:
             for module, training in self._training:
                 if module.training != training:
                     undo.callback(setattr, module, "training", module.training)
                     module.training = training
-            for module, state in self._adapters:
-                now = _adapter_state(module)
-                if now == state or now is None:
-                    continue
-                if now[2] != state[2]:
-                    raise RecomputeMismatchError(
-                        f"{region}: adapters {list(now[2])} are merged now, {list(state[2])} were in forward; "
-                        "gradients through the recomputation would belong to other weights",
-                        remedies=["call backward before merging or unmerging adapters"],
-                    )
-                for name, then, present in (
-                    ("_active_adapter", state[0], now[0]),
-                    ("_disable_adapters", state[1], now[1]),
-                ):
-                    undo.callback(setattr, module, name, present)
-                    setattr(module, name, then)
+            for adapters in self._adapters:
+                adapters.restore(region, undo)
             for parameter, flag in self._requires_grad:
                 if parameter.requires_grad != flag:
                     undo.callback(parameter.requires_grad_, parameter.requires_grad)
                     parameter.requires_grad_(flag)
+            self._hooks.restore(self._modules[1:], undo)
             for item, value in self._captured:
                 present = item.read()
                 undo.callback(item.write, present)
                 item.write(value)
+            undo.enter_context(self._state.restored(region))
             yield

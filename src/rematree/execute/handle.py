@@ -16,11 +16,12 @@ from rematree.execute.attention import AttentionRegions
 from rematree.execute.context import Captured
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
-from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked
+from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
 from rematree.execute.recompute import Executor, Watcher
+from rematree.execute.self_check import AdapterCheck
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.plans import Action, Decision, Plan
-from rematree.quantised import frozen_int8_linears
+from rematree.quantised import four_bit_linears, frozen_int8_linears
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, parent_path, split_function, unwrap
 
 _ATTRIBUTE: Final = "_rematree_handle"
@@ -43,6 +44,7 @@ class Handle:
         self._switched_off: list[nn.Module] = []
         self._layout: TrainingLayout | None = None
         self._said_cache = False
+        self._check = AdapterCheck(model) if watcher is None else None
         try:
             self._install(check_loss)
         except BaseException:
@@ -60,6 +62,8 @@ class Handle:
         # First, so that it is innermost: whatever saves or recomputes the layer runs it in this form.
         for _, layer in frozen_int8_linears(self._model):
             self._overrides.append(ForwardOverride(layer, functools.partial(keep_no_input, layer)))
+        for path, layer in four_bit_linears(self._model):
+            self._overrides.append(ForwardOverride(layer, functools.partial(watch_weight, path, layer)))
         attention: list[tuple[nn.Module, Callable[..., Any]]] = []
         for path, decision in self.plan.decisions.items():
             if decision.action is effective_action(self.plan.decisions, parent_path(path)):
@@ -80,17 +84,27 @@ class Handle:
             self._attention = AttentionRegions(attention)
         if self.plan.loss_chunk_rows is not None:
             self._loss = attach_chunked_loss(self._model, self.plan.loss_chunk_rows, check=check_loss)
-        self._overrides.append(ForwardOverride(unwrap(self._model), self._outermost))
+        base = unwrap(self._model)
+        if self.plan.recomputes and "use_cache" in inspect.signature(base.forward).parameters:
+            self._overrides.append(ForwardOverride(base, self._without_cache))
+        self._overrides.append(ForwardOverride(self._model, self._outermost))
+
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and unwrap(self._model).training
+
+    def _without_cache(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._trains():  # R7
+            if kwargs.get("use_cache") and not self._said_cache:
+                self._said_cache = True
+                warnings.warn("use_cache=True is set to False while training with recomputation", stacklevel=3)
+            kwargs["use_cache"] = False
+        return inner(*args, **kwargs)
 
     def _outermost(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        training = torch.is_grad_enabled() and unwrap(self._model).training
-        if training:
-            self._check_batch(kwargs)
-            if self.plan.recomputes and "use_cache" in inspect.signature(inner).parameters:  # R7
-                if kwargs.get("use_cache") and not self._said_cache:
-                    self._said_cache = True
-                    warnings.warn("use_cache=True is set to False while training with recomputation", stacklevel=3)
-                kwargs["use_cache"] = False
+        if self._trains():
+            if self._check is not None:
+                self._check.forward_begins()
+            self._check_batch(kwargs)  # here and not further in, where PEFT has put a prompt before it
         return inner(*args, **kwargs)
 
     def _check_batch(self, kwargs: Mapping[str, Any]) -> None:
@@ -111,7 +125,11 @@ class Handle:
         self._executor.captured.append(Captured(read, write))
 
     def remove(self) -> None:
-        """Restore every attribute the plan changed. Does nothing the second time."""
+        """Restore every attribute the plan changed. Does nothing the second time.
+
+        Warns:
+            UserWarning: the first training step left adapters without a gradient, and it was the only one so far.
+        """
         if self._loss is not None:
             self._loss.remove()
             self._loss = None
@@ -129,6 +147,8 @@ class Handle:
         self._switched_off.clear()
         if self._model.__dict__.get(_ATTRIBUTE) is self:
             del self._model.__dict__[_ATTRIBUTE]
+        if self._check is not None:
+            self._check.remove()
 
     def __enter__(self) -> Self:
         return self

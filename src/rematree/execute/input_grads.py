@@ -9,6 +9,7 @@ embeddings in place fail on leaves. It adds a negative zero that requires a grad
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,53 @@ def remove_input_grad_hooks(model: nn.Module, *, temporary: bool) -> None:
         for key, hook in _own_hooks(module).items():
             if hook.temporary == temporary:
                 del module._forward_hooks[key]
+
+
+def remove_hooks_of_transformers(model: nn.Module) -> None:
+    """Take transformers' own hooks off every embedding, also those whose handles it has lost."""
+    for module in model.modules():
+        if module.__dict__.get("_require_grads_hooks"):
+            disable: Any = module
+            disable.disable_input_require_grads()
+        for key in [key for key, hook in module._forward_hooks.items() if _is_forgotten_by_transformers(hook)]:
+            del module._forward_hooks[key]
+
+
+class SuspendedInputGrads:
+    """The hooks of a model's embeddings off, this library's and transformers', until `resume()`.
+
+    Under a plan nothing needs them: a region that has something to train builds its graph by itself. With them,
+    backward goes through every layer, also where nothing below is trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before: list[tuple[nn.Module, dict[int, Any]]] = []
+        foreign = _hooks_of_transformers(model)
+        for module in model.modules():
+            hooks = module._forward_hooks
+            mine = {
+                key: hook
+                for key, hook in hooks.items()
+                if isinstance(hook, InputGradHook) or key in foreign or _is_forgotten_by_transformers(hook)
+            }
+            if mine:
+                self._before.append((module, dict(hooks)))
+                for key in mine:
+                    del hooks[key]
+
+    def resume(self) -> None:
+        """Put them back in their old order. Does nothing the second time."""
+        for module, old in self._before:
+            added = {key: hook for key, hook in module._forward_hooks.items() if key not in old}
+            module._forward_hooks.clear()
+            module._forward_hooks.update({**old, **added})
+        self._before.clear()
+
+
+def _is_forgotten_by_transformers(hook: object) -> bool:
+    """Transformers loses the handles of earlier hooks each time it adds one."""
+    name = getattr(hook, "__qualname__", "")
+    return name == "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
 
 
 def _own_hooks(module: nn.Module) -> dict[int, InputGradHook]:

@@ -13,19 +13,24 @@ Not covered: under `torch.compile` the layer is handed to torch's checkpoint as 
 `preserve_rng_state`, random state is kept for the CPU and the current CUDA device.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Self, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from rematree.errors import UsageError
+from rematree.errors import UnsupportedModelError, UsageError
+from rematree.execute.arguments import Arguments, is_cache
 from rematree.execute.context import RandomState, World, builds_graph
 from rematree.execute.input_grads import require_grad
+from rematree.execute.module_state import ChangingBuffers
+from rematree.execute.routing import Routing, has_router
 
 _DETERMINISM: Final = ("default", "none")
 
@@ -130,6 +135,7 @@ class LayerCheckpoint:
         self.region = region
         self.options = options
         self._module = module
+        self._known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -142,14 +148,63 @@ class LayerCheckpoint:
         module = self._module if layer is None else layer
         if not builds_graph(module, args, kwargs):
             return function(*args, **kwargs)
-        call = _Call(function, self.region, World(module, []), keeps_random=not self.options.preserve_rng_state)
+        known = self._known.setdefault(module, _Known(has_router(module)))
+        call = _Call(
+            function, self.region, World(module, [], known.buffers), keeps_random=not self.options.preserve_rng_state
+        )
+        if known.routes:
+            call.routing = Routing()
         if self.options.use_reentrant:
-            return _Reentrant(call, args, kwargs).run(self.options)
-        return self.options.run(call, args, kwargs)
+            kwargs = _without_cache(self.region, kwargs)
+        arguments = Arguments(self.region, args, kwargs)
+        if self.options.use_reentrant:
+            out = _Reentrant(call, args, kwargs).run(self.options)
+            arguments.refuse_outputs_in(args, kwargs)
+        else:
+            call.arguments = arguments
+            out = self.options.run(call, args, kwargs)
+        _end_peft_hooks(module)
+        return out
+
+
+def _without_cache(region: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`kwargs` for the reentrant variant: it gives no gradient to what a layer puts into a cache."""
+    caches = {name: value for name, value in kwargs.items() if is_cache(value)}
+    filled = [name for name, cache in caches.items() if cache.get_seq_length() > 0]
+    if filled:
+        raise UnsupportedModelError(
+            f"{region}: {filled[0]} holds tokens, and reentrant checkpointing cannot train through a key-value cache",
+            remedies=['gradient_checkpointing_kwargs={"use_reentrant": False}'],
+        )
+    return {**kwargs, **dict.fromkeys(caches)}
+
+
+def _end_peft_hooks(module: nn.Module) -> None:
+    """Take off the hooks with which PEFT carries offsets of activated LoRA into a rerun, and then forbids a second one.
+
+    They are not needed: the rerun finds the hooks of the forward. PEFT's list of them is what it looks at.
+    """
+    hooks: list[Any] = getattr(module, "_peft_gradient_checkpointing_forward_hooks", [])
+    while hooks:
+        hooks.pop().remove()
+
+
+class _Known:
+    """What does not change from call to call of a layer."""
+
+    def __init__(self, routes: bool) -> None:
+        self.routes = routes
+        self.buffers = ChangingBuffers()
 
 
 class _Call:
-    """One call of a layer: plain the first time, in the world of that first time whenever it is run again."""
+    """One call of a layer: plain the first time, in the world of that first time whenever it is run again.
+
+    Attributes:
+        arguments: To run it again with; None: with what is given then.
+        routing: Its choices of experts.
+        rerun: The first time is over.
+    """
 
     def __init__(self, function: Callable[..., Any], region: str, world: World, *, keeps_random: bool) -> None:
         self._function = function
@@ -157,6 +212,8 @@ class _Call:
         self._world = world
         self._keeps_random = keeps_random
         self._random: RandomState | None = None
+        self.arguments: Arguments | None = None
+        self.routing: Routing | None = None
         self.rerun = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,13 +221,18 @@ class _Call:
             return self._again(args, kwargs)
         self.rerun = True
         before = RandomState.now() if self._keeps_random else None
-        out = self._function(*args, **kwargs)
+        with contextlib.nullcontext() if self.routing is None else self.routing.recorded():
+            out = self._function(*args, **kwargs)
         if before is not None and not before.same_as(RandomState.now()):
             self._random = before
+        self._world.settle()
         return out
 
     def _again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        with self._world.restored(self._region):
+        if self.arguments is not None:
+            args, kwargs = self.arguments.again(args)
+        routed = contextlib.nullcontext() if self.routing is None else self.routing.replayed(self._region)
+        with self._world.restored(self._region), routed:
             if self._random is None:
                 return self._function(*args, **kwargs)
             present = RandomState()

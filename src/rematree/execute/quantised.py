@@ -1,22 +1,26 @@
 """Make the quantised layers of one model fit for recomputation: keep nothing they need not keep, stay differentiable.
 
-Two things bitsandbytes (0.46 to 0.50) does stand in the way.
+Three things bitsandbytes (0.46 to 0.50) does stand in the way.
 
 `Linear8bitLt` keeps its whole input as a plain attribute of its autograd node (`ctx.A`), though a frozen weight's
 backward reads packed weight and scales only. No saved-tensor hook sees it, so checkpointing frees nothing.
+
+`Linear4bit` keeps its packed weight the same way. Autograd, which refuses a saved tensor that was written to, does not
+know of it: whoever streams weights through one buffer gets gradients of another layer's weight (bitsandbytes#2034).
 
 `Linear4bit`, evaluated on a CPU with bfloat16 instructions, rewrites its weight into a layout for inference: the scales
 are rounded to bfloat16 for good, and from then on no gradient passes through the layer, in training mode neither.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Final, cast
 
 import torch
 from torch import nn
 
-from rematree.errors import UnsupportedModelError
-from rematree.quantised import four_bit_linears
+from rematree.errors import RecomputeMismatchError, UnsupportedModelError
+from rematree.quantised import four_bit_linears, held_by
 
 _REPACKS: Final = "support_avx512bf16_for_cpu"
 _REPACKED: Final = "packing_format_for_cpu"
@@ -58,6 +62,31 @@ def keep_no_input(layer: nn.Module, inner: Callable[..., torch.Tensor], x: torch
         return inner(x)
     run = cast("Callable[..., torch.Tensor]", _FrozenInt8Linear.apply)
     return run(x, layer, inner)
+
+
+def watch_weight(path: str, layer: nn.Module, inner: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Call `inner`, the forward of a frozen `Linear4bit`, and refuse its backward if the packed weight has changed.
+
+    Args:
+        path: Of the layer, for messages.
+        layer: The layer.
+        inner: Its forward.
+        x: Its input.
+    """
+    out = inner(x)
+    if out.requires_grad:
+        packed = (layer.weight, *held_by(vars(layer.weight)))
+        versions = [(tensor, tensor._version) for tensor in packed if isinstance(tensor, torch.Tensor)]
+        out.register_hook(functools.partial(_refuse_changed, path, versions))
+    return out
+
+
+def _refuse_changed(path: str, versions: list[tuple[torch.Tensor, int]], _: torch.Tensor) -> None:
+    if any(tensor._version != version for tensor, version in versions):
+        raise RecomputeMismatchError(
+            f"{path}: its packed weight was modified in place between forward and backward",
+            remedies=["call backward before loading or merging weights"],
+        )
 
 
 def refuse_repacked(model: nn.Module) -> None:

@@ -10,7 +10,8 @@ the rerun are matched to those of the forward by order, and the rerun stops when
 """
 
 import contextlib
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -21,8 +22,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure, tree_unf
 from torch.utils.checkpoint import checkpoint
 
 from rematree.errors import RecomputeMismatchError
+from rematree.execute.arguments import Arguments
 from rematree.execute.context import Captured, RandomState, World, builds_graph
 from rematree.execute.dropout import draw, mask_can_be_kept, pack, scale, unpack
+from rematree.execute.module_state import ChangingBuffers
+from rematree.execute.routing import Routing, has_router
 
 _ONE: Final = tree_structure(0)
 
@@ -36,6 +40,9 @@ class Watcher(Protocol):
     def recomputation(self, entered: bool) -> None:
         """A recomputation begins or ends."""
 
+    def written(self, region: str) -> None:
+        """The recomputed region around `region`, a saved one, has written to its output."""
+
     @property
     def draws(self) -> int:
         """How many ops that draw random numbers have run."""
@@ -47,11 +54,13 @@ class _Leaf:
     """One tensor of a saved region's output: the stash, or what a placeholder needs to look like it."""
 
     stash: torch.Tensor | None
+    counter: torch.Tensor | None  # shares the output's version, not its memory; until the region around it has run
     version: int
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool
+    written: bool = False
 
 
 @dataclass(slots=True)
@@ -66,15 +75,18 @@ class _Call:
 
 @dataclass(slots=True)
 class _Frame:
-    """One forward of a recomputed region, and its reruns.
+    """One forward of a recomputed region: what its reruns need.
 
     Random state is kept only where a rerun draws: a state noted at the start, or behind a skipped region that drew, is
     forgotten again if nothing was drawn until the next such point.
     """
 
+    region: str
+    world: World
+    arguments: Arguments
+    routing: Routing | None
     random_before: RandomState | None
     calls: list[_Call] = field(default_factory=list[_Call])
-    cursor: int | None = None  # None in forward; in a rerun, the index of the next saved call
     noted: RandomState | None = None  # the state at the last such point
     noted_by: _Call | None = None  # the skipped call it is behind; None is the frame's start
 
@@ -98,62 +110,116 @@ class _Frame:
         call.random_after = after
         self.noted, self.noted_by = after, call
 
+    def finish(self, now: RandomState | None) -> Iterator[str]:
+        """The forward is over. Yields saved regions whose output the rest of it has written to."""
+        self.reached(now)
+        self.noted = None
+        self.world.settle()
+        for call in self.calls:
+            for leaf in call.leaves:
+                if isinstance(leaf, _Leaf) and leaf.counter is not None:
+                    leaf.written = leaf.counter._version != leaf.version
+                    leaf.counter = None
+                    if leaf.written:
+                        yield call.region
+
     @property
     def draws(self) -> bool:
         """Whether a rerun sets the generators."""
         return self.random_before is not None or any(call.random_after is not None for call in self.calls)
 
 
+@dataclass(slots=True)
+class _Rerun:
+    """One rerun of a frame's region."""
+
+    frame: _Frame
+    cursor: int = 0  # index of the next saved call
+
+
+class _Plain:
+    """Inside a saved region: nothing there is run again, so nothing is noted."""
+
+
 class Executor:
-    """Runs the decisions of one applied plan. Holds no tensors between steps."""
+    """Runs the decisions of one applied plan. Holds no tensors between steps.
+
+    Backward runs in threads of its own, and a model may be run in several: what is going on is kept by thread.
+    """
 
     def __init__(self, watcher: Watcher | None = None) -> None:
         self.captured: list[Captured] = []
-        self._frames: list[_Frame] = []
+        self._running: dict[int, list[_Frame | _Rerun | _Plain]] = {}
+        self._buffers: dict[str, ChangingBuffers] = {}
+        self._routers: dict[str, bool] = {}
         self._watcher = watcher
 
     def _random_now(self) -> RandomState | None:
         return RandomState.now(None if self._watcher is None else self._watcher.draws)
 
+    @contextlib.contextmanager
+    def _inside(self, what: _Frame | _Rerun | _Plain) -> Generator[None]:
+        thread = threading.get_ident()
+        running = self._running.setdefault(thread, [])
+        running.append(what)
+        try:
+            yield
+        finally:
+            running.pop()
+            if not running:
+                del self._running[thread]
+
+    def _innermost(self) -> _Frame | _Rerun | _Plain | None:
+        running = self._running.get(threading.get_ident())
+        return running[-1] if running else None
+
     def recompute(self, region: str, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `inner`, keeping only its inputs, what inner Save regions keep, and the means to rerun it."""
         if not builds_graph(module, args, kwargs):  # R6, R7
             return inner(*args, **kwargs)
-        frame = _Frame(self._random_now())
-        world = World(module, self.captured)
+        if region not in self._routers:
+            self._routers[region] = has_router(module)
+        frame = _Frame(
+            region,
+            World(module, self.captured, self._buffers.setdefault(region, ChangingBuffers())),
+            Arguments(region, args, kwargs),
+            Routing() if self._routers[region] else None,
+            self._random_now(),
+        )
 
         def body(*args: Any, **kwargs: Any) -> Any:
-            self._frames.append(frame)
-            try:
+            innermost = self._innermost()
+            if isinstance(innermost, _Rerun) and innermost.frame is frame:
+                args, kwargs = frame.arguments.again(args)
+                with contextlib.nullcontext() if frame.routing is None else frame.routing.replayed(region):
+                    return inner(*args, **kwargs)
+            with self._inside(frame), contextlib.nullcontext() if frame.routing is None else frame.routing.recorded():
                 return inner(*args, **kwargs)
-            finally:
-                self._frames.pop()
 
         out = checkpoint(
             body,
             *args,
             use_reentrant=False,
             preserve_rng_state=False,  # R4: the frame restores it, and only where something was drawn
-            context_fn=lambda: (contextlib.nullcontext(), self._rerun(region, frame, world)),
+            context_fn=lambda: (contextlib.nullcontext(), self._rerun(frame)),
             **kwargs,
         )
-        frame.reached(self._random_now())
-        frame.noted = None
+        for written in frame.finish(self._random_now()):
+            if self._watcher is not None:
+                self._watcher.written(written)
         return out
 
     @contextlib.contextmanager
-    def _rerun(self, region: str, frame: _Frame, world: World) -> Generator[None]:
+    def _rerun(self, frame: _Frame) -> Generator[None]:
         present = self._random_now() if frame.draws else None
-        frame.cursor = 0
         if self._watcher is not None:
             self._watcher.recomputation(entered=True)
         try:
-            with world.restored(region):
+            with frame.world.restored(frame.region), self._inside(_Rerun(frame)):
                 if frame.random_before is not None:
                     frame.random_before.restore()
                 yield
         finally:
-            frame.cursor = None
             if present is not None:
                 present.restore()
             if self._watcher is not None:
@@ -161,74 +227,79 @@ class Executor:
 
     def save(self, region: str, stash: bool, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `inner` so that the recomputation around it need not run it again. Plain when there is none."""
-        if not self._frames:
+        around = self._innermost()
+        if isinstance(around, _Rerun):
+            return self._replay(region, around)
+        if not isinstance(around, _Frame):
             return inner(*args, **kwargs)
-        frame = self._frames[-1]
-        if frame.cursor is not None:
-            return self._replay(region, frame)
         before = self._random_now()
-        with saved_tensors_hooks(_pack, _unpack):
+        unrouted = contextlib.nullcontext() if around.routing is None else around.routing.paused()
+        with saved_tensors_hooks(_pack, _unpack), self._inside(_Plain()), unrouted:
             out = inner(*args, **kwargs)
         after = self._random_now()
         leaves, spec = tree_flatten(out)
         kept = [_keep(leaf, stash) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        frame.skipped(_Call(region, kept, spec, None), before, after)
+        around.skipped(_Call(region, kept, spec, None), before, after)
         return out
 
     def keep_mask(self, region: str, module: nn.Module, inner: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
         """Dropout whose mask the recomputation around it does not draw again: it is kept at one bit an element."""
-        if not self._frames:
-            return inner(x)
+        around = self._innermost()
         p: float = module.p  # pyright: ignore[reportAssignmentType]
-        frame = self._frames[-1]
-        if frame.cursor is not None:
+        if isinstance(around, _Rerun):
             # What the forward did decides, not x: here it may be a placeholder, which has another layout.
-            if frame.cursor >= len(frame.calls) or frame.calls[frame.cursor].region != region:
+            calls = around.frame.calls
+            if around.cursor >= len(calls) or calls[around.cursor].region != region:
                 return inner(x)
-            (bits,) = self._next_call(region, frame).leaves
+            (bits,) = self._next_call(region, around).leaves
             return x * unpack(bits, x.shape, x.dtype, p)
-        if not mask_can_be_kept(module, x):
+        if not isinstance(around, _Frame) or not mask_can_be_kept(module, x):
             return inner(x)
         before = self._random_now()
         drawn = draw(x, p)
-        frame.skipped(_Call(region, [pack(drawn)], _ONE, None), before, self._random_now())
+        around.skipped(_Call(region, [pack(drawn)], _ONE, None), before, self._random_now())
         return scale(x, drawn, p)
 
-    def _replay(self, region: str, frame: _Frame) -> Any:
-        call = self._next_call(region, frame)
+    def _replay(self, region: str, rerun: _Rerun) -> Any:
+        call = self._next_call(region, rerun)
         leaves = [self._give_back(region, leaf) if isinstance(leaf, _Leaf) else leaf for leaf in call.leaves]
         return tree_unflatten(leaves, call.spec)
 
-    def _next_call(self, region: str, frame: _Frame) -> _Call:
-        assert frame.cursor is not None
-        call = frame.calls[frame.cursor] if frame.cursor < len(frame.calls) else None
+    def _next_call(self, region: str, rerun: _Rerun) -> _Call:
+        calls = rerun.frame.calls
+        call = calls[rerun.cursor] if rerun.cursor < len(calls) else None
         if call is None or call.region != region:
             raise RecomputeMismatchError(
                 f"the recomputation calls {region}, the forward called "
                 f"{'nothing more' if call is None else call.region} at this point; "
                 "the model's control flow changed between forward and backward"
             )
-        frame.cursor += 1
+        rerun.cursor += 1
         if call.random_after is not None:
             call.random_after.restore()
         return call
 
     def _give_back(self, region: str, leaf: _Leaf) -> torch.Tensor:
         if leaf.stash is not None:
-            if leaf.stash._version != leaf.version:
+            if self._watcher is None and leaf.stash._version != leaf.version:
                 raise RecomputeMismatchError(
                     f"{region}: its output was modified in place after the forward pass kept it; save a larger region"
                 )
-            return leaf.stash.detach().requires_grad_(leaf.requires_grad)
-        stand_in = torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-        if self._watcher is not None:
-            self._watcher.placeholder(region, stand_in)
-        return stand_in.requires_grad_(leaf.requires_grad)
+            given = leaf.stash.detach().requires_grad_(leaf.requires_grad)
+        else:
+            given = torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+            if self._watcher is not None:
+                self._watcher.placeholder(region, given)
+            given = given.requires_grad_(leaf.requires_grad)
+        return given.clone() if leaf.written else given  # what writes to it again needs memory that is no leaf's
 
 
 def _keep(tensor: torch.Tensor, stash: bool) -> _Leaf:
+    shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
+    counter = tensor.detach()
+    counter.data = torch.empty(0, dtype=dtype, device=device)
     kept = tensor.detach() if stash else None
-    return _Leaf(kept, tensor._version, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+    return _Leaf(kept, counter, tensor._version, shape, dtype, device, tensor.requires_grad)
 
 
 # Identity hooks switch off autograd's own check for in-place changes, so the version travels along.

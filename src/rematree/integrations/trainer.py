@@ -4,20 +4,23 @@
 
 Before the first step the callback reads the longest batch from the data, plans for it and applies the plan; when
 training ends it takes the plan off. Checkpointing that the arguments or the model ask for is switched off meanwhile:
-the plan takes its place.
+the plan takes its place. What was in force before is in force again afterwards.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import torch
 from transformers import TrainerCallback
 
-from rematree.checkpointing import requested_budget
+from rematree.checkpointing import take_budget_from_transformers
 from rematree.cost import Cost
 from rematree.errors import UsageError
 from rematree.execute.handle import Handle, apply
+from rematree.execute.input_grads import SuspendedInputGrads
+from rematree.in_effect import BUDGET_KEY, requested_budget
 from rematree.integrations.batches import longest_batch
 from rematree.integrations.trl import fused_head_call
 from rematree.planning import plan
@@ -26,15 +29,16 @@ from rematree.simulate import Optimizer
 from rematree.units import format_bytes, format_seconds, parse_bytes
 
 _ADAM_LIKE: Final = ("adam", "lamb", "lion")
-_KWARGS: Final = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+_KINDS: Final = ("activation_checkpointing", "gradient_checkpointing")  # names of arguments, new and old
 
 
 class BudgetCallback(TrainerCallback):
     """Trains inside a budget. For transformers' `Trainer` and for TRL's `SFTTrainer`.
 
     The budget is the peak of a training step: weights, gradients, optimizer state, saved tensors, workspaces. It is
-    taken from here, from `gradient_checkpointing_kwargs={"budget": ...}` (or `activation_checkpointing_kwargs`) of the
-    training arguments, or from `prepare_model_for_kbit_training(model, budget=...)`.
+    taken from here, from `gradient_checkpointing=True, gradient_checkpointing_kwargs={"budget": ...}` (or
+    `activation_checkpointing...`) of the training arguments, or from `prepare_model_for_kbit_training(model,
+    budget=...)`. If only the arguments name it and they switch checkpointing off, it is off: there is no plan.
 
     Args:
         budget: Bytes, or a text with a unit ("14GiB"). None: read it from there.
@@ -65,6 +69,7 @@ class BudgetCallback(TrainerCallback):
         self._cost = cost
         self._say = say or _to_stderr
         self._handle: Handle | None = None
+        self._inputs: SuspendedInputGrads | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Plan and apply.
@@ -72,10 +77,27 @@ class BudgetCallback(TrainerCallback):
         Raises:
             UsageError: no budget is given anywhere, or two different ones.
             InfeasibleBudgetError: nothing fits.
+            UnsupportedModelError: the adapter is prefix tuning.
+        Warns:
+            UserWarning: the arguments ask for checkpointing in a way that has no effect under a plan.
         """
         self._remove()  # what a training loop left that an error ended
         model: Any = kwargs["model"]
+        take_budget_from_transformers(model)
         budget = self._wanted(args, model)
+        if budget is None:
+            self.plan = None
+            self._say("no plan: the training arguments name a budget, and switch checkpointing off")
+            return
+        _warn_of_what_has_no_effect(args)
+        self._inputs = SuspendedInputGrads(model)
+        try:
+            self._plan_and_apply(args, model, budget, kwargs)
+        except BaseException:
+            self._remove()
+            raise
+
+    def _plan_and_apply(self, args: Any, model: Any, budget: int, kwargs: dict[str, Any]) -> None:
         batch, note = longest_batch(kwargs["train_dataloader"])
         device = next(model.parameters()).device
         batch = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
@@ -105,26 +127,56 @@ class BudgetCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        if self._inputs is not None:
+            self._inputs.resume()
+            self._inputs = None
 
-    def _wanted(self, args: Any, model: Any) -> int:
-        found = [
-            parse_bytes(value["budget"])
-            for name in _KWARGS
-            if isinstance(value := getattr(args, name, None), dict) and "budget" in value
-        ]
+    def _wanted(self, args: Any, model: Any) -> int | None:
+        """The one budget; None if only the arguments name one, and they switch checkpointing off."""
+        named = [parse_bytes(given[BUDGET_KEY]) for given in _arguments(args) if BUDGET_KEY in given]
+        found = named if _is_asked_for(args) else []
         found += [size for size in (self._budget, requested_budget(model)) if size is not None]
+        if named and not found:
+            return None
         if not found:
             raise UsageError(
                 "no budget: neither BudgetCallback nor the training arguments nor the model name one",
                 remedies=[
                     'rematree.BudgetCallback("14GiB")',
-                    'TrainingArguments(activation_checkpointing_kwargs={"budget": "14GiB"}, ...)',
+                    'TrainingArguments(activation_checkpointing=True, activation_checkpointing_kwargs={"budget": '
+                    '"14GiB"}, ...)',
                 ],
             )
         if len(set(found)) > 1:
             shown = " and ".join(format_bytes(size) for size in dict.fromkeys(found))
             raise UsageError(f"two budgets: {shown}; name one, in one place")
         return found[0]
+
+
+def _arguments(args: Any) -> list[dict[str, Any]]:
+    """Of checkpointing, among the training arguments; by either name, which transformers keeps equal."""
+    given = [getattr(args, f"{kind}_kwargs", None) for kind in _KINDS]
+    return [value for value in given if isinstance(value, dict)]
+
+
+def _is_asked_for(args: Any) -> bool:
+    return any(bool(getattr(args, kind, False)) for kind in _KINDS)
+
+
+def _warn_of_what_has_no_effect(args: Any) -> None:
+    if not _is_asked_for(args):
+        return
+    given = {name: value for kwargs in _arguments(args) for name, value in kwargs.items()}
+    plain = {"use_reentrant": False, "every_n_layers": 1, "offload": False}  # what a plan amounts to
+    idle = [name for name, value in given.items() if name != BUDGET_KEY and plain.get(name, ...) != value]
+    if idle:
+        shown = ", ".join(f"{name}={given[name]!r}" for name in idle)
+        warnings.warn(
+            f"{shown} among the arguments of checkpointing: no effect while a plan is in force, which decides what is "
+            "recomputed",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _kind_of(optimizer: Any) -> Optimizer:

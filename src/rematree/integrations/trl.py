@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from rematree.execute.override import ForwardOverride
 from rematree.observe import LossFunction
 from rematree.regions import unwrap
 
@@ -20,7 +21,9 @@ def fused_head_call(model: Any) -> tuple[dict[str, Any], LossFunction | None]:
 
     Empty and None for a model that TRL has not patched: its own loss is differentiated.
     """
-    forward = unwrap(model).forward
+    forward: Any = unwrap(model).forward
+    while isinstance(forward, ForwardOverride):  # this library's switch may lie around the patch
+        forward = vars(forward)["__wrapped__"]
     patched = getattr(forward, "__func__", forward)
     # The patch keeps the original's signature for the outside, so look at its own.
     if _SWITCH not in inspect.signature(patched, follow_wrapped=False).parameters:

@@ -1,0 +1,108 @@
+"""Weights and buffers of a region: the rerun must find the ones of the forward, or refuse.
+
+Plain autograd notices when a weight it saved is written to before backward, and keeps the old one when `.data` is given
+another tensor. A recomputed region saves no weight, so versions and storages are compared here. Buffers that a forward
+changes by itself (running statistics, the vectors of spectral norm) are put back to what the forward found, and after
+the rerun to what they are now: they change once a step.
+
+Not covered: writes into the memory of `.data`, which no version counts; autograd does not see those either. The storage
+of tensors that stand for several (DTensor, quantised subclasses), and of weights that DeepSpeed gathers anew each time.
+"""
+
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from rematree.errors import RecomputeMismatchError
+
+_STATISTICS: Final = nn.modules.batchnorm._NormBase  # pyright: ignore[reportPrivateUsage]
+
+
+@dataclass
+class ChangingBuffers:
+    """Names of the buffers that a region's own forward changes; None until its first call has shown them."""
+
+    names: frozenset[str] | None = None
+
+
+class ModuleState:
+    """Versions of a region's weights, and values of its changing buffers, as one forward finds them.
+
+    Args:
+        module: The region.
+        changing: What earlier calls have shown; filled in by the first.
+    Cost:
+        A walk over parameters and buffers; the first call copies every buffer for its own duration.
+    """
+
+    __slots__ = ("_before", "_changing", "_marks", "_module")
+
+    def __init__(self, module: nn.Module, changing: ChangingBuffers) -> None:
+        self._module = module
+        self._changing = changing
+        buffers = list(module.named_buffers())
+        if changing.names is not None:
+            buffers = [(name, buffer) for name, buffer in buffers if name in changing.names]
+        self._before: dict[str, tuple[Tensor, Tensor]] = {name: (b, b.detach().clone()) for name, b in buffers}
+        self._marks = [(t, _mark(t)) for t in (*module.parameters(), *module.buffers())]
+
+    def settle(self) -> None:
+        """The forward is over: whatever it changed by itself is no reason to refuse the rerun."""
+        if self._changing.names is None:
+            statistics = {
+                f"{path}.{name}" if path else name
+                for path, part in self._module.named_modules()
+                if isinstance(part, _STATISTICS) and part.track_running_stats
+                for name, _ in part.named_buffers(recurse=False)
+            }
+            self._changing.names = frozenset(statistics)
+        changed = {id(tensor) for tensor, mark in self._marks if _mark(tensor) != mark}
+        self._changing.names |= {name for name, buffer in self._module.named_buffers() if id(buffer) in changed}
+        self._before = {name: kept for name, kept in self._before.items() if name in self._changing.names}
+        # A parameter that its own forward writes to: PEFT puts adapters on expert weights by a parametrisation.
+        own = {id(buffer) for buffer, _ in self._before.values()}
+        own |= changed & {id(parameter) for parameter in self._module.parameters()}
+        self._marks = [item for item in self._marks if id(item[0]) not in own]
+
+    @contextlib.contextmanager
+    def restored(self, region: str) -> Generator[None]:
+        """The forward's buffers inside, the present ones again after.
+
+        Raises:
+            RecomputeMismatchError: a weight or a fixed buffer was written to or replaced since the forward.
+        """
+        for tensor, mark in self._marks:
+            if _mark(tensor) != mark:
+                named = (*self._module.named_parameters(), *self._module.named_buffers())
+                name = next((name for name, other in named if other is tensor), "a weight")
+                raise RecomputeMismatchError(
+                    f"{region}.{name} was modified in place or replaced between forward and backward; gradients "
+                    "through the recomputation would belong to other weights",
+                    remedies=["call backward before the optimizer's step and before loading or merging weights"],
+                )
+        if not self._before:
+            yield
+            return
+        # `.data` has a version of its own: what autograd saved of a buffer is not called modified.
+        present = [(buffer, buffer.detach().clone()) for buffer, _ in self._before.values()]
+        with torch.no_grad():
+            for buffer, value in self._before.values():
+                buffer.data.copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in present:
+                    buffer.data.copy_(value)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Differs after a write that autograd counts, and after the tensor was given another storage."""
+    if is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "ds_id"):
+        return tensor._version, 0
+    return tensor._version, tensor.untyped_storage()._cdata
