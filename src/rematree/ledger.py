@@ -47,12 +47,16 @@ class Segment:
         live_bytes: Live when it began.
         peak_bytes: Largest live sum within it.
         seconds: Price of the ops within it.
+        live: `live_bytes` by category.
+        at_peak: `peak_bytes` by category.
     """
 
     label: str
     live_bytes: int
     peak_bytes: int
     seconds: float
+    live: dict[str, int]
+    at_peak: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,8 @@ class Ledger(TorchDispatchMode):
     """Tracks live bytes by category, the peak, and time; optionally tells a listener every op.
 
     Categories are the caller's: whatever `category` is set to when a storage is born. Some are known better: what a
-    recomputation makes, weights that bitsandbytes unpacks, masks made in front of the first block.
+    recomputation makes, weights that bitsandbytes unpacks, masks made in front of the first block. `label` is the
+    latest mark.
 
     Args:
         cost: Prices ops.
@@ -87,7 +92,10 @@ class Ledger(TorchDispatchMode):
         self._entries: dict[int, _Entry] = {}
         self._next_uid = 0
         self._taint: dict[int, frozenset[str]] = {}
-        self._label, self._segment_live, self._segment_peak, self._segment_seconds = "start", 0, 0, 0.0
+        self.label = "start"
+        self._segment_live, self._segment_peak, self._segment_seconds = 0, 0, 0.0
+        self._segment_start: dict[str, int] = {}
+        self._segment_at_peak: dict[str, int] = {}
         self.segments: list[Segment] = []
         self.category = "other"
         self.live_bytes = 0
@@ -162,12 +170,13 @@ class Ledger(TorchDispatchMode):
             padding = rounded(workspace) - workspace
             self._allocator.release(self._allocator.allocate(workspace))
         here = self.live_bytes + workspace + padding
-        self._segment_peak = max(self._segment_peak, here)
-        if here > self.peak_bytes:
-            self.peak_bytes = here
-            self.at_peak = {**self.by_category}
+        if here > self._segment_peak:
+            self._segment_peak = here
+            self._segment_at_peak = {**self.by_category}
             for name, more in ((line, workspace), (ROUNDING, padding)):
-                self.at_peak[name] = self.at_peak.get(name, 0) + more
+                self._segment_at_peak[name] = self._segment_at_peak.get(name, 0) + more
+            if here > self.peak_bytes:
+                self.peak_bytes, self.at_peak = here, self._segment_at_peak
 
     @property
     def slack_bytes(self) -> int:
@@ -178,8 +187,18 @@ class Ledger(TorchDispatchMode):
 
     def mark(self, label: str) -> None:
         """End the current segment and begin one called `label`."""
-        self.segments.append(Segment(self._label, self._segment_live, self._segment_peak, self._segment_seconds))
-        self._label, self._segment_live, self._segment_peak = label, self.live_bytes, self.live_bytes
+        self.segments.append(
+            Segment(
+                self.label,
+                self._segment_live,
+                self._segment_peak,
+                self._segment_seconds,
+                self._segment_start,
+                self._segment_at_peak,
+            )
+        )
+        self.label, self._segment_live, self._segment_peak = label, self.live_bytes, self.live_bytes
+        self._segment_start = self._segment_at_peak = dict(self.by_category)
         self._segment_seconds = 0.0
 
     # -- placeholders (R3) ------------------------------------------------------------------------------------------
@@ -213,7 +232,7 @@ class Ledger(TorchDispatchMode):
             return DEQUANTISED
         if self.recomputing:
             return RECOMPUTED
-        if self._label == _BEFORE_THE_BLOCKS and output.dim() == _MASK_DIMENSIONS and self.category == SAVED:
+        if self.label == _BEFORE_THE_BLOCKS and output.dim() == _MASK_DIMENSIONS and self.category == SAVED:
             return MASKS
         return self.category
 
@@ -225,8 +244,12 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # two of three calls; it only reads an attribute
-            return args[0].fake_device
-        kwargs = kwargs or {}
+            told: torch.device | None = getattr(args[0].fake_mode, "engine_device", None)
+            return args[0].fake_device if told is None else told
+        with torch._C.DisableTorchFunction():  # a function mode is for code above
+            return self._record(func, args, kwargs or {})
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "prim":
             return func(*args, **kwargs)
         if _NONDETERMINISTIC in func.tags and _draws(func, args, kwargs):

@@ -8,14 +8,22 @@ import traceback
 import types
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from types import FrameType
-from typing import Any, Final
+from types import FrameType, TracebackType
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
 
+from rematree.absent import DeviceView, is_absent
+from rematree.attention_kernels import DEFAULT_CAPABILITY, Capability
 from rematree.cost import present_device
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.attention import AttentionRegions, declare_unpacked, forget_attention
@@ -24,10 +32,12 @@ from rematree.execute.handle import forget_handle
 from rematree.execute.override import ForwardOverride, remove_overrides
 from rematree.execute.quantised import keep_trainable
 from rematree.quantised import attributes_of, hidden_tensors
+from rematree.recipes import META, Recipes
 
 LossFunction = Callable[[Any], torch.Tensor]
 
 _GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
+_DEVICE: Final = torch.ops.prim.device.default
 _BITSANDBYTES: Final = "bitsandbytes"
 # Packages that only pass a call on; the line a reader wants is in the model's own code.
 _PLUMBING: Final = frozenset({"torch", "rematree", "accelerate"})
@@ -39,10 +49,76 @@ class TwinMode(FakeTensorMode):
     The grouped matmul of mixture-of-experts layers runs in fp32 on a CPU; its fake kernel insists on bf16. LLM.int8 on
     a GPU sets columns with outliers apart. How many there are is in the values, and the fake kernels give up; here
     there are none, so a few columns of each input, live during the matmul, are not counted.
+
+    Args:
+        device: The device all tensors of the model are on, if it may be one that is not here.
+        capability: Its compute capability; None: that of the device that is here.
+    Attributes:
+        engine_device: Where code below Python believes tensors of an absent device to be; None: where they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None, capability: Capability | None = None) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        absent = device is not None and is_absent(device)
+        self._device = device
+        self.engine_device: torch.device | None = META if absent else None
+        self._view: DeviceView | None = None
+        self._entered = 0
+        self._recipes = Recipes(self, self.engine_device, device)
+        if device is not None and (absent or capability is not None):
+            self._view = DeviceView(device, capability or DEFAULT_CAPABILITY)
+
+    def __enter__(self) -> Self:
+        if self._view is not None and self._entered == 0:
+            self._view.__enter__()
+        self._entered += 1
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._entered -= 1
+        if self._view is not None and self._entered == 0:
+            self._view.__exit__(kind, error, trace)
+
+    def fake(self, tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+        """A fake copy of `tensor`, which may itself be on `meta`; `storages` remembers which copies share memory."""
+        storage = tensor.untyped_storage()
+        shadow = storages.get(storage._cdata)
+        if shadow is None:
+            shadow = storages[storage._cdata] = torch.UntypedStorage(storage.nbytes(), device=META)
+        with no_dispatch():
+            bare = torch.empty(0, dtype=tensor.dtype, device=META)
+            bare.set_(shadow, tensor.storage_offset(), tensor.size(), tensor.stride())  # pyright: ignore[reportCallIssue, reportArgumentType]
+            bare.requires_grad_(tensor.requires_grad)
+        copied = self._recipes.wrap(bare, self._device if self._device is not None else tensor.device)
+        if isinstance(tensor, nn.Parameter):
+            copied._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
+        return copied
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # `DeviceView` is for code above
+            if self.engine_device is not None:
+                if func is _DEVICE and isinstance(args[0], FakeTensor):
+                    return self.engine_device if args[0].fake_device == self._device else args[0].fake_device
+                if kwargs and kwargs.get("device") == META:
+                    kwargs = {**kwargs, "device": self._device}
+            found = self._recipes.key(func, args, kwargs)
+            if found is None:
+                return self.dispatch(func, types, args, kwargs or {})
+            key, tensors = found
+            recipe = self._recipes.known(key)
+            if recipe:
+                return self._recipes.make(recipe, tensors)
+            out = self.dispatch(func, types, args, kwargs or {})
+            if recipe is None:
+                self._recipes.learn(key, func, tensors, out)
+            return out
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
@@ -71,22 +147,39 @@ class TwinMode(FakeTensorMode):
 class Twin:
     """A copy of `model` and `batch` under fake tensors.
 
+    Args:
+        model: Read, not run. Its tensors may be on `meta`.
+        batch: What the model will be called with.
+        loss: The scalar to differentiate, from the model's output.
+        device: Where the twin believes everything to be; it need not be here. Default: where the model is.
+        capability: Compute capability of a CUDA device that is not here.
     Attributes:
         model: The copy; same module paths, no plan applied, gradient checkpointing off.
         batch: The batch, fake.
         mode: The fake mode both live in; enter it to run.
-        device: Where the live model is.
+        device: Where they are: `device` if it was given, else where the live model is.
     """
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any], loss: LossFunction | None = None) -> None:
-        self.mode = TwinMode()
-        self.device = present_device(model.parameters())
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        loss: LossFunction | None = None,
+        *,
+        device: torch.device | None = None,
+        capability: Capability | None = None,
+    ) -> None:
+        self.device = device or present_device(model.parameters())
+        if self.device == torch.device("cuda"):  # without a number
+            self.device = torch.device("cuda", 0)
+        self.mode = TwinMode(self.device, capability)
         self._loss = loss or loss_of
         memo: dict[int, Any] = {}
+        storages: dict[int, torch.UntypedStorage] = {}
         kept = [*model.parameters(), *model.buffers(), *hidden_tensors(model)]
         for tensor in kept:
             if id(tensor) not in memo:
-                memo[id(tensor)] = self.mode.from_tensor(tensor)
+                memo[id(tensor)] = self.mode.fake(tensor, storages)
         self.model = copy.deepcopy(model, memo)
         for parameter in model.parameters():
             # A fake tensor is a plain parameter; a packed one reads its scales from attributes of its own.
@@ -108,7 +201,7 @@ class Twin:
         visible = visible_to_a_trace(batch)
         if visible.get("attention_mask") is None and visible.get("position_ids") is None:
             declare_unpacked(self.model)
-        self.batch = tree_map_only(torch.Tensor, self.mode.from_tensor, visible)
+        self.batch = tree_map_only(torch.Tensor, lambda tensor: self.mode.fake(tensor, storages), visible)
 
     def loss(self) -> torch.Tensor:
         """Run the forward pass; the scalar to differentiate. Call inside `mode`.
@@ -160,12 +253,12 @@ def visible_to_a_trace(batch: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = dict(batch)
     mask, positions = kept.get("attention_mask"), kept.get("position_ids")
-    if isinstance(positions, torch.Tensor) and mask is None and positions.dim() == 2:
+    if isinstance(positions, torch.Tensor) and mask is None and positions.dim() == 2 and not positions.is_meta:
         plain = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
         if torch.equal(positions, plain.to(positions.dtype)):
             del kept["position_ids"]
             positions = None
-    if isinstance(mask, torch.Tensor) and positions is None and bool((mask == 1).all()):
+    if isinstance(mask, torch.Tensor) and positions is None and not mask.is_meta and bool((mask == 1).all()):
         del kept["attention_mask"]
     return kept
 

@@ -14,19 +14,22 @@ import torch
 import transformers
 from torch import nn
 
+from rematree.absent import is_absent
 from rematree.accounts import CONTEXT, HOST, LIBRARY, SLACK, how_workspaces_are_known, ledger_lines
+from rematree.attention_kernels import Capability
 from rematree.cost import Cost, Measured
 from rematree.devices import overhead_of
 from rematree.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
 from rematree.fingerprint import describe_batch, describe_model
-from rematree.observe import LossFunction, RegionStack, Twin
+from rematree.folding import block_kinds
+from rematree.observe import LossFunction, Twin
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Plan
 from rematree.quantised import frozen_int8_linears
-from rematree.regions import Chain, find_chain
+from rematree.regions import find_chain
+from rematree.running import running_chain
 from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import ChainChoice, least_peak, position_peak, solve_chain
 from rematree.survey import Survey, describe_option, survey
-from rematree.table import fold_paths
 from rematree.units import KIB, MIB, format_bytes, parse_bytes
 
 LEVERS: Final = frozenset({"chunked_loss"})
@@ -55,6 +58,9 @@ class Planner:
         forbid: Levers not to use: "chunked_loss" (changes rounding).
         cost: Prices ops; default: measured on the model's device.
         loss: The scalar to differentiate, from the model's output; default: its `loss`.
+        device: Where the step will run, if not where the model is; it need not be in this machine. Then `cost` says
+            what it is like.
+        capability: Compute capability of that device, which decides between attention kernels.
     Raises:
         UsageError: unknown lever, no loss.
         UnsupportedModelError: the model cannot be observed, or its adapter is prefix tuning.
@@ -72,14 +78,20 @@ class Planner:
         forbid: Collection[str] = (),
         cost: Cost | None = None,
         loss: LossFunction | None = None,
+        device: torch.device | None = None,
+        capability: Capability | None = None,
     ) -> None:
         unknown = sorted(set(forbid) - LEVERS)
         if unknown:
             raise UsageError(f"unknown lever {unknown[0]!r} in forbid; levers: {', '.join(sorted(LEVERS))}")
         if not any(p.requires_grad for p in model.parameters()):
             raise UsageError("no parameter of the model requires grad: there is no training step to plan")
-        self._fingerprint = replace(describe_model(model), batch=describe_batch(batch))
-        self._twin = Twin(model, batch, loss)
+        if cost is None and device is not None and is_absent(device):
+            raise UsageError(
+                f"no {device.type} device is here to measure", remedies=["pass cost=, for example a Roofline"]
+            )
+        self._twin = Twin(model, batch, loss, device=device, capability=capability)
+        self._fingerprint = replace(describe_model(model), batch=describe_batch(batch), device=self._twin.device.type)
         if not self._twin.model.training:
             self._twin.model.train()
         self._cost = cost if cost is not None else Measured(self._twin.device)
@@ -87,37 +99,24 @@ class Planner:
         # Beside the tensors of the step, whatever is decided.
         self._fixed = _SLACK + self._overhead.library_bytes + self._overhead.context_bytes
         self._forbid = frozenset(forbid)
-        accumulate = accumulation_steps > 1
-        chain = self._running_chain(find_chain(self._twin.model))
-        chunk = "chunked_loss" not in self._forbid and loss is None
-        self.survey: Survey = survey(
-            self._twin, chain, self._cost, optimizer=optimizer, accumulate=accumulate, chunk=chunk
+        found = find_chain(self._twin.model)
+        kinds = dict(zip(found.blocks, block_kinds(self._twin.model, found.blocks), strict=True))
+        chain = running_chain(self._twin, found, kinds)
+        self._referee = Referee(
+            self._twin,
+            chain.blocks,
+            self._cost,
+            optimizer,
+            accumulation_steps > 1,
+            kinds=[kinds[path] for path in chain.blocks],
         )
-        self._referee = Referee(self._twin, chain.blocks, self._cost, optimizer, accumulate)
+        chunk = "chunked_loss" not in self._forbid and loss is None
+        self.survey: Survey = survey(self._referee, chain, chunk=chunk)
         self._confirmed: dict[tuple[tuple[int, ...], int], _Confirmed] = {}
         problem = self.survey.problem
         self._quantum = max(KIB, (self.survey.plain.peak_bytes - problem.base) // _RESOLUTION)
         self._least_limit = least_peak(problem, self._quantum)
         self._top = max(self.survey.plain.peak_bytes, self._least_limit) * 2
-
-    def _running_chain(self, chain: Chain) -> Chain:
-        """The chain without blocks that do not run exactly once, in the order they run."""
-        stack = RegionStack({path: self._twin.model.get_submodule(path) for path in chain.blocks}, {})
-        try:
-            with self._twin.mode, torch.no_grad():
-                self._twin.loss()
-        finally:
-            stack.remove()
-        order = [path for path in stack.calls if stack.calls[path] == 1]
-        if not order:
-            raise UnsupportedModelError("none of the model's blocks runs exactly once in a step")
-        if tuple(order) == chain.blocks:
-            return chain
-        left = [path for path in chain.blocks if path not in order]
-        said = "the blocks do not run in the order of their list"
-        if left:
-            said = f"planned as saved, because they do not run exactly once in a step: {', '.join(fold_paths(left))}"
-        return Chain(tuple(order), None, "; ".join(note for note in (chain.note, said) if note))
 
     def _peak(self, simulation: Simulation) -> int:
         """All that the device must have: the sum of the ledger."""
@@ -315,6 +314,8 @@ def plan(
     forbid: Collection[str] = (),
     cost: Cost | None = None,
     loss: LossFunction | None = None,
+    device: torch.device | None = None,
+    capability: Capability | None = None,
 ) -> Plan:
     """The fastest training step of `model` on batches like `batch` whose peak stays within `budget`.
 
@@ -332,6 +333,8 @@ def plan(
         forbid=forbid,
         cost=cost,
         loss=loss,
+        device=device,
+        capability=capability,
     )
     return planner.plan(wanted)
 

@@ -18,7 +18,7 @@ DRAW_SUFFIX: Final = "#draw"
 _NEVER_CALLED: Final = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Identity)
 _SIMPLE: Final = (int, float, str, bool, type(None))
 # Differ between otherwise identical blocks without changing what they compute or save.
-_POSITIONAL_ATTRIBUTES: Final = frozenset({"layer_idx", "layer_id", "layer_number", "training"})
+POSITIONAL_ATTRIBUTES: Final = frozenset({"layer_idx", "layer_id", "layer_number", "training"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def block_kind(block: nn.Module) -> tuple[Any, ...]:
             sorted(
                 (name, repr(value))
                 for name, value in module.__dict__.items()
-                if isinstance(value, _SIMPLE) and name not in _POSITIONAL_ATTRIBUTES
+                if isinstance(value, _SIMPLE) and name not in POSITIONAL_ATTRIBUTES
             )
         )
         parts.append((path, type(module).__qualname__, attributes))

@@ -7,8 +7,8 @@ ledger; the result is the timeline, the peak with what was live at it, and the p
 
 import contextlib
 import functools
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -19,13 +19,27 @@ from rematree.cost import Cost
 from rematree.devices import overhead_of
 from rematree.execute.handle import Handle
 from rematree.execute.override import ForwardOverride
-from rematree.fingerprint import describe_model
+from rematree.folding import (
+    FarReadError,
+    Fold,
+    Neighbours,
+    UnevenBlocksError,
+    block_kinds,
+    fold,
+    list_of,
+    relative_decisions,
+    shortened,
+    unfold,
+    whole,
+)
 from rematree.ledger import Ledger, Segment
 from rematree.observe import Twin
 from rematree.optimizers import Optimizer, optimizer_with_state
-from rematree.plans import Decision, Plan
+from rematree.plans import Decision, Fingerprint, Plan
 
 _HEAD: Final = "head"
+_BETWEEN: Final = "between backward and optimizer"
+_NOBODY: Final = Fingerprint("", "", "", "", (), "", "")  # the executor checks it only against live models
 _OPTIMIZER: Final = "optimizer"
 
 
@@ -38,10 +52,10 @@ class Simulation:
         seconds: Sum of the prices of all ops.
         at_peak: Bytes by category at the peak; the sum is `peak_bytes`.
         segments: The timeline, by what was running.
-        slack_bytes: What the segments of a GPU's caching allocator hold beyond the peak; 0 on a CPU.
         misread: Regions whose placeholder was read outside a recomputation: their output must be stashed.
         written: Saved regions whose output the recomputed region around them writes to: they cannot be saved alone.
         graph: For each block, whether its input and its output require grad.
+        slack_bytes: Beyond the peak, what a GPU's allocator holds in segments that are in use.
     """
 
     peak_bytes: int
@@ -75,9 +89,11 @@ class Simulation:
         return segment
 
 
-@dataclass
 class Referee:
     """Runs decisions on a twin.
+
+    Blocks whose part in the step is known from others are left out of the run and put back into its result
+    (`rematree.folding`); the result is that of the whole step.
 
     Args:
         twin: Model and batch under fake tensors.
@@ -85,82 +101,144 @@ class Referee:
         cost: Prices ops.
         optimizer: What holds state and runs after backward.
         accumulate: Gradients of an earlier micro-batch are live when the step begins.
+        kinds: A number for each block; equal ones do the same under equal decisions. Default: found.
+        folds: Whether blocks may be left out.
+    Attributes:
+        kinds: As above.
     """
 
-    twin: Twin
-    blocks: tuple[str, ...]
-    cost: Cost
-    optimizer: Optimizer = "adamw"
-    accumulate: bool = False
-    _stepper: torch.optim.Optimizer | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.trainable = [p for p in self.twin.model.parameters() if p.requires_grad]
+    def __init__(
+        self,
+        twin: Twin,
+        blocks: tuple[str, ...],
+        cost: Cost,
+        optimizer: Optimizer = "adamw",
+        accumulate: bool = False,
+        *,
+        kinds: Sequence[int] | None = None,
+        folds: bool = True,
+    ) -> None:
+        self.twin = twin
+        self.blocks = blocks
+        self.cost = cost
+        self.optimizer: Optimizer = optimizer
+        self.accumulate = accumulate
+        self.trainable = [p for p in twin.model.parameters() if p.requires_grad]
+        self._stepper: torch.optim.Optimizer | None = None
         if self.trainable:
-            with self.twin.mode:
-                pages = overhead_of(self.cost, self.twin.device.type).caches
-                self._stepper = optimizer_with_state(self.optimizer, self.trainable, pages=pages)
-
-    def draft(self, decisions: Mapping[str, Decision], rows: int | None) -> Plan:
-        """A plan without prediction, so that the executor can run it."""
-        mark = describe_model(self.twin.model)
-        return Plan(decisions, rows, None, 0, 0.0, (), (), mark)
+            with twin.mode:
+                pages = overhead_of(cost, twin.device.type).caches
+                self._stepper = optimizer_with_state(optimizer, self.trainable, pages=pages)
+        self._container = list_of(twin.model, blocks) if folds else None
+        self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
+        self._static = self._existing()
+        self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
     def run(self, decisions: Mapping[str, Decision], rows: int | None) -> Simulation:
         """Simulate one step under `decisions`, with `rows` of logits at a time (None: the model's own loss)."""
-        ledger = Ledger(self.cost, self.twin.device.type)
-        marks = _BlockMarks(ledger, len(self.blocks))
-        handle = Handle(self.draft(decisions, rows), self.twin.model, watcher=ledger, check_loss=False)
+        chain = whole(len(self.blocks))
+        if self._container is not None:
+            chain = fold(
+                list(zip(self.kinds, relative_decisions(self._container, self.blocks, decisions), strict=True))
+            )
+            left_out = tuple(self.blocks[index] + "." for index in chain.left_out)
+            if left_out:
+                blocks = {self.blocks[index] for index in chain.left_out}
+                here = {p: d for p, d in decisions.items() if p not in blocks and not p.startswith(left_out)}
+                try:
+                    return self._run(here, rows, chain)
+                except FarReadError:
+                    self._container = None
+                    chain = whole(len(self.blocks))
+                except UnevenBlocksError:  # as when a cache of keys lives until the loss; it does not in other runs
+                    chain = whole(len(self.blocks))
+        return self._run(decisions, rows, chain)
+
+    def _run(self, decisions: Mapping[str, Decision], rows: int | None, chain: Fold) -> Simulation:
+        model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type)
+        marks = _BlockMarks(ledger, chain.kept)
+        absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
         overrides: list[ForwardOverride] = []
-        try:
-            for index, path in enumerate(self.blocks):
-                module = self.twin.model.get_submodule(path)
-                overrides.append(ForwardOverride(module, marks.around(index)))
+        with contextlib.ExitStack() as undo:
+            if absent:
+                assert self._container is not None
+                undo.enter_context(shortened(model, self._container, chain.kept))
+                ledger.listener = self._neighbours and self._neighbours.listener(ledger, chain.kept)
+            plan = Plan(decisions, rows, None, 0, 0.0, (), (), _NOBODY)
+            handle = Handle(plan, model, watcher=ledger, check_loss=False)
+            undo.callback(self._clear_gradients)
+            undo.callback(handle.remove)
+            for index in chain.kept:
+                overrides.append(ForwardOverride(model.get_submodule(self.blocks[index]), marks.around(index)))
+                undo.callback(overrides[-1].remove)
             with self.twin.mode, self._gradients_known(ledger):
                 self._adopt(ledger)
                 with ledger:
-                    self._step(ledger)
-        finally:
-            for override in reversed(overrides):
-                override.remove()
-            handle.remove()
-            for parameter in self.trainable:
-                parameter.grad = None
-        ledger.mark("end")
+                    self._forward_backward(ledger)
+                ledger.mark(_BETWEEN)
+                left = self._adopt_gradients(ledger, absent)
+                ledger.category = STEP
+                ledger.mark(_OPTIMIZER)
+                if self._stepper is not None and self.optimizer != "none":
+                    with ledger:
+                        self._stepper.step()
+                ledger.mark("end")
+        *step, between, optimizer = ledger.segments
+        if absent and self._neighbours is not None:
+            self._neighbours.check()
+            self._neighbours = None
+        segments = [*unfold([*step, between], chain, left)]
+        if segments[-1].label == _BETWEEN:
+            segments.pop()
+        segments.append(optimizer)
+        highest = max(segments, key=lambda segment: segment.peak_bytes)
         return Simulation(
-            ledger.peak_bytes,
-            ledger.seconds,
-            {name: size for name, size in ledger.at_peak.items() if size},
-            tuple(ledger.segments),
+            highest.peak_bytes,
+            sum(segment.seconds for segment in segments),
+            {name: size for name, size in highest.at_peak.items() if size},
+            tuple(segments),
             frozenset(ledger.misread),
             frozenset(ledger.written_regions),
-            marks.graph(),
+            tuple(marks.graph[image] for image in chain.images),
             ledger.slack_bytes,
         )
 
+    def _clear_gradients(self) -> None:
+        for parameter in self.trainable:
+            parameter.grad = None
+
+    def _existing(self) -> list[tuple[str, list[torch.Tensor]]]:
+        """What exists before the step, by category."""
+        state = [t for entry in self._stepper.state.values() for t in entry.values()] if self._stepper else []
+        return [
+            *((line, [tensor]) for tensor, line in weights(self.twin.model)),
+            (BATCH, [t for t in tree_leaves(self.twin.batch) if isinstance(t, torch.Tensor)]),
+            (STATE, [t for t in state if isinstance(t, torch.Tensor)]),
+        ]
+
     def _adopt(self, ledger: Ledger) -> None:
-        for tensor, line in weights(self.twin.model):
-            ledger.adopt([tensor], line)
-        ledger.adopt((t for t in tree_leaves(self.twin.batch) if isinstance(t, torch.Tensor)), BATCH)
-        if self._stepper is not None:
-            state = (t for entry in self._stepper.state.values() for t in entry.values())
-            ledger.adopt((t for t in state if isinstance(t, torch.Tensor)), STATE)
+        for category, tensors in self._static:
+            ledger.adopt(tensors, category)
         if self.accumulate:
-            for parameter in self.trainable:
+            self._adopt_gradients(ledger, self.trainable)
+
+    def _adopt_gradients(self, ledger: Ledger, parameters: Iterable[torch.Tensor]) -> dict[str, int]:
+        """Give `parameters` gradients that a part of the step not run here leaves behind; their bytes by category."""
+        before = dict(ledger.by_category)
+        for parameter in parameters:
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
                 ledger.adopt([parameter.grad], GRADIENTS)
+        return {name: size - before.get(name, 0) for name, size in ledger.by_category.items()}
 
-    def _step(self, ledger: Ledger) -> None:
+    def _forward_backward(self, ledger: Ledger) -> None:
         ledger.category = SAVED
         ledger.mark("embedding")
         loss = self.twin.loss()
+        ledger.listener = None
         if loss.requires_grad:
             loss.backward()
         del loss
-        ledger.category = STEP
-        ledger.mark(_OPTIMIZER)
-        if self._stepper is not None and self.optimizer != "none":
-            self._stepper.step()
 
     @contextlib.contextmanager
     def _gradients_known(self, ledger: Ledger) -> Generator[None]:
@@ -177,14 +255,16 @@ class Referee:
 
 
 class _BlockMarks:
-    """Marks on the ledger's timeline where blocks begin and end."""
+    """Marks on the ledger's timeline where blocks begin and end.
 
-    def __init__(self, ledger: Ledger, num_blocks: int) -> None:
+    Attributes:
+        graph: For each block that ran, whether its input and its output require grad.
+    """
+
+    def __init__(self, ledger: Ledger, blocks: Sequence[int]) -> None:
         self._ledger = ledger
-        self._graph: list[tuple[bool, bool]] = [(False, False)] * num_blocks
-
-    def graph(self) -> tuple[tuple[bool, bool], ...]:
-        return tuple(self._graph)
+        self._last = blocks[-1]
+        self.graph: dict[int, tuple[bool, bool]] = dict.fromkeys(blocks, (False, False))
 
     def around(self, index: int) -> Any:
         def run(inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,10 +273,10 @@ class _BlockMarks:
             takes = any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
             out = inner(*args, **kwargs)
             tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
-            self._graph[index] = (takes, bool(tensors))
+            self.graph[index] = (takes, bool(tensors))
             if tensors:
                 tensors[0].register_hook(functools.partial(_mark, ledger, f"backward {index}"))
-            if index == len(self._graph) - 1:
+            if index == self._last:
                 ledger.mark(_HEAD)
                 ledger.category = LOGITS
             return out

@@ -19,18 +19,22 @@ from rematree.execute.attention import attention_modules
 from rematree.execute.dropout import packed_bytes
 from rematree.execute.loss import find_head
 from rematree.execute.override import ForwardOverride
+from rematree.folding import shortened
 from rematree.ledger import Ledger, OpRecord
 from rematree.observe import RegionStack, Twin
 from rematree.plans import Action, Decision
 from rematree.quantised import hidden_tensors
-from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, Chain, block_kind, inner_regions, join_path
-from rematree.simulate import Optimizer, Referee, Simulation
+from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, Chain, inner_regions, join_path
+from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainProblem, HeadOption, StageOption
 from rematree.trace import BlockTrace, TraceOp, TraceSave
 
 _OPTIONS_PER_KIND: Final = 16
+_MANY: Final = 12  # blocks of one kind, over which options are mixed so finely that the lower convex hull is enough
+_OPTIONS_OF_MANY: Final = 9
 _CHUNK_ROWS: Final = (4096, 2048, 1024, 512, 256, 128, 64, 32)
+_MAX_CHUNKS: Final = 32  # more make the logits smaller than what else is live beside them, and the step slower
 _SAVE_ALL: Final = BlockOption(("",), frozenset(), 0, 0.0)
 
 
@@ -73,33 +77,36 @@ def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
     return decisions
 
 
-def survey(twin: Twin, chain: Chain, cost: Cost, *, optimizer: Optimizer, accumulate: bool, chunk: bool) -> Survey:
-    """Survey `twin`.
+def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
+    """Survey the twin of `referee`.
 
     Args:
-        twin: Model and batch under fake tensors.
+        referee: Runs the whole step.
         chain: Its blocks.
-        cost: Prices ops.
-        optimizer: Holds state and runs after backward.
-        accumulate: Gradients of an earlier micro-batch are live.
         chunk: Whether chunked loss may be used.
     Cost:
         About 25 simulated steps of a few blocks; seconds for a model of any size.
     """
-    referee = Referee(twin, chain.blocks, cost, optimizer, accumulate)
+    twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
     plain = referee.run({}, None)
-    kinds, representatives = _kinds(twin, chain, plain)
+    kinds, representatives = _kinds(referee, plain)
     length = min(len(chain.blocks), max(representatives) + 2) if chain.container else len(chain.blocks)
-    with _shortened(twin.model, chain, length) as blocks:
-        short = Referee(twin, blocks, cost, "none", accumulate)
+    with _shortened(twin.model, chain, range(length)) as blocks:
+        short = Referee(twin, blocks, cost, "none", accumulate, kinds=referee.kinds[:length])
         options = [
-            enumerate_options(observe_block(twin, blocks[index], cost), _OPTIONS_PER_KIND)
+            enumerate_options(
+                observe_block(twin, blocks[index], cost),
+                _OPTIONS_OF_MANY if kinds.count(kind) >= _MANY else _OPTIONS_PER_KIND,
+            )
             if plain.graph[index][1]
             else [_SAVE_ALL]
-            for index in representatives
+            for kind, index in enumerate(representatives)
         ]
         stages, options = _measure_options(short, kinds[:length], representatives, options)
-        rows, heads = _measure_heads(short, kinds[:length], chunk)
+    few = _smallest(twin.model, chain, length)
+    with _shortened(twin.model, chain, few) as blocks:
+        smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=[referee.kinds[index] for index in few])
+        rows, heads = _measure_heads(smallest, chunk)
     gradients = [0 if accumulate else _gradient_bytes(twin.model, path) for path in chain.blocks]
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
@@ -118,16 +125,18 @@ def survey(twin: Twin, chain: Chain, cost: Cost, *, optimizer: Optimizer, accumu
     )
 
 
-def _kinds(twin: Twin, chain: Chain, plain: Simulation) -> tuple[list[int], list[int]]:
+def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:
+    """The fewest blocks behind which the head is what it is in the whole chain: one that trains something."""
+    for index in range(length):
+        if any(p.requires_grad for p in model.get_submodule(chain.blocks[index]).parameters()):
+            return [index]
+    return range(length)
+
+
+def _kinds(referee: Referee, plain: Simulation) -> tuple[list[int], list[int]]:
     """Kind number of each block, and for each kind the block to measure: its second one if there is one."""
     numbers: dict[Any, int] = {}
-    kinds: list[int] = []
-    config = getattr(twin.model, "config", None)
-    layer_types = getattr(config, "layer_types", None) or [None] * len(chain.blocks)
-    for index, path in enumerate(chain.blocks):
-        layer_type = layer_types[index] if index < len(layer_types) else None
-        key = (block_kind(twin.model.get_submodule(path)), plain.graph[index], layer_type)
-        kinds.append(numbers.setdefault(key, len(numbers)))
+    kinds = [numbers.setdefault(key, len(numbers)) for key in zip(referee.kinds, plain.graph, strict=True)]
     representatives: list[int] = []
     for kind in range(len(numbers)):
         members = [index for index, k in enumerate(kinds) if k == kind]
@@ -136,20 +145,13 @@ def _kinds(twin: Twin, chain: Chain, plain: Simulation) -> tuple[list[int], list
 
 
 @contextlib.contextmanager
-def _shortened(model: nn.Module, chain: Chain, length: int) -> Generator[tuple[str, ...]]:
-    """Only the first `length` blocks inside; layer numbers stay what they were."""
-    if chain.container is None or length == len(chain.blocks):
+def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator[tuple[str, ...]]:
+    """Only the blocks `kept` inside, if the model holds them in a list."""
+    if chain.container is None or len(kept) == len(chain.blocks):
         yield chain.blocks
         return
-    parent_name, _, name = chain.container.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    whole = parent._modules[name]
-    assert isinstance(whole, nn.ModuleList)
-    parent._modules[name] = nn.ModuleList(list(whole)[:length])
-    try:
-        yield chain.blocks[:length]
-    finally:
-        parent._modules[name] = whole
+    with shortened(model, chain.container, kept):
+        yield tuple(chain.blocks[index] for index in kept)
 
 
 def observe_block(twin: Twin, path: str, cost: Cost) -> BlockTrace:
@@ -260,11 +262,11 @@ def _profile(short: Referee, result: Simulation, index: int, extra: float) -> St
     )
 
 
-def _measure_heads(short: Referee, kinds: Sequence[int], chunk: bool) -> tuple[list[int | None], list[HeadOption]]:
+def _measure_heads(short: Referee, chunk: bool) -> tuple[list[int | None], list[HeadOption]]:
     tokens = max((t.shape[0] * t.shape[1] for t in short.twin.batch.values() if _is_token_matrix(t)), default=0)
     rows: list[int | None] = [None]
     if chunk and "labels" in short.twin.batch and find_head(short.twin.model) is not None:
-        rows += [count for count in _CHUNK_ROWS if count < tokens]
+        rows += [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
     heads: list[HeadOption] = []
     for count in rows:
         head = short.run({}, count).head

@@ -178,7 +178,8 @@ class DeferredLogits(Tensor):
             (*hidden.shape[:-1], head.num_classes),
             strides=(*strides, 1),
             dtype=rows.source.dtype,
-            device=head.device,
+            # autograd asks for streams, which a device that a twin only imagines does not have (rematree.absent)
+            device=getattr(getattr(hidden, "fake_mode", None), "engine_device", None) or head.device,
         )
         deferred.rows = rows
         return deferred

@@ -38,14 +38,30 @@ class BlockOption:
         return self.saved == ("",)
 
 
-def evaluate(trace: BlockTrace, saved: Iterable[str]) -> BlockOption:
-    """Price one Save set on `trace`."""
+Lineage = dict[str, tuple[str, ...]]
+
+
+def lineage(trace: BlockTrace) -> Lineage:
+    """Every region of `trace` with itself and all regions around it, innermost first."""
+    found: Lineage = {}
+    for region in {op.region for op in trace.ops} | set(trace.regions) | {save.region for save in trace.saves}:
+        line, outer = [], region
+        while outer:
+            line.append(outer)
+            outer = parent_path(outer)
+        found[region] = tuple(line)
+    return found
+
+
+def evaluate(trace: BlockTrace, saved: Iterable[str], lines: Lineage | None = None) -> BlockOption:
+    """Price one Save set on `trace`; `lines` is its lineage, if known."""
     chosen = frozenset(saved)
     if "" in chosen:
         return BlockOption(
             ("",), frozenset(), sum(trace.sizes.get(s, 0) for s in {x.storage for x in trace.saves}), 0.0
         )
-    owner = {region: _owner(region, chosen) for region in {op.region for op in trace.ops} | set(trace.regions)}
+    lines = lineage(trace) if lines is None else lines
+    owner = {region: next((outer for outer in line if outer in chosen), None) for region, line in lines.items()}
     kept = {save.storage for save in trace.saves if owner[save.region] is not None}
     refilled = [save for save in trace.saves if owner[save.region] is None]
     last = max((save.op for save in refilled), default=0)
@@ -57,9 +73,9 @@ def evaluate(trace: BlockTrace, saved: Iterable[str]) -> BlockOption:
         region = owner[op.region]
         if region is None:
             seconds += op.seconds
-            if op.writes & needed:
+            if not op.writes.isdisjoint(needed):
                 needed |= op.reads
-        elif op.writes & needed:
+        elif not op.writes.isdisjoint(needed):
             stashed.add(region)
             if region in trace.packed:
                 packed.update(dict.fromkeys((op.writes & needed) - kept, trace.packed[region]))
@@ -67,19 +83,6 @@ def evaluate(trace: BlockTrace, saved: Iterable[str]) -> BlockOption:
                 kept |= op.writes & needed
     kept_bytes = sum(trace.sizes.get(storage, 0) for storage in kept) + sum(packed.values())
     return BlockOption(tuple(sorted(chosen)), frozenset(stashed), kept_bytes, seconds)
-
-
-def _owner(region: str, chosen: frozenset[str]) -> str | None:
-    """The saved region `region` is in, itself included; None when it is rerun."""
-    while region:
-        if region in chosen:
-            return region
-        region = parent_path(region)
-    return None
-
-
-def _inside(region: str, outer: str) -> bool:
-    return _owner(region, frozenset({outer})) is not None
 
 
 def enumerate_options(trace: BlockTrace, limit: int) -> list[BlockOption]:
@@ -93,16 +96,22 @@ def enumerate_options(trace: BlockTrace, limit: int) -> list[BlockOption]:
         O(beam * regions^2 * ops).
     """
     everything = evaluate(trace, ("",))
-    seen: dict[frozenset[str], BlockOption] = {frozenset(): evaluate(trace, ())}
+    lines = lineage(trace)
+    seen: dict[frozenset[str], BlockOption] = {frozenset(): evaluate(trace, (), lines)}
     front = list(seen.values())
+    expanded: set[tuple[str, ...]] = set()
     while True:
         grown: list[BlockOption] = []
         for option in front:
+            if option.saved in expanded:
+                continue
+            expanded.add(option.saved)
+            have = frozenset(option.saved)
             for region in trace.regions:
-                if region and not any(_inside(region, have) for have in option.saved):
-                    bigger = frozenset([region, *(have for have in option.saved if not _inside(have, region))])
+                if region and have.isdisjoint(lines[region]):
+                    bigger = frozenset([region, *(other for other in have if region not in lines[other])])
                     if bigger not in seen:
-                        seen[bigger] = evaluate(trace, bigger)
+                        seen[bigger] = evaluate(trace, bigger, lines)
                         grown.append(seen[bigger])
         new_front = pareto([*front, *grown], key_limit=_BEAM)
         if {o.saved for o in new_front} == {o.saved for o in front}:
