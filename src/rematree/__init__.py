@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         is_activation_checkpointing,
         requested_budget,
     )
-    from rematree.cost import Measured, Roofline
+    from rematree.cost import Measured
     from rematree.errors import (
         InfeasibleBudgetError,
         PlanMismatchError,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rematree.planning import Planner, frontier, plan
     from rematree.plans import Plan
     from rematree.prepare import prepare_model_for_kbit_training
+    from rematree.roofline import Roofline
     from rematree.saved import SavedTensor, saved_tensors
     from rematree.verification import Verification, verify
 
@@ -51,7 +52,7 @@ _HOMES: Final = {
     "Planner": "rematree.planning",
     "RecomputeMismatchError": "rematree.errors",
     "RematreeError": "rematree.errors",
-    "Roofline": "rematree.cost",
+    "Roofline": "rematree.roofline",
     "SavedTensor": "rematree.saved",
     "UnsupportedModelError": "rematree.errors",
     "UsageError": "rematree.errors",

@@ -1,135 +1,30 @@
-"""Seconds and hidden bytes of an op: Measured on the device that is here, Roofline for one that is not.
+"""Seconds and hidden bytes of an op, measured on the device that is here.
 
-The unit of price is one ATen op with its argument shapes, dtypes and strides. A step of a transformer is made of a few
-hundred different ones, repeated in every block, so each is measured once, alone, on tensors of the same layout.
+A step of a transformer is made of a few hundred different ops, repeated in every block, so each is measured once,
+alone, on tensors of the same layout.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch.autograd.profiler import ProfilerConfig, ProfilerState
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
+from rematree.price import Cost, Free, OpPrice, num_bytes, price_key, tensors_in
+from rematree.roofline import Roofline
 from rematree.units import MIB
+
+__all__ = ["Cost", "Free", "Measured", "OpPrice", "Roofline", "present_device", "tensors_in"]
 
 _MAX_REPETITIONS: Final = 5
 _ENOUGH_SECONDS: Final = 0.05
 # An op whose tensors are larger is not run for its price: the price must not be what runs out of memory.
 _LARGEST_PROBE: Final = 1024 * MIB
-_OVERHEAD_SECONDS: Final = 5e-6
-
-
-@dataclass(frozen=True, slots=True)
-class OpPrice:
-    """Price of one op.
-
-    Attributes:
-        seconds: Wall time on the device.
-        workspace_bytes: Largest number of bytes live at once inside the op that it allocated itself, outputs included.
-    """
-
-    seconds: float
-    workspace_bytes: int
-
-
-class Cost(Protocol):
-    """Prices ops."""
-
-    def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
-        """Price of `func(*args, **kwargs)`, which gave `outputs`. Tensors may be fake."""
-        ...
-
-
-class Free:
-    """Prices nothing: for runs in which only bytes matter and kernels' own are unknown."""
-
-    def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
-        """No time, no hidden bytes."""
-        return OpPrice(0.0, 0)
-
-
-def tensors_in(*values: Any) -> Iterator[torch.Tensor]:
-    """Tensors in nested lists, tuples and dicts; op arguments hold nothing else. Ten times faster than a pytree."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(*value)
-        elif isinstance(value, dict):
-            yield from tensors_in(*value.values())
-
-
-def _key(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """What decides the price of an op: which it is, tensor layouts, and the other arguments."""
-    return (func, *(_key_of(value) for value in args), *((k, _key_of(v)) for k, v in kwargs.items()))
-
-
-def _key_of(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, list | tuple):
-        return tuple([_key_of(item) for item in value])
-    return value
-
-
-def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _packed_matmul(func: Any, args: Any) -> tuple[int, int]:
-    """FLOPs and hidden bytes of bitsandbytes' 4-bit matmul; zeros for any other op.
-
-    Its kernels unpack the weight into the dtype of the input before they multiply (on a GPU only from a few hundred
-    rows on), with its scales in fp32.
-    """
-    if func.namespace != "bitsandbytes" or not func.__name__.startswith("gemm_4bit"):
-        return 0, 0
-    x, (rows, columns), blocksize = args[0], args[2], args[4]
-    weight = rows * columns
-    return 2 * x.numel() * rows, weight * x.element_size() + -(-weight // blocksize) * torch.float32.itemsize
-
-
-def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    counter = flop_registry.get(func.overloadpacket)
-    if counter is None:
-        return 0
-    try:
-        return int(counter(*args, **kwargs, out_val=out))
-    except (TypeError, ValueError, AssertionError):  # an overload the counter does not know
-        return 0
-
-
-class Roofline:
-    """seconds = max(FLOPs / peak FLOP/s, bytes moved / bandwidth), each at a stated efficiency.
-
-    Args:
-        flops_per_second: Peak of the matmul dtype.
-        bytes_per_second: Memory bandwidth.
-        efficiency: Fraction of both that real kernels reach; 0.6 is typical of large matmuls.
-    """
-
-    def __init__(self, flops_per_second: float, bytes_per_second: float, efficiency: float = 0.6) -> None:
-        self._flops_per_second = flops_per_second * efficiency
-        self._bytes_per_second = bytes_per_second * efficiency
-        self._prices: dict[Any, OpPrice] = {}
-
-    def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
-        """Time by the roofline; hidden bytes count as the outputs', plus an unpacked 4-bit weight."""
-        key = _key(func, args, kwargs)
-        price = self._prices.get(key)
-        if price is None:
-            moved = _num_bytes(tensors_in(args, kwargs)) + _num_bytes(outputs)
-            flops, unpacked = _packed_matmul(func, args)
-            flops += _flops(func, args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs))
-            seconds = max(flops / self._flops_per_second, (moved + 2 * unpacked) / self._bytes_per_second)
-            price = self._prices[key] = OpPrice(seconds + _OVERHEAD_SECONDS, _num_bytes(outputs) + unpacked)
-        return price
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +59,11 @@ class Measured:
 
     def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
         """Measured price, from the table if this op was seen before."""
-        key = _key(func, args, kwargs)
+        key = price_key(func, args, kwargs)
         price = self._prices.get(key)
         if price is None:
             layouts = tree_map_only(torch.Tensor, _layout, (args, kwargs))
-            if _num_bytes(tensors_in(args, kwargs)) + 2 * _num_bytes(outputs) > _LARGEST_PROBE:
+            if num_bytes(tensors_in(args, kwargs)) + 2 * num_bytes(outputs) > _LARGEST_PROBE:
                 price = self._fallback.price(func, args, kwargs, outputs)
             else:
                 with _disable_current_modes(), torch.no_grad():
@@ -259,7 +154,7 @@ def _fitted_roofline(device: torch.device) -> Roofline:
             return min(times)
 
         matmul, copy = best(lambda: a @ a), best(lambda: big.clone())
-    return Roofline(2 * side**3 / matmul, 2 * _num_bytes([big]) / copy, efficiency=1.0)
+    return Roofline(2 * side**3 / matmul, 2 * num_bytes([big]) / copy, efficiency=1.0)
 
 
 def present_device(tensors: Iterable[torch.Tensor]) -> torch.device:
