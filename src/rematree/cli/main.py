@@ -9,6 +9,8 @@ from typing import NoReturn
 import typer
 
 from rematree.cli.advise import advise
+from rematree.cli.calibrate import calibrate
+from rematree.cli.devices import devices
 from rematree.cli.env import env
 from rematree.cli.explain import explain
 from rematree.cli.frontier import frontier
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, advise, plan, show, explain, frontier, verify, env):
+for command in (train, advise, plan, show, explain, frontier, verify, devices, calibrate, env):
     app.command()(command)
 
 

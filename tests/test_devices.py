@@ -1,0 +1,206 @@
+"""The table of devices, their names, and profiles that are carried to another machine."""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rematree.calibration import calibrate
+from rematree.cli.main import main
+from rematree.devices import Device, Profile, aliases, find_device, known_devices, read_profile
+from rematree.errors import UsageError
+from rematree.report.devices import device_markdown
+from rematree.roofline import Roofline
+from rematree.units import GIB, KIB, MIB
+from rematree.workload import Kind
+
+DEVICES = known_devices()
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("h100", "h100-sxm"),
+        ("H100", "h100-sxm"),
+        ("rtx-4090", "rtx-4090"),
+        ("4090", "rtx-4090"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("a100_80gb", "a100-80gb"),
+        ("a100", "a100-80gb"),
+        ("AMD mi300x", "mi300x"),
+        ("Apple M3 Ultra", "m3-ultra"),
+    ],
+)
+def test_names_people_type(typed: str, name: str) -> None:
+    assert find_device(typed).name == name
+
+
+def test_an_unknown_name_gets_the_nearest() -> None:
+    with pytest.raises(UsageError) as caught:
+        find_device("rtx-4900")
+    assert caught.value.message == "unknown device 'rtx-4900'; the nearest are rtx-4090, rtx-4080, rtx-4070"
+    assert caught.value.remedies[0] == "rematree devices   (lists them)"
+    for name in ("", "?", "x" * 200):
+        with pytest.raises(UsageError, match="the nearest are"):
+            find_device(name)
+
+
+def test_every_figure_has_a_source_and_a_sensible_size() -> None:
+    names = [device.name for device in DEVICES]
+    assert len(set(names)) == len(names)
+    assert not set(aliases()) & set(names)
+    for device in DEVICES:
+        assert device.sources["specification"]
+        assert device.usable_source
+        assert 0.7 * device.memory_bytes < device.usable_bytes <= device.memory_bytes
+        assert set(device.efficiency) == {str(kind) for kind in Kind}
+        assert all(0 < share <= 1 for share in device.efficiency.values())
+        assert set(device.flops_per_second) <= {"bf16", "fp16", "tf32", "fp32", "int8"}
+        assert device.flops_per_second or "no FLOP rate" in device.note
+
+
+def test_figures_as_published() -> None:
+    h100 = find_device("h100")
+    assert (h100.memory_bytes, h100.usable_bytes) == (80 * GIB, 81559 * MIB)
+    assert h100.flops_per_second == pytest.approx(
+        {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12, "int8": 1978.9e12}
+    )
+    assert h100.bytes_per_second == 3.35e12
+    assert h100.host_bytes_per_second == pytest.approx(63.0e9, rel=1e-3)
+    assert (h100.context_bytes, h100.workspace_bytes) == (512 * MIB, 32 * MIB)
+    assert find_device("4090").workspace_bytes == 8320 * KIB
+    assert find_device("gh200").host_bytes_per_second == 450e9
+    assert find_device("m4-max").host_bytes_per_second is None
+
+
+def test_the_page_is_the_file(repository: Path) -> None:
+    page = (repository / "docs" / "devices.md").read_text(encoding="ascii")
+    assert device_markdown(DEVICES) in page
+    table = tomllib.loads((repository / "src/rematree/data/devices.toml").read_text(encoding="ascii"))
+    shares = {entry["name"]: entry for entry in table["efficiency"]}
+    assert list(shares) == ["default", "hopper", "cdna"]
+    for kind in Kind:
+        row = " | ".join([str(kind), *(f"{shares[name][kind]:g}" for name in shares)])
+        assert f"| {row} |" in page
+
+
+def test_a_device_prices_fake_tensors_that_are_not_its_own() -> None:
+    with FakeTensorMode():
+        x = torch.empty(4096, 4096, dtype=torch.bfloat16)
+        out = x @ x
+    price = find_device("h100").roofline().price(torch.ops.aten.mm.default, (x, x), {}, [out])
+    assert price.seconds == pytest.approx(2 * 4096**3 / (989.4e12 * 0.75))
+    with FakeTensorMode():
+        y = torch.empty(4096, 4096)
+    slow = find_device("h100").roofline().price(torch.ops.aten.mm.default, (y, y), {}, [y])
+    fast = find_device("h100").roofline(tf32=True).price(torch.ops.aten.mm.default, (y, y), {}, [y])
+    assert slow.seconds == pytest.approx(2 * 4096**3 / (66.9e12 * 0.75))
+    assert fast.seconds == pytest.approx(2 * 4096**3 / (494.7e12 * 0.75))
+
+
+def test_a_device_without_rates_says_so() -> None:
+    with pytest.raises(UsageError, match="no FLOP rate of M3 Max is published"):
+        find_device("m3-max").roofline()
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return calibrate(torch.device("cpu"), 3 * GIB, sides=(128,), stream_bytes=MIB)
+
+
+def test_calibration_measures_what_is_here(profile: Profile) -> None:
+    device = profile.device
+    assert device.backend == "cpu"
+    assert device.usable_bytes == device.memory_bytes == 3 * GIB
+    assert {"bf16", "fp32"} <= set(device.flops_per_second)
+    assert set(device.efficiency) == {str(kind) for kind in Kind}
+    assert {"copy", "elementwise", "dropout", "gather", "optimizer", "launch seconds"} <= set(profile.figures)
+    assert all(value > 0 for value in profile.figures.values())
+    assert device.flops_per_second["fp32"] == profile.figures["matmul fp32 128"]
+    assert isinstance(device.roofline(), Roofline)
+    assert (device.context_bytes, device.workspace_bytes) == (0, 0)
+
+
+def test_a_profile_is_a_device_wherever_it_is_carried(profile: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(profile.to_json(), encoding="ascii")
+    assert find_device(str(path)) == read_profile(path) == profile.device
+    assert Profile.from_json(profile.to_json(), "here") == profile
+    assert json.loads(profile.to_json())["torch"] == torch.__version__
+
+
+def change(text: str, **fields: Any) -> str:
+    data = json.loads(text)
+    return json.dumps({**data, **fields})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text[:-5], "p.json is no device profile: it is not JSON"),
+        (lambda text: "[]", "p.json is no device profile: no format version in it"),
+        (
+            lambda text: change(text, format=2),
+            "p.json is a device profile of another format version; this library reads version 1",
+        ),
+        (lambda text: change(text, torch=3), "p.json is no device profile: torch: expected a string, found 3"),
+        (lambda text: change(text, more=3), "p.json is no device profile: unknown field more"),
+        (
+            lambda text: change(text, device={}),
+            "p.json is no device profile: there is no device.name",
+        ),
+        (
+            lambda text: change(text, device={**json.loads(text)["device"], "bytes_per_second": 0}),
+            "p.json is no device profile: device.bytes_per_second: expected a positive number, found 0.0",
+        ),
+        (
+            lambda text: change(text, device={**json.loads(text)["device"], "flops_per_second": {"fp32": -1.0}}),
+            "p.json is no device profile: device.flops_per_second['fp32']: expected a positive number, found -1.0",
+        ),
+    ],
+)
+def test_another_file_is_refused(profile: Profile, edit: Any, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Profile.from_json(edit(profile.to_json()), "p.json")
+    assert caught.value.message == message
+
+
+def test_a_profile_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no device profile at"):
+        find_device(str(tmp_path / "none.json"))
+    with pytest.raises(UsageError, match="cannot read the device profile"):
+        read_profile(tmp_path)
+
+
+def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["devices", "--json"])
+    assert ended.value.code == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed == json.loads(json.dumps([dataclasses.asdict(device) for device in DEVICES]))
+    with pytest.raises(SystemExit):
+        main(["devices"])
+    assert "rtx-4090" in capsys.readouterr().out
+
+
+def test_the_command_stores_a_profile(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: Profile
+) -> None:
+    monkeypatch.setattr("rematree.calibration.calibrate", lambda device, total, report: profile)
+    path = tmp_path / "here.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["calibrate", "-o", str(path)])
+    assert ended.value.code == 0
+    assert read_profile(path) == profile.device
+    assert "matmul fp32 128" in capsys.readouterr().out
+
+
+def test_devices_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DEVICES[0].name = "x"  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(DEVICES[0], Device)
