@@ -106,7 +106,7 @@ def _from_hub(spec: str, revision: str | None) -> ModelConfig:
 
 
 def _as_object(raw: Mapping[str, Any], name: str) -> Any:
-    """transformers' config of the values in `raw`, which must state what decides the size of the model."""
+    """Transformers' config of the values in `raw`, which must state what decides the size of the model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     known: Any = CONFIG_MAPPING

@@ -7,30 +7,14 @@ give, tensor by tensor.
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
 from rematree.errors import UsageError
-from rematree.integrations.bitsandbytes import quantisation_config
+from rematree.integrations.bitsandbytes import Quantisation, quantisation_config
 
 META: Final = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How bitsandbytes packs the linear layers.
-
-    Attributes:
-        bits: 4 or 8.
-        quant_type: "nf4" or "fp4"; of 4 bits.
-        double_quant: Pack the scales too; of 4 bits.
-    """
-
-    bits: int
-    quant_type: str = "nf4"
-    double_quant: bool = True
 
 
 def build_meta_model(
@@ -58,7 +42,8 @@ def build_meta_model(
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ImportError) as error:
             raise UsageError(
                 f"{name}: transformers cannot build this model from its config",
-                details=[line.strip() for line in str(error).splitlines() if line.strip()][:3] or [type(error).__name__],
+                details=[line.strip() for line in str(error).splitlines() if line.strip()][:3]
+                or [type(error).__name__],
             ) from error
     model.eval()
     if quantisation is not None:
@@ -110,12 +95,7 @@ def _pack(model: Any, quantisation: Quantisation, dtype: torch.dtype) -> None:
 
     The quantizer decides which: not the output head, not what shares its weight, not stacks of experts.
     """
-    config = quantisation_config(
-        quantisation.bits,
-        quant_type=quantisation.quant_type,
-        double_quant=quantisation.double_quant,
-        compute_dtype=dtype,
-    )
+    config = quantisation_config(quantisation, compute_dtype=dtype)
     quantizer = _quantizer(config, quantisation.bits)
     with _quiet(), META, _default_dtype(dtype):
         quantizer.preprocess_model(model=model, device_map={"": "meta"}, dtype=dtype)
