@@ -37,8 +37,6 @@ def build_meta_model(
     with _quiet(), META, _default_dtype(dtype):
         try:
             model: Any = kind._from_config(config, dtype=dtype)
-        except UsageError:
-            raise
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ImportError) as error:
             raise UsageError(
                 f"{name}: transformers cannot build this model from its config",

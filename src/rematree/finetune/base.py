@@ -123,8 +123,10 @@ def add_adapters(base: Any, config: TrainConfig) -> Any:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model: Any = get_peft_model(base, lora)
     except ValueError as error:
+        said = (str(error).splitlines() or [""])[0]
+        if "lora_dropout" in said:  # adapters on stacks of experts have none
+            raise UsageError(f"--lora-dropout {config.lora_dropout}: {said}", remedies=["--lora-dropout 0"]) from error
         raise UsageError(
-            f"--lora-target-modules {targets}: {(str(error).splitlines() or [''])[0]}",
-            remedies=["--lora-target-modules all-linear"],
+            f"--lora-target-modules {targets}: {said}", remedies=["--lora-target-modules all-linear"]
         ) from error
     return model.train()

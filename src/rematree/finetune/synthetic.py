@@ -71,6 +71,11 @@ def config_shape(config: TrainConfig, *, full: bool = False, dtype: torch.dtype 
     return replace(_with_batch(_trained(base, config, full), config), source=read.source, notes=read.notes)
 
 
+def synthetic_batch_like(shape: Shape, config: TrainConfig) -> Shape:
+    """The model of `shape` with a batch of the rows and the length that `config` says."""
+    return replace(shape, batch=shape.resized(config.per_device_train_batch_size, config.max_length))
+
+
 def can_be_loaded(config: TrainConfig) -> bool:
     """Whether the model of `config` has weights to load; without, it is planned from its config alone."""
     return not needs_no_weights(config.model)
