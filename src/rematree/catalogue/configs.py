@@ -40,7 +40,7 @@ def needs_no_weights(spec: str) -> bool:
     if path.is_file():
         return path.suffix == ".json"
     if path.is_dir():
-        return (path / _CONFIG).is_file() and not any(path.glob(pattern) for pattern in _WEIGHTS)
+        return (path / _CONFIG).is_file() and not any(any(path.glob(pattern)) for pattern in _WEIGHTS)
     shape = find_shape(spec)
     return shape is not None and shape.hub.lower() != spec.strip().lower()
 

@@ -6,7 +6,7 @@ give, tensor by tensor.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Final
 
 import torch
@@ -66,7 +66,7 @@ def _class_for(config: Any, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -76,7 +76,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -73,6 +73,22 @@ class Fit:
     device: str
     limit: str = ""
 
+    def lines(self) -> tuple[str, ...]:
+        """The answer in sentences."""
+        took = f"{format_bytes(self.answer.least_bytes)} of {format_bytes(self.answer.budget_bytes)}"
+        if self.quantity == DEVICE:
+            first = f"The smallest device that fits is {self.answer.value}: it takes at least {took}."
+        else:
+            first = f"The largest --{self.quantity} that fits is {self.answer.value}: it takes at least {took}."
+        if self.refused is None:
+            second = f"There is no next value: {self.limit}."
+        else:
+            second = (
+                f"{self.refused.value} does not fit: it takes at least {format_bytes(self.refused.least_bytes)} of "
+                f"{format_bytes(self.refused.budget_bytes)}."
+            )
+        return first, second, f"For {self.answer.value}: {self.plan.summary()}."
+
     def facts(self) -> dict[str, Any]:
         """JSON values."""
         return {
@@ -252,14 +268,19 @@ def find_device(
         InfeasibleBudgetError: it fits none of them.
     """
     ordered = sorted(targets, key=lambda target: target.budget(None))
-    shape = ordered[0].shape(config, full=full)
+    shapes: dict[Any, Shape] = {}  # by what weights are kept in, which depends on the device
     planners: dict[int, Planner] = {}
     probes: list[Probe] = []
+
+    def planner_for(target: Target) -> Planner:
+        if target.dtype not in shapes:
+            shapes[target.dtype] = target.shape(config, full=full)
+        return target.planner(shapes[target.dtype], config)
 
     def try_value(index: int) -> Probe:
         target = ordered[index]
         planners.clear()
-        planners[index] = target.planner(shape, config)
+        planners[index] = planner_for(target)
         probe = Probe(target.name, planners[index].min_peak_bytes(), target.budget(None))
         probes.append(probe)
         say(
@@ -276,7 +297,7 @@ def find_device(
         low, high = (low, middle) if tried[middle].fits else (middle, high)
     if high == len(ordered):
         raise _nothing_fits(tried[high - 1])
-    planner = planners.get(high) or ordered[high].planner(shape, config)
+    planner = planners.get(high) or planner_for(ordered[high])
     plan = planner.plan(tried[high].budget_bytes)
     limit = "" if low >= 0 else "no smaller device was asked about"
     return Fit(DEVICE, tried[high], tried.get(low), tuple(probes), plan, ordered[high].name, limit)

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import torch
 
-from rematree.catalogue.configs import needs_no_weights
 from rematree.errors import UsageError
 from rematree.finetune.base import add_adapters, load_base, meta_base, training_device
 from rematree.finetune.config import TrainConfig
@@ -74,11 +73,6 @@ def config_shape(config: TrainConfig, *, full: bool = False, dtype: torch.dtype 
 def synthetic_batch_like(shape: Shape, config: TrainConfig) -> Shape:
     """The model of `shape` with a batch of the rows and the length that `config` says."""
     return replace(shape, batch=shape.resized(config.per_device_train_batch_size, config.max_length))
-
-
-def can_be_loaded(config: TrainConfig) -> bool:
-    """Whether the model of `config` has weights to load; without, it is planned from its config alone."""
-    return not needs_no_weights(config.model)
 
 
 def _with_batch(model: Any, config: TrainConfig) -> Shape:

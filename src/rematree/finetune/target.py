@@ -1,20 +1,23 @@
-"""What a plan is for: the device that is here, or one that is only known from the table."""
+"""What a plan is for: the device that is here, or one that is only known from the table.
+
+Light on purpose: a device that does not exist, or a budget it does not have, is refused before torch is imported.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-
+from rematree.catalogue.configs import needs_no_weights
+from rematree.devices import Device, find_device
 from rematree.errors import UsageError
-from rematree.finetune.base import training_device
 from rematree.finetune.config import TrainConfig
-from rematree.finetune.synthetic import Shape, can_be_loaded, config_shape, prepare_shape
-from rematree.planning import Planner
 from rematree.units import format_bytes
 
 if TYPE_CHECKING:
-    from rematree.devices import Device
+    import torch
+
+    from rematree.finetune.synthetic import Shape
+    from rematree.planning import Planner
 
 # ROCm answers to the name of CUDA in torch.
 _TORCH_DEVICE: Final = {"cuda": "cuda", "rocm": "cuda", "cpu": "cpu", "mps": "mps"}
@@ -28,7 +31,7 @@ class Target:
         device: Of the table; None for the one that is here.
     """
 
-    device: "Device | None" = None
+    device: Device | None = None
 
     @classmethod
     def named(cls, name: str | None) -> "Target":
@@ -37,22 +40,20 @@ class Target:
         Raises:
             UsageError: there is no such device; names the nearest.
         """
-        if name is None:
-            return cls()
-        from rematree.devices import find_device
-
-        return cls(find_device(name))
+        return cls() if name is None else cls(find_device(name))
 
     @property
     def name(self) -> str:
         """For a reader."""
-        return f"{training_device().type}, here" if self.device is None else self.device.title
+        return "the device that is here" if self.device is None else self.device.title
 
     @property
-    def dtype(self) -> torch.dtype | None:
+    def dtype(self) -> "torch.dtype | None":
         """What weights are kept in where the run leaves it open; None leaves it to the device that is here."""
         if self.device is None:
             return None
+        import torch
+
         return torch.bfloat16 if "bf16" in self.device.flops_per_second else torch.float32
 
     def budget(self, wanted: int | None) -> int:
@@ -80,23 +81,32 @@ class Target:
             )
         return min(wanted, usable)
 
-    def shape(self, config: TrainConfig, *, full: bool) -> Shape:
+    def loads(self, config: TrainConfig) -> bool:
+        """Whether the weights of `config`'s model are loaded: they are there, and so is the device."""
+        return self.device is None and not needs_no_weights(config.model)
+
+    def shape(self, config: TrainConfig, *, full: bool) -> "Shape":
         """Model and batch of `config`: loaded for the device that is here, made of the config alone for another.
 
         Raises:
             UsageError: there is no such model, or it does not fit the shape.
         """
-        if self.device is None and can_be_loaded(config):
+        from rematree.finetune.synthetic import config_shape, prepare_shape
+
+        if self.loads(config):
             return prepare_shape(config, full=full)
         return config_shape(config, full=full, dtype=self.dtype)
 
-    def planner(self, shape: Shape, config: TrainConfig) -> Planner:
+    def planner(self, shape: "Shape", config: TrainConfig) -> "Planner":
         """Observe `shape` as it would run on the device.
 
         Raises:
             UnsupportedModelError: the model cannot be observed.
             UsageError: the device cannot be planned for.
         """
+        from rematree.finetune.base import training_device
+        from rematree.planning import Planner
+
         options: dict[str, Any] = {"accumulation_steps": config.gradient_accumulation_steps, "forbid": config.forbid}
         if self.device is not None:
             options |= {"device": self._torch_device(), "cost": self.device.roofline()}
@@ -104,7 +114,9 @@ class Target:
             options["device"] = training_device()
         return Planner(shape.model, shape.batch, **options)
 
-    def _torch_device(self) -> torch.device:
+    def _torch_device(self) -> "torch.device":
+        import torch
+
         assert self.device is not None
         kind = _TORCH_DEVICE[self.device.backend]
         return torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
@@ -118,7 +130,14 @@ def named_targets(names: Sequence[str]) -> list[Target]:
     """
     found = [Target.named(name) for name in names]
     titles = [target.name for target in found]
-    for target in found:
-        if titles.count(target.name) > 1:
-            raise UsageError(f"--device names {target.name} more than once")
+    twice = next((title for title in titles if titles.count(title) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--device names {twice} more than once")
     return found
+
+
+def all_targets() -> list[Target]:
+    """Every device of the table that steps can be timed for and torch computes on."""
+    from rematree.devices import known_devices
+
+    return [Target(device) for device in known_devices() if device.flops_per_second and device.caches]
