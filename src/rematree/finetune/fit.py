@@ -28,6 +28,7 @@ QUANTITIES: Final = (*FIELDS, DEVICE)
 _STEP: Final = {"max-length": 64, "batch-size": 1, "lora-r": 1}
 _LEAST: Final = {"max-length": 8, "batch-size": 1, "lora-r": 1}
 _MOST_ROWS: Final = 16384
+_FARTHEST: Final = 4  # times the greatest value that fits
 _UNBOUNDED_LENGTH: Final = 1 << 20
 
 
@@ -157,9 +158,13 @@ def find_largest(try_value: Callable[[int], Probe], grid: Grid, first: int) -> t
             fits = index
         else:
             refused = index
-        halve = not halve and refused - fits > before // 2
-        middle = (fits + refused) // 2
-        guessed = middle if halve and len(known) > 2 else grid.index_of(_crossing(known, grid, index))
+        bounded = refused in known
+        halve = bounded and not halve and refused - fits > before // 2
+        guessed = grid.index_of(_crossing(known, grid, index))
+        if halve:
+            guessed = (fits + refused) // 2
+        elif not bounded:  # what is far above what fits is slow to plan, and says little
+            guessed = min(guessed, grid.index_of(_FARTHEST * grid[fits]))
         index = min(refused - 1, max(fits + 1, guessed))
     if fits < 0:
         raise _nothing_fits(known[0])
@@ -213,7 +218,9 @@ def find_setting(
         raise UsageError("--full trains all parameters: there is no adapter whose rank --find lora-r could look for")
     limit_bytes = target.budget(budget)
     field = FIELDS[quantity]
-    shape = target.shape(config, full=full)
+    # The length looked for may be any that the model has positions for; the one in `config` need not be one of them.
+    shortest = _LEAST["max-length"] if quantity == "max-length" else config.max_length
+    shape = target.shape(replace(config, max_length=shortest), full=full)
     most, limit = _limit(quantity, shape)
     planners: dict[int, Planner] = {}
     probes: list[Probe] = []

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError
 
+from rematree.catalogue.shapes import find_shape, nearest_names
 from rematree.errors import UsageError
 from rematree.execute.quantised import keep_trainable
 from rematree.finetune.gguf_cache import converted_copy
@@ -88,6 +89,12 @@ def _find(spec: str, torch_dtype: torch.dtype, revision: str | None, quantisatio
         raise UsageError(f"{path} is a file, but not a .gguf file", details=["a model is a directory or a .gguf file"])
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or not spec.strip():
         raise _not_there(spec, f"there is no directory {path}")
+    shape = find_shape(spec)
+    if shape is not None and shape.hub.lower() != spec.lower():
+        raise UsageError(
+            f"{spec} is a shape without weights: it can be planned, not trained",
+            remedies=[f"--model {shape.hub}   (the weights, from the Hub)", f"rematree plan {spec} --device ..."],
+        )
     return _from_hub(spec, torch_dtype, revision, quantisation)
 
 
@@ -182,7 +189,9 @@ def _load(name: str, dtype: torch.dtype, quantisation: Quantisation | None, **kw
 
 
 def _not_there(spec: str, tried: str) -> UsageError:
-    return UsageError(f"model {spec!r} is not there", details=[tried], remedies=_FORMS)
+    near = nearest_names(spec)
+    details = [tried, f"nearest built-in shapes, to plan for without weights: {', '.join(near)}"] if near else [tried]
+    return UsageError(f"model {spec!r} is not there", details=details, remedies=_FORMS)
 
 
 def _first_lines(error: Exception) -> list[str]:

@@ -54,7 +54,9 @@ class Target:
             return None
         import torch
 
-        return torch.bfloat16 if "bf16" in self.device.flops_per_second else torch.float32
+        rates = self.device.flops_per_second
+        # Devices that compute in fp16 and not in bf16 have a rate for the one alone; without either, nothing is known.
+        return torch.float32 if "fp16" in rates and "bf16" not in rates else torch.bfloat16
 
     def budget(self, wanted: int | None) -> int:
         """The bytes that a plan may take: those `wanted`, or all that the device has.
