@@ -20,8 +20,8 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "vocab_size": 96,
 }
-# Total numbers of values in the files on the Hub, where they are not the number of parameters: a tied head may be stored
-# twice, and larger Gemma 3 models come with a vision tower and a projector.
+# Total numbers of values in the files on the Hub, where they are not the number of parameters: a tied head may be
+# stored twice, and larger Gemma 3 models come with a vision tower and a projector.
 STORED = {"qwen3-0.6b": 751_632_384, "qwen3-1.7b": 2_031_739_904}
 VISION = 416_866_032
 WITH_VISION = {"gemma-3-4b": 4_300_079_472, "gemma-3-12b": 12_187_325_040, "gemma-3-27b": 27_432_406_640}

@@ -127,7 +127,7 @@ def test_full_fine_tuning_trains_everything(folder: Path) -> None:
     shape = config_shape(run(folder, max_length=32), full=True)
     assert all(parameter.requires_grad for parameter in shape.model.parameters())
     assert shape.model.training
-    assert {tensor.device.type for tensor in shape.batch.values()} == {"cpu"}, "which positions restart is in the values"
+    assert {tensor.device.type for tensor in shape.batch.values()} == {"cpu"}, "positions restart by value"
     assert shape.batch["input_ids"].shape == (4, 32)
 
 
@@ -148,7 +148,7 @@ def test_stored_packing_is_kept_and_other_packing_refused(tmp_path: Path) -> Non
     config.save_pretrained(tmp_path)
     model = config_shape(run(tmp_path, max_length=32, dtype="bfloat16")).model
     assert len(four_bit_linears(model)) == 14
-    with pytest.raises(UsageError, match="--load-in-8bit: the weights of .* are quantised already, by bitsandbytes"):
+    with pytest.raises(UsageError, match=r"--load-in-8bit: the weights of .* are quantised already, by bitsandbytes"):
         config_shape(run(tmp_path, max_length=32, load_in_8bit=True))
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     config.save_pretrained(tmp_path)
