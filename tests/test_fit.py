@@ -86,7 +86,7 @@ def test_the_answer_fits_and_the_next_value_does_not(
     ],
 )
 def test_what_is_found_fits_and_the_next_value_is_refused(model: str, find: str, words: list[str], option: str) -> None:
-    common = [model, *ADAPTERS, *words, "--device", "rtx-4090"]
+    common = [model, *ADAPTERS, *words, "--forbid", "chunked_loss", "--device", "rtx-4090"]
     outcome = rematree("fit", *common, "--find", find, "--json")
     assert outcome.code == 0, outcome.err
     answer, refused = outcome.data["answer"], outcome.data["refused"]
@@ -265,7 +265,7 @@ def test_bad_input_says_what_is_wrong(words: list[str], message: str) -> None:
 
 
 def test_what_would_work_works(model: str) -> None:
-    words = [model, *ADAPTERS, "--batch-size", "8", "--max-length", "128", "--device", "rtx-4090", "--budget", "3MiB"]
+    words = [model, *ADAPTERS, "--batch-size", "8", "--max-length", "128", "--device", "rtx-4090", "--budget", "2MiB"]
     outcome = rematree("plan", *words)
     assert outcome.code == 3
     assert outcome.err.count("rematree plan") >= 2
