@@ -102,7 +102,8 @@ def test_it_is_the_loaded_model_tensor_by_tensor(folder: Path, packing: str) -> 
 
 
 def run(folder: Path, **values: Any) -> TrainConfig:
-    return TrainConfig(**{"model": str(folder), "data": "", "budget": 1, "output_dir": folder, **values})
+    absent: dict[str, Any] = {"model": str(folder), "data": "", "budget": 1, "output_dir": folder}
+    return TrainConfig(**{**absent, **values})
 
 
 @pytest.mark.parametrize("packing", ["plain", "nf4 twice", "int8"])
