@@ -75,7 +75,7 @@ def tensors_of(model: Any) -> dict[str, Any]:
             if state.nested:
                 inner = state.state2
                 found[f"{path} nested"] = [facts(inner.absmax), facts(inner.code), inner.blocksize, inner.dtype]
-        if isinstance(weight, torch.Tensor) and type(weight).__name__ == "Int8Params":
+        if type(weight).__name__ == "Int8Params":
             state = module.state if hasattr(module, "state") else module.base_layer.state
             found[f"{path} int8"] = [facts(weight.CB), facts(weight.SCB), state.threshold]
     return found
