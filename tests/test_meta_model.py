@@ -77,7 +77,7 @@ def tensors_of(model: Any) -> dict[str, Any]:
                 found[f"{path} nested"] = [facts(inner.absmax), facts(inner.code), inner.blocksize, inner.dtype]
         if type(weight).__name__ == "Int8Params":
             state = module.state if hasattr(module, "state") else module.base_layer.state
-            found[f"{path} int8"] = [facts(weight.CB), facts(weight.SCB), state.threshold]
+            found[f"{path} int8"] = [facts(vars(weight)["CB"]), facts(vars(weight)["SCB"]), state.threshold]
     return found
 
 
