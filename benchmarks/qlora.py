@@ -34,10 +34,11 @@ from rematree.finetune.evaluate import heldout_loss
 from rematree.finetune.job import run
 from rematree.finetune.result import device_name, library_versions
 from rematree.finetune.setup import Setup, add_adapters, load_base, prepare
+from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter, storage_bytes
 from rematree.observe import Twin
 from rematree.planning import Planner
-from rematree.plans import Action, Decision
+from rematree.plans import Action, Decision, Plan
 from rematree.quantised import hidden_tensors
 from rematree.regions import find_chain
 from rematree.simulate import Referee
@@ -208,7 +209,7 @@ def upcasts(config: TrainConfig) -> dict[str, Any]:
         referee = Referee(twin, blocks, rematree.Measured(torch.device("cpu")))
         decisions = {path: Decision(Action.RECOMPUTE) for path in blocks}
         predicted = referee.run(decisions, None).peak_bytes
-        plan = referee.draft(decisions, None)
+        plan = Plan(decisions, None, None, 0, 0.0, (), (), describe_model(model))
         with weights_kept(model, config.learning_rate) as optimizer, rematree.apply(plan, model):
             train_step(model, optimizer, batch, config.max_grad_norm)
             with PeakMeter(model, optimizer, batch) as meter:

@@ -26,6 +26,7 @@ from test_finetune_tiny import save_tiny_model, sums, write_jsonl
 
 # Adapters on two projections: the fewer regions there are, the fewer steps are simulated.
 ADAPTERS = ["--dtype", "float32", "--lora-r", "4", "--lora-target-modules", "q_proj,down_proj"]
+COMMANDS = ["train", "plan", "fit", "compare", "show", "explain", "export", "frontier", "verify", "env"]
 SHAPE = ["--batch-size", "32", "--max-length", "128", *ADAPTERS]
 EXACT = ["--forbid", "chunked_loss"]
 
@@ -270,7 +271,7 @@ def test_infeasible_training_leaves_nothing_and_says_what_works(folder: Path, mo
     ("words", "message"),
     [
         ([], "Usage: rematree"),
-        (["plan", "--budget", "1GiB"], "Missing option '--model'"),
+        (["plan", "--budget", "1GiB"], "Missing argument 'MODEL'"),
         (["plan", "--model", "m"], "Missing option '--budget'"),
         (["train", "--model", "m", "--budget", "1GiB", "--data", "d"], "Missing option '--output-dir'"),
         (["plan", "--model", "m", "--budget", "1GiB", "--max-length", "many"], "Invalid value for '--max-length'"),
@@ -285,7 +286,7 @@ def test_wrong_usage_exits_with_two(words: list[str], message: str) -> None:
     assert message in " ".join((outcome.out + outcome.err).split())
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "show", "explain", "frontier", "verify", "env"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_json_and_help(command: str) -> None:
     outcome = rematree(command, "--help")
     assert outcome.code == 0

@@ -12,7 +12,21 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 MAX_LINES = 350
-COMMANDS = {"advise", "train", "plan", "show", "explain", "frontier", "verify", "devices", "calibrate", "env"}
+COMMANDS = {
+    "train",
+    "advise",
+    "plan",
+    "fit",
+    "compare",
+    "show",
+    "explain",
+    "export",
+    "frontier",
+    "verify",
+    "devices",
+    "calibrate",
+    "env",
+}
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 # In two parts, so that this file does not find itself.
 MACHINE_PATH = re.compile("/" + r"(work|opt|root|home|Users|mnt)/")

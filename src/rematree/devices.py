@@ -65,6 +65,7 @@ class Device:
         workspace_bytes: cuBLAS workspace of one thread.
         sources: Document of each group of figures.
         note: What a reader should know.
+        capability: Major number of the compute capability, from Hopper (9) on; 0 for older ones and other vendors.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Device:
     workspace_bytes: int
     sources: Mapping[str, str] = field(default_factory=dict[str, str])
     note: str = ""
+    capability: int = 0
 
     @property
     def overhead(self) -> "Overhead":
@@ -274,6 +276,7 @@ def _device(entry: _Entry) -> Device:
         workspace_bytes=cublas_workspace_bytes(entry.capability) if cuda else 0,
         sources=entry.sources,
         note=entry.note,
+        capability=entry.capability,
     )
 
 

@@ -128,6 +128,7 @@ class Plan:
         fingerprint: What the plan was made for.
         notes: What the planner wants said (coarser regions, levers that were forbidden or not available).
         versions: Library versions the plan was made with; for the reader, not compared.
+        run: Settings that were asked for, as text by name; for the reader and for `rematree export`, not compared.
     """
 
     decisions: Mapping[str, Decision]
@@ -140,6 +141,7 @@ class Plan:
     fingerprint: Fingerprint
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    run: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def exact(self) -> bool:
@@ -249,7 +251,7 @@ class Plan:
             raise UsageError(f"not a plan: {error}") from error
         if not isinstance(data, dict) or "format" not in data:
             raise UsageError("not a plan: no format version in it")
-        entries: dict[str, Any] = {**data}
+        entries: dict[str, Any] = {"run": {}, **data}  # plans of versions before 0.2 do not say what was asked for
         version: Any = entries.pop("format")
         if type(version) is not int or version != PLAN_FORMAT:
             raise UsageError(f"plan of another format version; this library reads version {PLAN_FORMAT}")

@@ -12,13 +12,17 @@ from rematree.units import format_bytes, format_seconds
 
 Budget = Annotated[
     str | None,
-    typer.Option(help="Peak memory the step may reach, with a unit; by default what is free here now."),
+    typer.Option(
+        help="Peak memory the step may reach, with a unit; by default what is free here now, or all of --device."
+    ),
 ]
 
 
 def advise(
     ctx: typer.Context,
-    model: options.Model,
+    model: options.Model = None,
+    model_option: options.ModelOption = None,
+    device: options.DeviceName = None,
     budget: Budget = None,
     per_device_train_batch_size: options.BatchSize = DEFAULT["per_device_train_batch_size"],
     max_length: options.MaxLength = DEFAULT["max_length"],
@@ -44,20 +48,16 @@ def advise(
     """
     wanted = None if budget is None else options.parse_budget(budget)
     config = options.train_config(ctx, budget=wanted or 1)
+    target = options.target_of(ctx, config)
+    if wanted is not None or device is not None:
+        wanted = target.budget(wanted)
     from rematree.advice import advise as make_advice
-    from rematree.finetune.synthetic import prepare_shape
-    from rematree.planning import Planner
     from rematree.report.machine import describe_machine
 
     if wanted is None:
         wanted = describe_machine(bfloat16=False).largest_budget_bytes
         hint(f"budget: {format_bytes(wanted)}, what is free here now")
-    hint(f"loading {model}")
-    shape = prepare_shape(config, full=full)
-    hint("planning")
-    planner = Planner(
-        shape.model, shape.batch, accumulation_steps=config.gradient_accumulation_steps, forbid=config.forbid
-    )
+    planner = options.planner_of(target, config, full=full)
     advice = make_advice(planner, wanted)
     if as_json:
         emit_json(advice.facts())

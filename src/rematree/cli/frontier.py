@@ -6,7 +6,7 @@ import typer
 
 from rematree.cli import options
 from rematree.cli.options import DEFAULT
-from rematree.cli.output import command_with, emit_json, emit_table, hint
+from rematree.cli.output import command_with, emit_json, emit_table
 from rematree.errors import InfeasibleBudgetError
 from rematree.report.tables import frontier_columns, frontier_facts
 from rematree.units import MIB
@@ -20,7 +20,9 @@ Budgets = Annotated[
 
 def frontier(
     ctx: typer.Context,
-    model: options.Model,
+    model: options.Model = None,
+    model_option: options.ModelOption = None,
+    device: options.DeviceName = None,
     points: Points = 12,
     budgets: Budgets = [],  # noqa: B006
     per_device_train_batch_size: options.BatchSize = DEFAULT["per_device_train_batch_size"],
@@ -47,16 +49,12 @@ def frontier(
     """
     config = options.train_config(ctx)
     wanted = [options.parse_budget(text, "--budgets") for text in options.split_list(budgets)]
-    from rematree.finetune.synthetic import prepare_shape
-    from rematree.planning import Planner
+    target = options.target_of(ctx, config)
+    for budget in wanted:
+        target.budget(budget)
     from rematree.report.sweep import plain_step, sweep
 
-    hint(f"loading {model}")
-    shape = prepare_shape(config, full=full)
-    hint("planning")
-    planner = Planner(
-        shape.model, shape.batch, accumulation_steps=config.gradient_accumulation_steps, forbid=config.forbid
-    )
+    planner = options.planner_of(target, config, full=full)
     try:
         found = sweep(planner, wanted, points)
     except InfeasibleBudgetError as error:

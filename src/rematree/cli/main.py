@@ -10,15 +10,23 @@ import typer
 
 from rematree.cli.advise import advise
 from rematree.cli.calibrate import calibrate
+from rematree.cli.compare import compare
 from rematree.cli.devices import devices
 from rematree.cli.env import env
 from rematree.cli.explain import explain
+from rematree.cli.export import export
+from rematree.cli.fit import fit
 from rematree.cli.frontier import frontier
 from rematree.cli.plan import plan
 from rematree.cli.show import show
 from rematree.cli.train import train
 from rematree.cli.verify import verify
 from rematree.errors import RematreeError
+
+
+def _dashes(option: str) -> str:
+    return option.replace("_", "-")
+
 
 # Tracebacks stay Python's own: a report of a bug is read elsewhere.
 app = typer.Typer(
@@ -29,9 +37,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # PEFT, TRL and Trainer spell their settings with underscores: both spellings are taken.
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _dashes},
 )
-for command in (train, advise, plan, show, explain, frontier, verify, devices, calibrate, env):
+for command in (train, advise, plan, fit, compare, show, explain, export, frontier, verify, devices, calibrate, env):
     app.command()(command)
 
 

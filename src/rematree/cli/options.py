@@ -4,14 +4,20 @@ A parameter has the name of the field of `TrainConfig` that it sets, and the def
 """
 
 import dataclasses
+import os
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from rematree.cli.output import hint
 from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
+from rematree.finetune.target import Target
 from rematree.units import parse_bytes
+
+if TYPE_CHECKING:
+    from rematree.planning import Planner
 
 DEFAULT: Final[dict[str, Any]] = {
     item.name: item.default for item in dataclasses.fields(TrainConfig) if item.default is not dataclasses.MISSING
@@ -20,9 +26,32 @@ _LISTS: Final = ("forbid", "lora_target_modules")
 _MODEL, _SHAPE, _LORA = "Model", "Batch", "Adapters"
 
 Model = Annotated[
-    str,
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, folder, .gguf file, or builtin:smollm2-135m. To plan, a config is enough: a built-in shape such "
+        "as llama-3-70b, or a config.json.",
+        show_default=False,
+    ),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="MODEL, as an option.", show_default=False, rich_help_panel=_MODEL)
+]
+DeviceName = Annotated[
+    str | None,
     typer.Option(
-        help="Hub id, directory, .gguf file, or builtin:smollm2-135m.", show_default=False, rich_help_panel=_MODEL
+        "--device",
+        help="Plan for this device, here or not, from the model's config alone: rematree devices lists them.",
+        show_default=False,
+    ),
+]
+OptionalBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="Peak memory the step may reach, with a unit: 14GiB, 900MiB, 24GB. Counts weights, adapters, gradients, "
+        "optimizer state, saved tensors and workspaces. By default all that --device has.",
+        show_default=False,
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=_MODEL)]
@@ -116,9 +145,63 @@ def train_config(ctx: typer.Context, **values: Any) -> TrainConfig:
         taken["output_dir"] = Path(taken["output_dir"])
     if isinstance(taken.get("budget"), str):
         taken["budget"] = parse_budget(taken["budget"])
+    taken = {name: value for name, value in taken.items() if name != "budget" or value is not None}
+    taken["model"] = chosen_model(ctx)
     # A shape without a run: nothing is read and nothing written.
     absent: dict[str, Any] = {"data": "", "budget": 1, "output_dir": Path()}
     return TrainConfig(**{**absent, **taken, **values})
+
+
+def chosen_model(ctx: typer.Context) -> str:
+    """The model that a command was given, as its argument or as an option.
+
+    Raises:
+        UsageError: none was given, or two.
+    """
+    argument, option = ctx.params.get("model"), ctx.params.get("model_option")
+    if argument is not None and option is not None and argument != option:
+        raise UsageError(f"MODEL is {argument!r} and --model is {option!r}; they contradict each other")
+    chosen = argument if argument is not None else option
+    if chosen is None:
+        raise UsageError(
+            "Missing argument 'MODEL'",
+            remedies=[f"rematree {ctx.info_name} {name}" for name in ("llama-3-8b", "Qwen/Qwen3-8B", "./config.json")],
+        )
+    return chosen
+
+
+def target_of(ctx: typer.Context, config: TrainConfig) -> Target:
+    """What the command plans for: the device of `--device`, or the one that is here.
+
+    Raises:
+        UsageError: there is no such device, or several are named.
+    """
+    name = ctx.params.get("device")
+    if name is not None and "," in name:
+        raise UsageError(
+            f"--device {name} names several devices, and a plan is for one",
+            remedies=[f"rematree compare {config.model} --device {name}"],
+        )
+    target = Target.named(name)
+    if not target.loads(config):
+        plan_only()
+    return target
+
+
+def planner_of(target: Target, config: TrainConfig, *, full: bool) -> "Planner":
+    """Load or make the model of `config` and observe its step, saying so."""
+    hint(f"loading {config.model}" if target.loads(config) else f"making {config.model} of its config alone")
+    shape = target.shape(config, full=full)
+    hint(f"planning for {target.name}")
+    return target.planner(shape, config)
+
+
+def plan_only() -> None:
+    """Say before torch is imported that nothing will be computed in this process.
+
+    bitsandbytes compiles two functions when it is imported, which takes a second and a half of nothing else.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def parse_budget(text: str, option: str = "--budget") -> int:

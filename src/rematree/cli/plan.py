@@ -1,5 +1,6 @@
 """`rematree plan`: a plan for a model and a batch shape."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +16,10 @@ Output = Annotated[Path | None, typer.Option(help="File for the plan, as JSON.",
 
 def plan(
     ctx: typer.Context,
-    model: options.Model,
-    budget: options.Budget,
+    model: options.Model = None,
+    model_option: options.ModelOption = None,
+    device: options.DeviceName = None,
+    budget: options.OptionalBudget = None,
     output: Output = None,
     per_device_train_batch_size: options.BatchSize = DEFAULT["per_device_train_batch_size"],
     max_length: options.MaxLength = DEFAULT["max_length"],
@@ -38,31 +41,29 @@ def plan(
 ) -> None:
     """Make a plan for a model and a batch shape.
 
-    The model is loaded, not run: its step is observed on fake tensors. Prints the folded table; with --output the plan
-    is stored for `rematree show`, `explain` and `verify`.
+    With --device nothing is loaded and no weights are needed: the model is made of its config alone, for a device that
+    need not be here. Without, the model is loaded, not run. Its step is observed on fake tensors. Prints the folded
+    table; with --output the plan is stored for `rematree show`, `explain`, `export` and `verify`.
     """
     config = options.train_config(ctx)
     if output is not None:
         check_writable(output)
+    target = options.target_of(ctx, config)
+    budget_bytes = target.budget(None if budget is None else config.budget)
+    config = replace(config, budget=budget_bytes)
     from rematree.errors import InfeasibleBudgetError
+    from rematree.finetune.planned import described
     from rematree.finetune.remedies import working_changes
-    from rematree.finetune.synthetic import prepare_shape
-    from rematree.planning import plan as make_plan
 
-    hint(f"loading {model}")
-    shape = prepare_shape(config, full=full)
-    hint("planning")
+    hint(f"loading {config.model}" if target.loads(config) else f"making {config.model} of its config alone")
+    shape = target.shape(config, full=full)
+    hint(f"planning for {target.name}")
     try:
-        made = make_plan(
-            shape.model,
-            shape.batch,
-            config.budget,
-            accumulation_steps=config.gradient_accumulation_steps,
-            forbid=config.forbid,
-        )
+        made = target.planner(shape, config).plan(budget_bytes)
     except InfeasibleBudgetError as error:
-        changes: list[dict[str, Any]] = working_changes(error, config, hint, full=full, shape=shape)
+        changes: list[dict[str, Any]] = working_changes(error, config, hint, target=target, shape=shape)
         raise error.with_remedies(command_with(ctx, **change) for change in changes) from None
+    made = described(made, config, target, shape, full=full)
     if output is not None:
         write_plan(output, made)
         hint(f"stored in {output}")

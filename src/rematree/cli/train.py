@@ -44,10 +44,11 @@ CompareHf = Annotated[
 
 def train(
     ctx: typer.Context,
-    model: options.Model,
     data: Data,
     budget: options.Budget,
     output_dir: OutputDir,
+    model: options.Model = None,
+    model_option: options.ModelOption = None,
     per_device_train_batch_size: options.BatchSize = DEFAULT["per_device_train_batch_size"],
     max_length: options.MaxLength = DEFAULT["max_length"],
     packing: options.Packing = DEFAULT["packing"],

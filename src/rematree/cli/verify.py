@@ -16,7 +16,8 @@ Rounds = Annotated[int, typer.Option(min=1, help="Timed steps of each kind; the 
 def verify(
     ctx: typer.Context,
     plan: options.PlanFile,
-    model: options.Model,
+    model: options.Model = None,
+    model_option: options.ModelOption = None,
     rounds: Rounds = 3,
     lora_r: options.LoraR = DEFAULT["lora_r"],
     lora_alpha: options.LoraAlpha = DEFAULT["lora_alpha"],
@@ -42,7 +43,7 @@ def verify(
     from rematree.finetune.synthetic import shape_of_plan
     from rematree.verification import verify as run_both
 
-    hint(f"loading {model}")
+    hint(f"loading {config.model}")
     shape = shape_of_plan(config, stored.fingerprint.batch, full=full)
     hint("running steps with and without the plan")
     result = run_both(stored, shape.model, shape.batch, rounds=rounds)

@@ -13,10 +13,11 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError
 
+from rematree.catalogue.shapes import find_shape, nearest_names
 from rematree.errors import UsageError
 from rematree.execute.quantised import keep_trainable
 from rematree.finetune.gguf_cache import converted_copy
-from rematree.integrations.bitsandbytes import quantisation_config
+from rematree.integrations.bitsandbytes import Quantisation, quantisation_config, require_bitsandbytes
 from rematree.quantised import four_bit_linears, frozen_int8_linears
 
 BUILTIN: Final = "builtin:smollm2-135m"
@@ -45,21 +46,6 @@ class LoadedModel:
     source: str
 
 
-@dataclass(frozen=True)
-class Quantisation:
-    """How bitsandbytes packs the linear layers.
-
-    Attributes:
-        bits: 4 or 8.
-        quant_type: "nf4" or "fp4"; of 4 bits.
-        double_quant: Pack the scales too; of 4 bits.
-    """
-
-    bits: int
-    quant_type: str = "nf4"
-    double_quant: bool = True
-
-
 def load_model(
     spec: str, *, dtype: str = "auto", revision: str | None = None, quantisation: Quantisation | None = None
 ) -> LoadedModel:
@@ -74,22 +60,16 @@ def load_model(
         UsageError: there is no such model, or its files cannot be read, or they are packed another way.
     """
     torch_dtype = preferred_dtype() if dtype == "auto" else _dtype(dtype)
-    config = None
     if quantisation is not None:
-        config = quantisation_config(
-            quantisation.bits,
-            quant_type=quantisation.quant_type,
-            double_quant=quantisation.double_quant,
-            compute_dtype=torch_dtype,
-        )
-    loaded = _find(spec, torch_dtype, revision, config)
+        require_bitsandbytes(quantisation.bits)
+    loaded = _find(spec, torch_dtype, revision, quantisation)
     if quantisation is not None and not four_bit_linears(loaded.model) and not frozen_int8_linears(loaded.model):
         raise UsageError(f"--load-in-{quantisation.bits}bit: {spec} has no linear layers that bitsandbytes packs")
     keep_trainable(loaded.model)
     return loaded
 
 
-def _find(spec: str, torch_dtype: torch.dtype, revision: str | None, quantisation: Any) -> LoadedModel:
+def _find(spec: str, torch_dtype: torch.dtype, revision: str | None, quantisation: Quantisation | None) -> LoadedModel:
     if spec.startswith("builtin:"):
         return _from_directory(converted_copy(_builtin_path(spec), torch_dtype), torch_dtype, quantisation)
     path = Path(spec).expanduser()
@@ -109,6 +89,12 @@ def _find(spec: str, torch_dtype: torch.dtype, revision: str | None, quantisatio
         raise UsageError(f"{path} is a file, but not a .gguf file", details=["a model is a directory or a .gguf file"])
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or not spec.strip():
         raise _not_there(spec, f"there is no directory {path}")
+    shape = find_shape(spec)
+    if shape is not None and shape.hub.lower() != spec.lower():
+        raise UsageError(
+            f"{spec} is a shape without weights: it can be planned, not trained",
+            remedies=[f"--model {shape.hub}   (the weights, from the Hub)", f"rematree plan {spec} --device ..."],
+        )
     return _from_hub(spec, torch_dtype, revision, quantisation)
 
 
@@ -143,17 +129,17 @@ def _builtin_path(spec: str) -> Path:
     )
 
 
-def _refuse_other_quantisation(name: str, stored: Mapping[str, Any], asked: Any) -> None:
+def refuse_other_quantisation(name: str, stored: Mapping[str, Any], asked: Quantisation) -> None:
     """Refuse files that are quantised in another way than asked for: transformers would make up the weights."""
-    option = "--load-in-4bit" if asked.load_in_4bit else "--load-in-8bit"
-    compared = ["load_in_4bit", "load_in_8bit"]
-    if asked.load_in_4bit:
-        compared += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"]
+    option = f"--load-in-{asked.bits}bit"
+    wanted: dict[str, Any] = {"load_in_4bit": asked.bits == 4, "load_in_8bit": asked.bits == 8}
+    if asked.bits == 4:
+        wanted |= {"bnb_4bit_quant_type": asked.quant_type, "bnb_4bit_use_double_quant": asked.double_quant}
     method = str(stored.get("quant_method"))
     details = [
-        f"{item}: {stored.get(item)} in the files, {getattr(asked, item)} asked for"
-        for item in compared
-        if method == "bitsandbytes" and stored.get(item) != getattr(asked, item)
+        f"{item}: {stored.get(item)} in the files, {value} asked for"
+        for item, value in wanted.items()
+        if method == "bitsandbytes" and stored.get(item) != value
     ]
     if details or method != "bitsandbytes":
         raise UsageError(
@@ -163,7 +149,7 @@ def _refuse_other_quantisation(name: str, stored: Mapping[str, Any], asked: Any)
         )
 
 
-def _from_directory(path: Path, dtype: torch.dtype, quantisation: Any) -> LoadedModel:
+def _from_directory(path: Path, dtype: torch.dtype, quantisation: Quantisation | None) -> LoadedModel:
     try:
         return _load(str(path.resolve()), dtype, quantisation, local_files_only=True)
     except UsageError:
@@ -172,7 +158,7 @@ def _from_directory(path: Path, dtype: torch.dtype, quantisation: Any) -> Loaded
         raise UsageError(f"the model in {path} cannot be loaded", details=_first_lines(error)) from error
 
 
-def _from_hub(spec: str, dtype: torch.dtype, revision: str | None, quantisation: Any) -> LoadedModel:
+def _from_hub(spec: str, dtype: torch.dtype, revision: str | None, quantisation: Quantisation | None) -> LoadedModel:
     try:
         return _load(spec, dtype, quantisation, revision=revision)
     except UsageError:
@@ -183,16 +169,16 @@ def _from_hub(spec: str, dtype: torch.dtype, revision: str | None, quantisation:
         ) from error
 
 
-def _load(name: str, dtype: torch.dtype, quantisation: Any, **kwargs: Any) -> LoadedModel:
+def _load(name: str, dtype: torch.dtype, quantisation: Quantisation | None, **kwargs: Any) -> LoadedModel:
     import transformers
 
     library: Any = transformers
     tokenizer = library.AutoTokenizer.from_pretrained(name, **kwargs)
     stored = getattr(library.AutoConfig.from_pretrained(name, **kwargs), "quantization_config", None)
     if stored and quantisation is not None:
-        _refuse_other_quantisation(name, stored, quantisation)
+        refuse_other_quantisation(name, stored, quantisation)
     elif quantisation is not None:  # an explicit None would hide what is stored
-        kwargs["quantization_config"] = quantisation
+        kwargs["quantization_config"] = quantisation_config(quantisation, compute_dtype=dtype)
     model = library.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
     if tokenizer.pad_token is None:
         # A new token would need a new row in the embedding; padding is masked, so any existing token does.
@@ -203,7 +189,9 @@ def _load(name: str, dtype: torch.dtype, quantisation: Any, **kwargs: Any) -> Lo
 
 
 def _not_there(spec: str, tried: str) -> UsageError:
-    return UsageError(f"model {spec!r} is not there", details=[tried], remedies=_FORMS)
+    near = nearest_names(spec)
+    details = [tried, f"nearest built-in shapes, to plan for without weights: {', '.join(near)}"] if near else [tried]
+    return UsageError(f"model {spec!r} is not there", details=details, remedies=_FORMS)
 
 
 def _first_lines(error: Exception) -> list[str]:

@@ -1,13 +1,14 @@
 """What would fit when a budget does not: changes of a run that were planned and found to work."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from rematree.errors import InfeasibleBudgetError
 from rematree.finetune.config import TrainConfig
-from rematree.finetune.synthetic import Shape, prepare_shape
+from rematree.finetune.synthetic import Shape, prepare_shape, synthetic_batch_like
+from rematree.finetune.target import Target
 from rematree.measure import storage_bytes
-from rematree.planning import Planner
 from rematree.quantised import hidden_tensors
 from rematree.units import MIB
 
@@ -19,7 +20,7 @@ def working_changes(
     config: TrainConfig,
     say: Callable[[str], None],
     *,
-    full: bool = False,
+    target: Target | None = None,
     shape: Shape | None = None,
 ) -> list[dict[str, Any]]:
     """Changes of `config`, each of which makes its budget reachable: a larger budget, shorter rows, fewer rows.
@@ -28,14 +29,16 @@ def working_changes(
         error: What planning `config` raised.
         config: The run.
         say: Takes a line of progress.
-        full: All parameters are trained.
+        target: What it was planned for; by default the device that is here.
         shape: Model and batch, when they are loaded.
     Returns:
         New values by field name.
     Cost:
         Two further plans, of half the tokens each: seconds. None when the weights alone are above the budget.
     """
-    changes: list[dict[str, Any]] = [{"budget": f"{-(-error.min_peak // MIB)}MiB"}]
+    enough = -(-error.min_peak // MIB)
+    has = None if target is None or target.device is None else target.device.usable_bytes
+    changes: list[dict[str, Any]] = [{"budget": f"{enough}MiB"}] if has is None or enough * MIB <= has else []
     rows, length, passes = config.per_device_train_batch_size, config.max_length, config.gradient_accumulation_steps
     smaller: list[tuple[dict[str, Any], int, int, int]] = []
     if length // 2 >= _SHORTEST:
@@ -46,13 +49,19 @@ def working_changes(
         smaller.append((fewer, rows // 2, length, passes * 2))
     if not smaller:
         return changes
-    shape = shape or prepare_shape(config, full=full)
+    target = target or Target()
+    shape = shape or prepare_shape(config)
     if _static_bytes(shape.model) >= error.budget:
         return changes
     say("checking whether shorter or fewer rows would fit")
     for change, less_rows, less_length, more_passes in smaller:
-        batch = shape.resized(less_rows, less_length)
-        planner = Planner(shape.model, batch, accumulation_steps=more_passes, forbid=config.forbid)
+        smaller_run = replace(
+            config,
+            per_device_train_batch_size=less_rows,
+            max_length=less_length,
+            gradient_accumulation_steps=more_passes,
+        )
+        planner = target.planner(synthetic_batch_like(shape, smaller_run), smaller_run)
         if planner.min_peak_bytes() <= error.budget:
             changes.append(change)
     return changes

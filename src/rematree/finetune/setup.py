@@ -1,22 +1,18 @@
 """What a run needs before its first step: the model with its adapters on the device, and the data."""
 
-import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import set_seed
 from transformers.trainer_utils import SchedulerType
 
 from rematree.errors import UsageError
+from rematree.finetune.base import add_adapters, load_base, training_device
 from rematree.finetune.callbacks import MakeMeter
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.data import DataSplit, load_data, planning_batch
-from rematree.finetune.model import LoadedModel, Quantisation, load_model
 from rematree.plans import Plan
 
 
@@ -94,63 +90,3 @@ def prepare(config: TrainConfig, say: Callable[[str], None]) -> Setup:
     device = training_device()
     model = add_adapters(loaded.model, config).to(device)
     return Setup(model, loaded.tokenizer, data, {name: tensor.to(device) for name, tensor in batch.items()})
-
-
-def training_device() -> torch.device:
-    """The device that everything is put on."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_base(config: TrainConfig) -> LoadedModel:
-    """The model without adapters, checked against the shape of the run.
-
-    Raises:
-        UsageError: there is no such model, or it does not take rows of that length or packing.
-    """
-    if torch.cuda.device_count() > 1:
-        raise UsageError(
-            f"there are {torch.cuda.device_count()} GPUs; a plan is for one",
-            remedies=["CUDA_VISIBLE_DEVICES=0 rematree train ..."],
-        )
-    quantisation = None
-    if config.quantised_bits is not None:
-        quantisation = Quantisation(config.quantised_bits, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
-    loaded = load_model(config.model, dtype=config.dtype, revision=config.revision, quantisation=quantisation)
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
-    if positions is not None and config.max_length > positions:
-        raise UsageError(
-            f"--max-length is {config.max_length}, the model has {positions} positions",
-            remedies=[f"--max-length {positions}"],
-        )
-    if config.packing and "position_ids" not in inspect.signature(loaded.model.forward).parameters:
-        raise UsageError("the model takes no position_ids, so examples cannot be packed", remedies=["--no-packing"])
-    return loaded
-
-
-def add_adapters(base: Any, config: TrainConfig) -> Any:
-    """`base` under LoRA as `config` says, in training mode."""
-    # With the cache on, packed examples are not kept apart. The Trainer switches it off too, but after the planning.
-    base.config.use_cache = False
-    # The place of k-bit preparation. Freezing is all of it: norms, embeddings and head stay in the model's dtype, as
-    # with upcast="none", so the residual stream, of which every recomputed layer keeps a piece, stays as narrow.
-    base.requires_grad_(False)
-    targets = config.lora_target_modules
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-    )
-    set_seed(config.seed)
-    try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers by the old name of the property.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            model: Any = get_peft_model(base, lora)
-    except ValueError as error:
-        raise UsageError(
-            f"--lora-target-modules {targets}: {(str(error).splitlines() or [''])[0]}",
-            remedies=["--lora-target-modules all-linear"],
-        ) from error
-    return model.train()

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from transformers import set_seed
 
 from rematree.errors import UsageError
+from rematree.finetune.base import add_adapters, load_base, meta_base, training_device
 from rematree.finetune.config import TrainConfig
-from rematree.finetune.setup import add_adapters, load_base, training_device
 from rematree.finetune.tokens import IGNORED
 
 _SEED: Final = 0
@@ -23,12 +22,17 @@ class Shape:
     """What a plan is made for.
 
     Attributes:
-        model: In training mode on the device, with adapters or, for full fine-tuning, all its parameters trained.
-        batch: Of the run's shape, on the device.
+        model: In training mode on the device, with adapters or, for full fine-tuning, all its parameters trained. On
+            the meta device if it was made of its config alone.
+        batch: Of the run's shape, on the device; on the CPU for a model on the meta device.
+        source: Where the config is from, for a model that was made of it; else empty.
+        notes: In what that model is not the published one.
     """
 
     model: Any
     batch: dict[str, torch.Tensor]
+    source: str = ""
+    notes: tuple[str, ...] = ()
 
     def resized(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         """A batch like this one, with other numbers of rows and of tokens in a row."""
@@ -45,7 +49,33 @@ def prepare_shape(config: TrainConfig, *, full: bool = False) -> Shape:
     Raises:
         UsageError: there is no such model, it does not fit the shape, or packed weights are to be trained.
     """
-    model = _load_trained(config, full)
+    return _with_batch(_load_trained(config, full), config)
+
+
+def config_shape(config: TrainConfig, *, full: bool = False, dtype: torch.dtype | None = None) -> Shape:
+    """Make the model of `config` on the meta device, of its config alone, and make up a batch.
+
+    Args:
+        config: Model, adapters and shape.
+        full: Train all parameters instead of adapters.
+        dtype: Of the weights where `config` leaves it open; default: what suits the device that is here.
+    Raises:
+        UsageError: there is no such config, no model can be made of it, it does not fit the shape, or packed weights
+            are to be trained.
+    Cost:
+        No weights are read and none are held; one or two seconds for 80 layers.
+    """
+    _refuse_full_packed(config, full)
+    base, read = meta_base(config, dtype)
+    return replace(_with_batch(_trained(base, config, full), config), source=read.source, notes=read.notes)
+
+
+def synthetic_batch_like(shape: Shape, config: TrainConfig) -> Shape:
+    """The model of `shape` with a batch of the rows and the length that `config` says."""
+    return replace(shape, batch=shape.resized(config.per_device_train_batch_size, config.max_length))
+
+
+def _with_batch(model: Any, config: TrainConfig) -> Shape:
     size = (config.per_device_train_batch_size, config.max_length)
     names = ("input_ids", "labels", "position_ids" if config.packing else "attention_mask")
     return Shape(model, synthetic_batch(model, [(name, size, torch.int64) for name in names]))
@@ -73,6 +103,8 @@ def synthetic_batch(model: Any, entries: Iterable[tuple[str, tuple[int, ...], to
     mask as one of real data does: without one, attention saves less.
     """
     device = next(model.parameters()).device
+    if device.type == "meta":
+        device = torch.device("cpu")  # which tokens are masked is in the values
     random = torch.Generator().manual_seed(_SEED)
     batch: dict[str, torch.Tensor] = {}
     for name, shape, dtype in entries:
@@ -97,15 +129,26 @@ def synthetic_batch(model: Any, entries: Iterable[tuple[str, tuple[int, ...], to
 
 
 def _load_trained(config: TrainConfig, full: bool) -> Any:
+    _refuse_full_packed(config, full)
+    model = _trained(load_base(config).model, config, full)
+    if full:
+        from transformers import set_seed
+
+        set_seed(config.seed)
+    return model.to(training_device())
+
+
+def _trained(base: Any, config: TrainConfig, full: bool) -> Any:
+    if not full:
+        return add_adapters(base, config)
+    base.config.use_cache = False
+    return base.requires_grad_(True).train()
+
+
+def _refuse_full_packed(config: TrainConfig, full: bool) -> None:
     if full and config.quantised_bits is not None:
         option = f"--load-in-{config.quantised_bits}bit"
         raise UsageError(
             f"--full trains all parameters, and {option} packs them: packed weights have no gradient",
             remedies=[f"{option} without --full: adapters are trained", f"--full without {option}"],
         )
-    base = load_base(config).model
-    if not full:
-        return add_adapters(base, config).to(training_device())
-    base.config.use_cache = False
-    set_seed(config.seed)
-    return base.requires_grad_(True).train().to(training_device())

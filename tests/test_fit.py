@@ -1,0 +1,288 @@
+"""The largest value that fits is found whatever the curve, and verified; the commands answer on a tiny model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from command_line import rematree, remedies
+from rematree.errors import InfeasibleBudgetError
+from rematree.finetune.fit import Grid, Probe, find_largest
+from rematree.plans import Plan
+from rematree.units import MIB
+from test_finetune_tiny import save_tiny_model
+
+# Adapters on one projection: the fewer regions there are, the fewer steps are simulated.
+ADAPTERS = ["--lora-target-modules", "down_proj"]
+SHAPE = ["--batch-size", "2", "--max-length", "32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The config of a tiny model, without its weights."""
+    path = tmp_path_factory.mktemp("fit")
+    save_tiny_model(path / "whole")
+    file = path / "config.json"
+    file.write_text((path / "whole" / "config.json").read_text())
+    return str(file)
+
+
+@given(
+    least=st.sampled_from([1, 8]),
+    extent=st.integers(0, 3000),
+    step=st.sampled_from([1, 8, 64]),
+    slopes=st.tuples(st.integers(0, 10**6), st.integers(1, 10**4), st.floats(0, 5)),
+    share=st.floats(0, 1.2),
+    first=st.integers(1, 4000),
+)
+def test_the_answer_fits_and_the_next_value_does_not(
+    least: int, extent: int, step: int, slopes: tuple[int, int, float], share: float, first: int
+) -> None:
+    grid = Grid(least, least + extent, step)
+    values = [grid[index] for index in range(len(grid))]
+    assert values == sorted(set(values))
+    assert (values[0], values[-1]) == (least, least + extent)
+
+    def peak(value: int) -> int:
+        return int(slopes[0] + slopes[1] * value + slopes[2] * value * value)
+
+    budget = int(share * peak(values[-1]))
+    tried: list[int] = []
+
+    def try_value(value: int) -> Probe:
+        tried.append(value)
+        return Probe(value, peak(value), budget)
+
+    fitting = [value for value in values if peak(value) <= budget]
+    if not fitting:
+        with pytest.raises(InfeasibleBudgetError, match=f"nothing fits: at {least} the smallest reachable peak is"):
+            find_largest(try_value, grid, first)
+    else:
+        answer, refused = find_largest(try_value, grid, first)
+        assert answer.value == max(fitting)
+        beyond = values[len(fitting)] if len(fitting) < len(values) else None
+        assert (None if refused is None else refused.value) == beyond
+    assert len(tried) == len(set(tried)) <= 24
+
+
+@pytest.mark.parametrize(
+    ("find", "words", "option"),
+    [
+        ("batch-size", ["--lora-r", "4", "--max-length", "32", "--budget", "1MiB"], "--batch-size"),
+        ("max-length", ["--lora-r", "4", "--batch-size", "2", "--budget", "700KiB"], "--max-length"),
+    ],
+)
+def test_what_is_found_fits_and_the_next_value_is_refused(model: str, find: str, words: list[str], option: str) -> None:
+    common = [model, *ADAPTERS, *words, "--forbid", "chunked_loss", "--device", "rtx-4090"]
+    outcome = rematree("fit", *common, "--find", find, "--json")
+    assert outcome.code == 0, outcome.err
+    answer, refused = outcome.data["answer"], outcome.data["refused"]
+    assert answer < refused
+    fits = rematree("plan", *common, option, answer, "--json")
+    assert fits.code == 0, fits.err
+    assert fits.data["predicted_peak_bytes"] == outcome.data["predicted_peak_bytes"] <= outcome.data["budget_bytes"]
+    assert rematree("plan", *common, option, refused).code == 3
+
+
+def test_the_highest_rank_ends_at_the_hidden_size(model: str) -> None:
+    outcome = rematree("fit", model, *ADAPTERS, *SHAPE, "--device", "h100", "--find", "lora-r")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("The largest --lora-r that fits is 32: it takes at least ")
+    assert lines[1] == "There is no next value: a rank above the hidden size, 32, is no adapter."
+    assert "--lora-r 32: " in outcome.err
+
+
+def test_the_smallest_device_of_a_few(model: str) -> None:
+    names = "h100,rtx-4090,rtx-3080"
+    outcome = rematree("fit", model, *ADAPTERS, *SHAPE, "--find", "device", "--device", names, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.data["answer"] == "GeForce RTX 3080 10GB"
+    assert outcome.data["refused"] is None
+    assert outcome.data["limit"] == "no smaller device was asked about"
+
+
+def test_devices_beside_each_other(model: str) -> None:
+    words = ["compare", model, *ADAPTERS, *SHAPE, "--device", "h100,rtx-4090"]
+    outcome = rematree(*words, "--json")
+    assert outcome.code == 0, outcome.err
+    assert [column["device"] for column in outcome.data] == ["H100 SXM5 80GB", "GeForce RTX 4090"]
+    assert all(column["fits"] and column["predicted_peak_bytes"] <= column["budget_bytes"] for column in outcome.data)
+    assert all(
+        column["tokens_per_second"] == pytest.approx(64 / column["predicted_step_seconds"]) for column in outcome.data
+    )
+    small = rematree(*words, "--budget", "100KiB")
+    assert small.code == 0
+    assert [line.split()[-1] for line in small.out.splitlines()[1:]] == ["no", "no"]
+
+
+@pytest.fixture(scope="module")
+def stored(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan that recomputes one of two layers, in a file."""
+    path = tmp_path_factory.mktemp("stored") / "plan.json"
+    words = [model, *ADAPTERS, "--batch-size", "8", "--max-length", "128", "--forbid", "chunked_loss"]
+    peaks = rematree("frontier", *words, "--device", "h100", "--points", "6", "--json").data["points"]
+    budget = sum(point["predicted_peak_bytes"] for point in (peaks[0], peaks[-1])) // 2
+    outcome = rematree("plan", *words, "--device", "h100", "--budget", f"{budget}B", "--output", path)
+    assert outcome.code == 0, outcome.err
+    return path
+
+
+def test_a_plan_says_what_it_was_made_for(stored: Path, model: str) -> None:
+    plan = Plan.from_json(stored.read_text())
+    assert plan.fingerprint.device == "cuda"
+    assert plan.notes[0].startswith("for H100 SXM5 80GB, timed by its published rates")
+    assert plan.notes[1] == f"made of the config alone: {model}"
+    assert plan.run["model"] == model
+    assert plan.run["device"] == "h100-sxm"
+    assert (plan.run["lora_r"], plan.run["max_length"], plan.run["packing"]) == ("16", "128", "true")
+    assert "full" not in plan.run
+
+
+def test_plans_that_do_not_say_it_are_still_read(stored: Path) -> None:
+    data = json.loads(stored.read_text())
+    del data["run"]
+    assert Plan.from_json(json.dumps(data)).run == {}
+
+
+def settings_of_trl() -> set[str]:
+    from dataclasses import fields
+
+    trl: Any = pytest.importorskip("trl")
+    return {item.name for kind in (trl.SFTConfig, trl.ModelConfig) for item in fields(kind)}
+
+
+@pytest.mark.parametrize("trainer", ["trl", "axolotl"])
+def test_exports_are_yaml_with_what_they_leave_out(stored: Path, trainer: str, model: str) -> None:
+    import yaml
+
+    outcome = rematree("export", stored, "--to", trainer)
+    assert outcome.code == 0, outcome.err
+    facts = rematree("export", stored, "--to", trainer, "--json").data
+    settings = facts["settings"]
+    assert yaml.safe_load(outcome.out) == settings
+    assert [line.removeprefix("not expressed: ") for line in outcome.err.splitlines()] == facts["not_expressed"]
+    assert any("the budget of" in line for line in facts["not_expressed"])
+    assert any("which layers" in line or "what recomputed layers save" in line for line in facts["not_expressed"])
+    if trainer == "trl":
+        assert set(settings) <= settings_of_trl()
+        assert settings["model_name_or_path"] == model
+        assert settings["activation_checkpointing"] is True
+        assert settings["lora_target_modules"] == ["down_proj"]
+    else:
+        assert settings["base_model"] == model
+        assert (settings["adapter"], settings["micro_batch_size"], settings["sequence_len"]) == ("lora", 8, 128)
+        assert settings["gradient_checkpointing_kwargs"]["use_reentrant"] is False
+
+
+def test_exports_that_cannot_be_made_say_why(stored: Path, tmp_path: Path) -> None:
+    outcome = rematree("export", stored, "--to", "torchtune")
+    assert (outcome.code, outcome.err) == (2, "error: --to is 'torchtune'; it can be trl or axolotl\n")
+    data = json.loads(stored.read_text())
+    data["run"] = {}
+    (tmp_path / "old.json").write_text(json.dumps(data))
+    outcome = rematree("export", tmp_path / "old.json", "--to", "trl")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: the plan does not say what run it was made for")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan", "llama-3-8b", "--device", "h1000"], "unknown device 'h1000'; the nearest are h100"),
+        (
+            ["plan", "lama-3-8b", "--device", "h100"],
+            "there is no model called 'lama-3-8b'\n  nearest names: llama-3-8b",
+        ),
+        (
+            ["plan", "llama-3-8b", "--device", "h100", "--budget", "90GiB"],
+            "--budget 90.00 GiB is more than H100 SXM5 80GB has, 80.00 GiB\n  79.65 GiB of it can be used",
+        ),
+        (["compare", "phi-4", "--device", "h100,rtx-4090", "--budget", "30GiB"], "--budget 30.00 GiB is more than"),
+        (["plan", "llama-3-8b"], "Missing option '--budget': the bytes that the step may take"),
+        (["plan", "--budget", "1GiB"], "Missing argument 'MODEL'"),
+        (
+            ["plan", "llama-3-8b", "--model", "qwen3-8b", "--budget", "1GiB"],
+            "MODEL is 'llama-3-8b' and --model is 'qwen3-8b'; they contradict each other",
+        ),
+        (["plan", "llama-3-8b", "--device", "h100", "--max-length", "0"], "--max-length is 0; it must be above zero"),
+        (
+            ["plan", "llama-3-8b", "--device", "h100", "--batch-size", "0"],
+            "--per-device-train-batch-size is 0; it must be above zero",
+        ),
+        (
+            ["plan", "llama-3-8b", "--device", "h100", "--load-in-4bit", "--load-in-8bit"],
+            "--load-in-4bit and --load-in-8bit contradict each other",
+        ),
+        (
+            ["plan", "llama-3-8b", "--device", "h100", "--load-in-4bit", "--full"],
+            "--full trains all parameters, and --load-in-4bit packs them",
+        ),
+        (
+            ["plan", "llama-3-8b", "--device", "h100,a100-80gb"],
+            "--device h100,a100-80gb names several devices, and a plan is for one",
+        ),
+        (["compare", "llama-3-8b", "--device", "h100,h100-sxm"], "--device names H100 SXM5 80GB more than once"),
+        (
+            ["fit", "llama-3-8b", "--device", "h100", "--find", "max-length", "--max-length", "64"],
+            "--find max-length looks for the largest --max-length; a value for it contradicts that",
+        ),
+        (
+            ["fit", "llama-3-8b", "--find", "device", "--budget", "9GiB"],
+            "--find device looks for a device by its memory; --budget contradicts that",
+        ),
+        (
+            ["fit", "llama-3-8b", "--device", "h100", "--find", "lora-r", "--full"],
+            "--full trains all parameters: there is no adapter whose rank --find lora-r could look for",
+        ),
+        (
+            ["plan", "llama-3-8b", "--device", "h100", "--max-length", "200000"],
+            "--max-length is 200000, the model has 131072 positions",
+        ),
+        (
+            ["train", "llama-3-8b", "--data", "d", "--output-dir", "o", "--budget", "1GiB"],
+            "llama-3-8b is a shape without weights: it can be planned, not trained",
+        ),
+    ],
+)
+def test_bad_input_says_what_is_wrong(words: list[str], message: str) -> None:
+    outcome = rematree(*words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"error: {message}" in outcome.err
+
+
+def test_what_would_work_works(model: str) -> None:
+    words = [model, *ADAPTERS, "--batch-size", "8", "--max-length", "128", "--device", "rtx-4090", "--budget", "2MiB"]
+    outcome = rematree("plan", *words)
+    assert outcome.code == 3
+    assert outcome.err.count("rematree plan") >= 2
+    for command in remedies(outcome):
+        assert rematree(*command).code == 0, command
+
+
+def test_both_spellings_of_an_option_are_taken(model: str) -> None:
+    words = [*SHAPE[:2], "--device", "h100", "--json"]
+    dashes = rematree("plan", model, *words, "--lora-target-modules", "down_proj", "--max-length", "32")
+    other = rematree("plan", "--model", model, *words, "--lora_target_modules", "down_proj", "--max_length", "32")
+    assert dashes.code == 0, dashes.err
+    assert other.data == dashes.data
+
+
+def test_a_budget_is_that_of_the_device_by_default(model: str) -> None:
+    plan = rematree("plan", model, *ADAPTERS, *SHAPE, "--device", "rtx-4090", "--json").data
+    assert plan["budget_bytes"] > 23 * 1024 * MIB
+    advice = rematree("advise", model, *ADAPTERS, *SHAPE, "--device", "rtx-4090", "--json").data
+    assert advice["budget_bytes"] == plan["budget_bytes"]
