@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from rematree.surroundings import Recency, measure_cold_rate, measure_overhead
 from rematree.units import MIB
 
 _MAX_REPETITIONS: Final = 5
@@ -23,6 +24,7 @@ _ENOUGH_SECONDS: Final = 0.05
 # An op whose tensors are larger is not run for its price: the price must not be what runs out of memory.
 _LARGEST_PROBE: Final = 1024 * MIB
 _OVERHEAD_SECONDS: Final = 5e-6
+_GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,10 @@ class _Layout:
 class Measured:
     """Runs each distinct op alone on `device` and remembers the fastest of its runs.
 
+    Alone, an op finds its operands in the caches and nothing around it. On a CPU two things are added that it has in a
+    step: reading from memory what was last touched long ago, and the calls from Python and autograd that lead to it.
+    Both rates are measured once.
+
     Args:
         device: Where the step will run.
         fallback: Prices ops too large to probe and ops that cannot run alone. Default: a roofline fitted to a matmul
@@ -151,19 +157,32 @@ class Measured:
     Cost:
         At most five runs of each distinct op (50 ms of them), once in the life of this object.
     Not covered:
-        Ops whose time depends on values (sparse routing is priced on zeros); caches warmed by the op before.
+        Ops whose time depends on values (routing is priced as balanced); pages that the heap gave back and maps again.
     """
 
     def __init__(self, device: torch.device, fallback: Cost | None = None) -> None:
         self._device = device
         self._prices: dict[Any, OpPrice] = {}
         self._fallback = fallback or _fitted_roofline(device)
+        self._recency: Recency | None = None
+        self._overhead_seconds = 0.0
+        if device.type == "cpu":
+            with _disable_current_modes():
+                self._recency = Recency(measure_cold_rate())
+                self._overhead_seconds = measure_overhead()
 
     def __len__(self) -> int:
         return len(self._prices)
 
     def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
-        """Measured price, from the table if this op was seen before."""
+        """Measured price, from the table if this op was seen before, in the surroundings it has here."""
+        alone = self._alone(func, args, kwargs, outputs)
+        seconds = alone.seconds + self._overhead_seconds
+        if self._recency is not None:
+            seconds += self._recency.touch(tensors_in(args, kwargs), outputs)
+        return OpPrice(seconds, alone.workspace_bytes)
+
+    def _alone(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
         key = _key(func, args, kwargs)
         price = self._prices.get(key)
         if price is None:
@@ -185,6 +204,8 @@ class Measured:
         cuda = self._device.type == "cuda"
         with torch.random.fork_rng(devices=[self._device] if cuda else []):
             args, kwargs = tree_map_only(_Layout, self._materialise, (args, kwargs))
+            if func is _GROUPED_MM:
+                args = _balanced(args, kwargs)
             if cuda and "device" in kwargs:
                 kwargs = {**kwargs, "device": self._device}
             workspace = _cuda_workspace(func, args, kwargs) if cuda else _cpu_workspace(func, args, kwargs)
@@ -202,6 +223,18 @@ class Measured:
         if layout.dtype.is_floating_point and 0 not in layout.stride:
             return tensor.uniform_(0.1, 0.9)
         return tensor.zero_() if 0 not in layout.stride else torch.zeros((), dtype=layout.dtype).expand(layout.shape)
+
+
+def _balanced(args: Any, kwargs: Any) -> Any:
+    """Arguments of a grouped matmul whose groups are of one size; zeros would make all of them empty."""
+    position = 2
+    offsets = args[position] if len(args) > position else kwargs.get("offs")
+    if offsets is not None:
+        # The rows are split where the first operand has two dimensions, else the second one's columns are.
+        total = args[0].shape[-1 if args[1].dim() == args[0].dim() == 2 else 0] if args[0].dim() == 2 else args[1].shape[-1]
+        groups = offsets.numel()
+        offsets.copy_(torch.arange(1, groups + 1, device=offsets.device) * total // groups)
+    return args
 
 
 def _layout(tensor: torch.Tensor) -> _Layout:
