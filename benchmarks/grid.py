@@ -5,6 +5,7 @@ flag, and with plans at three budgets. Peaks and times of every way are predicte
 """
 
 import gc
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -151,6 +152,8 @@ def cells(family: str, *, every_shape: bool = False) -> list[Cell]:
     number = list(FAMILIES).index(family)
     found: list[Cell] = []
     for turn, mode in enumerate(MODES):
+        if mode == "qlora-nf4" and importlib.util.find_spec("bitsandbytes") is None:
+            continue
         dtype = DTYPES[(number + turn) % 2]
         shapes = SHAPES if every_shape else (SHAPES[(number + turn) % 3],)
         found += [Cell(family, mode, rows, tokens, dtype) for rows, tokens in shapes]

@@ -205,7 +205,7 @@ class Measured:
         with torch.random.fork_rng(devices=[self._device] if cuda else []):
             args, kwargs = tree_map_only(_Layout, self._materialise, (args, kwargs))
             if func is _GROUPED_MM:
-                args = _balanced(args, kwargs)
+                _balance_groups(*args)
             if cuda and "device" in kwargs:
                 kwargs = {**kwargs, "device": self._device}
             workspace = _cuda_workspace(func, args, kwargs) if cuda else _cpu_workspace(func, args, kwargs)
@@ -225,16 +225,13 @@ class Measured:
         return tensor.zero_() if 0 not in layout.stride else torch.zeros((), dtype=layout.dtype).expand(layout.shape)
 
 
-def _balanced(args: Any, kwargs: Any) -> Any:
-    """Arguments of a grouped matmul whose groups are of one size; zeros would make all of them empty."""
-    position = 2
-    offsets = args[position] if len(args) > position else kwargs.get("offs")
-    if offsets is not None:
-        # The rows are split where the first operand has two dimensions, else the second one's columns are.
-        total = args[0].shape[-1 if args[1].dim() == args[0].dim() == 2 else 0] if args[0].dim() == 2 else args[1].shape[-1]
-        groups = offsets.numel()
-        offsets.copy_(torch.arange(1, groups + 1, device=offsets.device) * total // groups)
-    return args
+def _balance_groups(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None = None, *_: Any) -> None:
+    """Make the groups of a grouped matmul one size; zeros would make all of them empty."""
+    if ends is None:
+        return
+    # Groups split what both have in common where both are matrices, else the rows or columns of the one that is.
+    whole = a.shape[1] if a.dim() == b.dim() else a.shape[0] if a.dim() == 2 else b.shape[1]
+    ends.copy_(torch.arange(1, len(ends) + 1, device=ends.device) * whole // len(ends))
 
 
 def _layout(tensor: torch.Tensor) -> _Layout:

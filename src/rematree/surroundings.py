@@ -1,7 +1,7 @@
 """What an op costs more inside a step than alone: operands that left the caches, and the calls that lead to it.
 
-Both rates are measured on this CPU, in a fraction of a second. Caches are modelled as one, which forgets what was touched
-longest ago; whether an operand is still in it follows from how many bytes the step has touched since.
+Both rates are measured on this CPU, in a fraction of a second. Caches are modelled as one, which forgets what was
+touched longest ago; whether an operand is still in it follows from how many bytes the step has touched since.
 """
 
 import os

@@ -1,0 +1,172 @@
+"""The simulated step is the real one: its peak in forward, in backward and with gradients kept, to a few kilobytes."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import rematree
+from models import with_lora
+from rematree.cost import Measured
+from rematree.measure import PeakMeter
+from rematree.planning import Planner
+from rematree.simulate import make_optimizer
+from rematree.units import KIB, MIB
+
+SLACK = 256 * KIB  # in every prediction
+CLOSE = 8 * KIB  # scalars and generator states; the smallest peak below is 11 MiB
+Batch = dict[str, torch.Tensor]
+
+
+class Gated(nn.Module):
+    """Its forward needs much for a moment, and keeps little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            gate = torch.cat([x] * 64, dim=-1).sigmoid().mean(-1, keepdim=True)
+        return self.linear(x) * gate
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Gated() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def llama(*, lora: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    return with_lora(model) if lora else model.train()
+
+
+def tokens(rows: int = 4, length: int = 128) -> Batch:
+    ids = torch.randint(3, 1000, (rows, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+@pytest.fixture(scope="module")
+def cost() -> Measured:
+    """Shared: what kernels allocate inside is measured once for each op."""
+    return Measured(torch.device("cpu"))
+
+
+def step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> None:
+    out = model(**batch)
+    loss = out if isinstance(out, torch.Tensor) else out.loss
+    del out  # the twin's step holds no logits after the loss
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def measured(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> int:
+    with PeakMeter(model, optimizer, batch) as meter:
+        step(model, batch, optimizer)
+    return meter.peak_bytes
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def where(planner: Planner) -> str:
+    """The segment of the plain step that holds its peak."""
+    return max(planner.survey.plain.segments, key=lambda segment: segment.peak_bytes).label
+
+
+def test_a_peak_in_forward(cost: Measured) -> None:
+    model, batch = Stack().train(), {"x": torch.ones(256, 64)}
+    planner = Planner(model, batch, cost=cost, optimizer="none")
+    assert where(planner).startswith("forward")
+    assert abs(planner.survey.plain.peak_bytes - measured(model, batch)) < CLOSE
+
+
+def test_a_peak_in_the_head_and_one_in_backward(cost: Measured) -> None:
+    model, batch = llama(), tokens()
+    planner = Planner(model, batch, cost=cost)
+    assert where(planner) == "head"
+    plan = planner.plan(planner.min_peak_bytes())
+    optimizer = make_optimizer("adamw", trained(model))
+    step(model, batch, optimizer)
+    assert abs(planner.plain_step()[0] - SLACK - measured(model, batch, optimizer)) < CLOSE
+    with rematree.apply(plan, model):
+        step(model, batch, optimizer)
+        assert abs(plan.predicted_peak_bytes - SLACK - measured(model, batch, optimizer)) < CLOSE
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_the_first_step_needs_no_more_than_the_later_ones(lora: bool, cost: Measured) -> None:
+    """State is born in the optimizer's first step, when the saved tensors are gone: what is predicted is later steps."""
+    model, batch = llama(lora=lora), tokens(rows=1 if not lora else 4)
+    predicted = Planner(model, batch, cost=cost).plain_step()[0] - SLACK
+    optimizer = make_optimizer("adamw", trained(model))
+    first, second, third = (measured(model, batch, optimizer) for _ in range(3))
+    weights = sum(p.numel() * p.element_size() for p in trained(model))
+    assert first < second == third
+    assert second - first <= 2 * weights + CLOSE  # AdamW's two numbers a weight
+    assert abs(predicted - second) < CLOSE
+
+
+def test_gradients_of_earlier_micro_batches_stay(cost: Measured) -> None:
+    """The later micro-batches of an accumulated step are the ones planned for, and what their last optimizer step needs."""
+    model, batch = llama(lora=False), tokens(rows=2)
+    predicted = Planner(model, batch, cost=cost, accumulation_steps=2).plain_step()[0] - SLACK
+    alone = Planner(model, batch, cost=cost).plain_step()[0] - SLACK
+    optimizer = make_optimizer("adamw", trained(model))
+    step(model, batch, optimizer)
+    model(**batch).loss.backward()
+    kept = sum(p.grad.numel() * p.element_size() for p in trained(model) if p.grad is not None)
+    found = measured(model, batch, optimizer)
+    assert kept > 2 * MIB
+    assert alone < predicted
+    assert abs(predicted - found) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["sgd", "none"])
+def test_an_optimizer_without_state(kind: Any, cost: Measured) -> None:
+    model, batch = llama(lora=False), tokens(rows=1)
+    predicted = Planner(model, batch, cost=cost, optimizer=kind).plain_step()[0] - SLACK
+    optimizer = make_optimizer(kind, trained(model))
+    first = measured(model, batch, optimizer)
+    model.zero_grad(set_to_none=True)
+    assert first == measured(model, batch, optimizer)
+    assert abs(predicted - first) < CLOSE
+
+
+def test_a_meter_that_is_kept_keeps_no_optimizer(cost: Measured) -> None:
+    """Else the state of the one before would be freed, and subtracted, within the block that is measured."""
+    model, batch = llama(lora=False), tokens(rows=1)
+    meter: PeakMeter | None = None
+    peaks: list[int] = []
+    for _ in range(3):
+        optimizer = make_optimizer("adamw", trained(model))
+        with PeakMeter(model, optimizer, batch) as meter:
+            step(model, batch, optimizer)
+        peaks.append(meter.peak_bytes)
+        del optimizer
+    assert meter is not None
+    assert len(set(peaks)) == 1
+    gc.collect()
