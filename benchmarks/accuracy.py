@@ -82,9 +82,7 @@ def run_family(family: str, options: argparse.Namespace, device: torch.device) -
 
 def conditions(device: torch.device) -> dict[str, str]:
     """What the numbers depend on."""
-    model = (
-        next((line for line in _cpu_lines() if line.startswith("model name")), ": unknown").partition(":")[2].strip()
-    )
+    names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     return {
         "device": device_name(device) + (f" ({names[0]})" if names and device.type == "cpu" else ""),
