@@ -16,7 +16,6 @@ Exits with 0 only if all of that happened; the table says what did.
 import argparse
 import ctypes
 import json
-import math
 import os
 import resource
 import subprocess
@@ -32,8 +31,8 @@ from rematree.units import KIB, format_bytes
 
 DIED, REFUSED = 17, 3  # exit codes of a child: out of memory, plan infeasible
 ROWS, TOKENS, VOCABULARY = 4, 512, 32000
-# The heap of a process holds some free memory when it is limited, and what is freed comes back in pieces.
-MARGIN = 1.25
+# The budget in smallest peaks. The allowance is larger: what a heap frees comes back in pieces, and Python needs some.
+ROOM = 1.1
 
 
 def data_bytes() -> int:
@@ -102,6 +101,20 @@ def make_planner(folder: Path) -> Any:
     return rematree.Planner(model, make_batch(), cost=rematree.Roofline(5e10, 1e10))
 
 
+def import_all() -> None:
+    """Everything a run imports, before there is a limit."""
+    import peft
+    import transformers.models.llama.modeling_llama
+
+    import rematree
+    import rematree.finetune.compare
+
+    assert peft
+    assert transformers
+    assert rematree.Planner
+    assert rematree.apply
+
+
 def predict(folder: Path) -> dict[str, int]:
     """Peaks of the plain step, of the flag and of the smallest plan, which is stored; from a model without weights."""
     planner = make_planner(folder)
@@ -114,6 +127,7 @@ def plan(folder: Path, allowance: int, budget: int) -> dict[str, Any]:
     """Plan under the limit, before there is a weight; exits with REFUSED if nothing fits the budget."""
     from rematree.errors import InfeasibleBudgetError
 
+    import_all()
     limit_data(allowance)
     try:
         made = make_planner(folder).plan(budget)
@@ -126,16 +140,13 @@ def plan(folder: Path, allowance: int, budget: int) -> dict[str, Any]:
 
 def train(way: str, folder: Path, allowance: int) -> dict[str, Any]:
     """Two steps under the limit; exits with DIED if memory runs out."""
-    import peft
     import torch
-    import transformers.models.llama.modeling_llama
 
     import rematree
     from rematree.finetune.compare import hf_checkpointing, train_step
     from rematree.plans import Plan
 
-    assert peft
-    assert transformers
+    import_all()
     batch = make_batch()
     limit_data(allowance)
     try:
@@ -176,7 +187,7 @@ def run(output: Path) -> bool:
         code, peaks = child("predict", folder)
         if code:
             sys.exit(f"prediction failed: {peaks['said']}")
-        between = int(math.sqrt(peaks["least"] * peaks["flag"]))
+        between = (peaks["least"] + peaks["flag"]) // 2
         below = int(peaks["least"] * 0.7)
         wanted = [
             ("plan, before loading", "plan", between, 0),
@@ -189,7 +200,8 @@ def run(output: Path) -> bool:
         outcomes = {0: "completes", DIED: "dies of memory", REFUSED: "is refused"}
         held = True
         for what, part, allowance, expected in wanted:
-            code, told = child(part, folder, allowance=allowance, budget=int(allowance / MARGIN))
+            budget = min(allowance, int(ROOM * peaks["least"]))
+            code, told = child(part, folder, allowance=allowance, budget=budget)
             print(f"{time.perf_counter() - start:.0f} s: {what}", file=sys.stderr)
             held &= code == expected
             mark = "" if code == expected else f", but {outcomes[expected]} was expected"

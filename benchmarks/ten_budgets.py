@@ -88,8 +88,11 @@ def sweep(model: Any, batch: Mapping[str, Any], planner: Planner, count: int) ->
         }
 
 
-def broken_promises(rows: Sequence[Row]) -> list[str]:
-    """What a row does not keep of what a plan promises; rows from the smallest budget to the largest."""
+def broken_promises(rows: Sequence[Row], slack: int = 0) -> list[str]:
+    """What a row does not keep of what a plan promises; rows from the smallest budget to the largest.
+
+    `slack` bytes of a prediction are no error: every one counts 256 KiB more than the step, which matters for toys.
+    """
     broken: list[str] = []
     fastest, lowest = float("inf"), 0
     for row in rows:
@@ -97,7 +100,7 @@ def broken_promises(rows: Sequence[Row]) -> list[str]:
         seconds = float(row["predicted_step_seconds"] or 0)
         reasons = {
             "the measured peak is above the budget": measured > budget,
-            "the predicted peak is off by more than 3 %": abs(predicted - measured) > 0.03 * measured,
+            "the predicted peak is off by more than 3 %": abs(predicted - measured) > 0.03 * measured + slack,
             "a smaller budget is predicted to be faster": seconds > fastest,
             "a smaller budget has a larger measured peak": measured < lowest,
         }
