@@ -4,6 +4,7 @@ Both rates are measured on this CPU, in a fraction of a second. Caches are model
 touched longest ago; whether an operand is still in it follows from how many bytes the step has touched since.
 """
 
+import functools
 import os
 import statistics
 import time
@@ -40,7 +41,9 @@ def measure_cold_rate() -> float:
         triples = [part.chunk(3) for part in parts if part.nbytes == 3 * _PROBE]
         a, b, out = triples[0]
         warm = _fastest(lambda: torch.mul(a, b, out=out), _RUNS)
-        passes = [[_seconds(lambda t=t: torch.mul(t[0], t[1], out=t[2])) for t in triples] for _ in range(_RUNS // 2)]
+        passes = [
+            [_seconds(functools.partial(torch.mul, t[0], t[1], out=t[2])) for t in triples] for _ in range(_RUNS // 2)
+        ]
     cold = statistics.median(min(times) for times in zip(*passes, strict=True))
     return max(0.0, cold - warm) / (3 * _PROBE)
 
