@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from rematree.price import Cost, Free, OpPrice, num_bytes, price_key, tensors_in
 from rematree.roofline import Roofline
+from rematree.surroundings import Recency, measure_cold_rate, measure_overhead
 from rematree.units import MIB
 
 __all__ = ["Cost", "Free", "Measured", "OpPrice", "Roofline", "present_device", "tensors_in"]
@@ -25,6 +26,7 @@ _MAX_REPETITIONS: Final = 5
 _ENOUGH_SECONDS: Final = 0.05
 # An op whose tensors are larger is not run for its price: the price must not be what runs out of memory.
 _LARGEST_PROBE: Final = 1024 * MIB
+_GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,10 @@ class _Layout:
 class Measured:
     """Runs each distinct op alone on `device` and remembers the fastest of its runs.
 
+    Alone, an op finds its operands in the caches and nothing around it. On a CPU two things are added that it has in a
+    step: reading from memory what was last touched long ago, and the calls from Python and autograd that lead to it.
+    Both rates are measured once.
+
     Args:
         device: Where the step will run.
         fallback: Prices ops too large to probe and ops that cannot run alone. Default: a roofline fitted to a matmul
@@ -46,19 +52,32 @@ class Measured:
     Cost:
         At most five runs of each distinct op (50 ms of them), once in the life of this object.
     Not covered:
-        Ops whose time depends on values (sparse routing is priced on zeros); caches warmed by the op before.
+        Ops whose time depends on values (routing is priced as balanced); pages that the heap gave back and maps again.
     """
 
     def __init__(self, device: torch.device, fallback: Cost | None = None) -> None:
         self._device = device
         self._prices: dict[Any, OpPrice] = {}
         self._fallback = fallback or _fitted_roofline(device)
+        self._recency: Recency | None = None
+        self._overhead_seconds = 0.0
+        if device.type == "cpu":
+            with _disable_current_modes():
+                self._recency = Recency(measure_cold_rate())
+                self._overhead_seconds = measure_overhead()
 
     def __len__(self) -> int:
         return len(self._prices)
 
     def price(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
-        """Measured price, from the table if this op was seen before."""
+        """Measured price, from the table if this op was seen before, in the surroundings it has here."""
+        alone = self._alone(func, args, kwargs, outputs)
+        seconds = alone.seconds + self._overhead_seconds
+        if self._recency is not None:
+            seconds += self._recency.touch(tensors_in(args, kwargs), outputs)
+        return OpPrice(seconds, alone.workspace_bytes)
+
+    def _alone(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
         key = price_key(func, args, kwargs)
         price = self._prices.get(key)
         if price is None:
@@ -80,6 +99,8 @@ class Measured:
         cuda = self._device.type == "cuda"
         with torch.random.fork_rng(devices=[self._device] if cuda else []):
             args, kwargs = tree_map_only(_Layout, self._materialise, (args, kwargs))
+            if func is _GROUPED_MM:
+                _balance_groups(*args)
             if cuda and "device" in kwargs:
                 kwargs = {**kwargs, "device": self._device}
             workspace = _cuda_workspace(func, args, kwargs) if cuda else _cpu_workspace(func, args, kwargs)
@@ -97,6 +118,15 @@ class Measured:
         if layout.dtype.is_floating_point and 0 not in layout.stride:
             return tensor.uniform_(0.1, 0.9)
         return tensor.zero_() if 0 not in layout.stride else torch.zeros((), dtype=layout.dtype).expand(layout.shape)
+
+
+def _balance_groups(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None = None, *_: Any) -> None:
+    """Make the groups of a grouped matmul one size; zeros would make all of them empty."""
+    if ends is None:
+        return
+    # Groups split what both have in common where both are matrices, else the rows or columns of the one that is.
+    whole = a.shape[1] if a.dim() == b.dim() else a.shape[0] if a.dim() == 2 else b.shape[1]
+    ends.copy_(torch.arange(1, len(ends) + 1, device=ends.device) * whole // len(ends))
 
 
 def _layout(tensor: torch.Tensor) -> _Layout:

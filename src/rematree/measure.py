@@ -50,25 +50,26 @@ class PeakMeter:
         optimizer: torch.optim.Optimizer | None = None,
         batch: Mapping[str, Any] | None = None,
     ) -> None:
-        self._model = model
-        self._optimizer = optimizer
-        self._batch = batch
+        self._measured: tuple[nn.Module, torch.optim.Optimizer | None, Mapping[str, Any] | None] | None
+        self._measured = model, optimizer, batch
         self._profiler: profile | None = None
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.start_bytes = 0
         self.peak_bytes = 0
 
     def _live(self) -> Iterator[torch.Tensor]:
-        for parameter in self._model.parameters():
+        assert self._measured is not None
+        model, optimizer, batch = self._measured
+        for parameter in model.parameters():
             yield parameter
             if parameter.grad is not None:
                 yield parameter.grad
-        yield from self._model.buffers()
-        yield from hidden_tensors(self._model)
-        if self._optimizer is not None:
-            for state in self._optimizer.state.values():
+        yield from model.buffers()
+        yield from hidden_tensors(model)
+        if optimizer is not None:
+            for state in optimizer.state.values():
                 yield from (t for t in state.values() if isinstance(t, torch.Tensor))
-        yield from (t for t in tree_leaves(self._batch) if isinstance(t, torch.Tensor))
+        yield from (t for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
 
     def __enter__(self) -> Self:
         if self._device.type == "cuda":
@@ -85,6 +86,9 @@ class PeakMeter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A meter that is kept until the next one begins must not be what keeps an older optimizer's state alive: its
+        # end within the next block would be subtracted there.
+        self._measured = None
         if self._profiler is None:
             torch.cuda.synchronize(self._device)
             self.peak_bytes = torch.cuda.max_memory_allocated(self._device)

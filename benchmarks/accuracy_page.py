@@ -1,0 +1,79 @@
+"""Write a log of accuracy runs as a page: the medians, the worst, every row. Misses stay in the table."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rematree.units import format_bytes
+
+Rows = Sequence[Mapping[str, Any]]
+PEAK_MEDIAN, PEAK_WORST, PEAK_BELOW = 0.01, 0.03, 0.01
+TIME_MEDIAN, TIME_WORST = 0.10, 0.20
+
+
+def verdicts(rows: Rows) -> list[tuple[str, float, float, bool]]:
+    """(what, found, limit, whether it holds) of each promise about a set of runs."""
+    peaks = [row["peak_error"] for row in rows]
+    times = [abs(row["time_error"]) for row in rows]
+    found = [
+        ("peak, median of the absolute error", statistics.median(map(abs, peaks)), PEAK_MEDIAN),
+        ("peak, worst absolute error", max(map(abs, peaks)), PEAK_WORST),
+        ("peak, furthest below the measured one", max(0.0, -min(peaks)), PEAK_BELOW),
+        ("step time, median of the absolute error", statistics.median(times), TIME_MEDIAN),
+        ("step time, worst absolute error", max(times), TIME_WORST),
+    ]
+    return [(what, value, limit, value <= limit) for what, value, limit in found]
+
+
+def peaks_hold(rows: Rows) -> bool:
+    """Whether every promise about peaks holds; times depend on what else the machine does."""
+    return all(holds for what, _, _, holds in verdicts(rows) if what.startswith("peak"))
+
+
+def page(title: str, intro: str, conditions: Mapping[str, str], rows: Rows) -> str:
+    """The whole page in Markdown."""
+    lines = [f"# {title}", "", intro, ""]
+    lines += [f"- {name}: {value}" for name, value in conditions.items()]
+    lines += ["", f"## {len(rows)} runs", "", "| what | found | promised | |", "|---|--:|--:|---|"]
+    lines += [f"| {w} | {v:.2%} | {m:.0%} | {'holds' if ok else 'missed'} |" for w, v, m, ok in verdicts(rows)]
+    lines += ["", *_groups(rows), "", *_table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _groups(rows: Rows) -> list[str]:
+    lines = ["| runs | number | peak, median | peak, worst | time, median | time, worst |", "|---|--:|--:|--:|--:|--:|"]
+    keys: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("way of stepping", lambda row: row["way"]),
+        ("trained", lambda row: row["cell"].split()[1]),
+        ("family", lambda row: row["cell"].split()[0]),
+    ]
+    for _, key in keys:
+        for name in dict.fromkeys(map(key, rows)):
+            some = [row for row in rows if key(row) == name]
+            peaks = [abs(row["peak_error"]) for row in some]
+            times = [abs(row["time_error"]) for row in some]
+            cells = [statistics.median(peaks), max(peaks), statistics.median(times), max(times)]
+            lines.append(f"| {name} | {len(some)} | " + " | ".join(f"{c:.2%}" for c in cells) + " |")
+    return lines
+
+
+def _table(rows: Rows) -> list[str]:
+    reserved = any(row["reserved_bytes"] for row in rows)
+    head = ["model", "step", "predicted peak", "measured", *(["reserved"] if reserved else []), "off by"]
+    head += ["first step's", "predicted time", "measured", "off by", ""]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 3) + "---|"]
+    for row in rows:
+        missed = [
+            name
+            for name, misses in (
+                ("peak", abs(row["peak_error"]) > PEAK_WORST or row["peak_error"] < -PEAK_BELOW),
+                ("time", abs(row["time_error"]) > TIME_WORST),
+            )
+            if misses
+        ]
+        cells = [row["cell"], row["way"], *map(format_bytes, (row["predicted_peak_bytes"], row["measured_peak_bytes"]))]
+        cells += [format_bytes(row["reserved_bytes"] or 0)] if reserved else []
+        cells += [f"{row['peak_error']:+.2%}", format_bytes(row["first_step_peak_bytes"])]
+        cells += [f"{row['predicted_seconds']:.2f} s", f"{row['measured_seconds']:.2f} s", f"{row['time_error']:+.1%}"]
+        lines.append("| " + " | ".join([*cells, f"missed: {' and '.join(missed)}" if missed else ""]) + " |")
+    return lines

@@ -1,0 +1,296 @@
+"""The grid of accuracy runs: models, batches, ways to step, and one measured cell. Shared by the CPU and GPU logs.
+
+A cell is one model (family, way to train, dtype) with one batch; it is stepped in five ways: plain, with Hugging Face's
+flag, and with plans at three budgets. Peaks and times of every way are predicted by one planner before anything runs.
+"""
+
+import gc
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import rematree
+from rematree.finetune.compare import Batch, hf_checkpointing, train_step, weights_kept
+from rematree.integrations.bitsandbytes import quantisation_config
+from rematree.measure import PeakMeter
+from rematree.planning import Planner
+
+# Shares of the way from the smallest to the largest useful budget.
+SHARES = (0.0, 1 / 3, 2 / 3)
+SHAPES = ((1, 1024), (4, 256), (2, 512))
+MODES = ("lora", "qlora-nf4", "full")
+DTYPES = ("float32", "bfloat16")
+
+
+def _decoder(config: str, model: str, **fields: Any) -> nn.Module:
+    import transformers
+
+    defaults = {"max_position_embeddings": 2048, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return getattr(transformers, model)(getattr(transformers, config)(**{**defaults, **fields}))
+
+
+def _llama() -> nn.Module:
+    return _decoder(
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=24000,
+    )
+
+
+def _qwen3() -> nn.Module:
+    return _decoder(
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        hidden_size=384,
+        intermediate_size=1152,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=32000,
+        tie_word_embeddings=True,
+    )
+
+
+def _gemma3() -> nn.Module:
+    return _decoder(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=96,
+        vocab_size=24000,
+        sliding_window=128,
+        layer_types=["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2 + ["full_attention"],
+        attn_implementation="sdpa",
+    )
+
+
+def _gpt2() -> nn.Module:
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=512, n_layer=6, n_head=8, vocab_size=20000, n_positions=1024)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _mixtral() -> nn.Module:
+    return _decoder(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=16000,
+    )
+
+
+def _smollm2() -> nn.Module:
+    return _decoder(
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "gpt2": _gpt2,
+    "mixtral": _mixtral,
+    "smollm2": _smollm2,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model with one batch."""
+
+    family: str
+    mode: str
+    rows: int
+    tokens: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.mode} {self.dtype} {self.rows}x{self.tokens}"
+
+
+def cells(family: str, *, every_shape: bool = False) -> list[Cell]:
+    """The cells of one family, in a fixed order.
+
+    Each way to train meets one shape, so that over the families every pair of (way, shape) and of (way, dtype) is
+    met; with `every_shape` it meets all three.
+    """
+    number = list(FAMILIES).index(family)
+    found: list[Cell] = []
+    for turn, mode in enumerate(MODES):
+        if mode == "qlora-nf4" and importlib.util.find_spec("bitsandbytes") is None:
+            continue
+        # GPT-2 with LoRA in bfloat16 took 9 to 25 s a step on one CPU thread: too long for a grid.
+        dtype = DTYPES[(number + turn + (family == "gpt2")) % 2]
+        shapes = SHAPES if every_shape else (SHAPES[(number + turn) % 3],)
+        found += [Cell(family, mode, rows, tokens, dtype) for rows, tokens in shapes]
+    return found
+
+
+def build_model(cell: Cell, device: torch.device) -> Any:
+    """The model of `cell` as it trains: packed, adapters on, on `device`."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, cell.dtype)
+    model: Any = FAMILIES[cell.family]().to(dtype)
+    if cell.mode == "qlora-nf4":
+        packed = quantisation_config(4, quant_type="nf4", double_quant=True, compute_dtype=dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            place = {"device_map": {"": device}} if device.type == "cuda" else {}
+            model = type(model).from_pretrained(folder, quantization_config=packed, dtype=dtype, **place)
+        model = rematree.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if cell.mode != "full":
+        model = _with_lora(model, cell.family)
+    return model.to(device).train() if cell.mode != "qlora-nf4" else model.train()
+
+
+def _with_lora(model: Any, family: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    # PEFT has no dropout for experts kept in one parameter.
+    modules: Any = ["q_proj", "k_proj", "v_proj", "o_proj"] if family == "mixtral" else "all-linear"
+    plain_gpt2 = family == "gpt2" and not getattr(model, "is_loaded_in_4bit", False)
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=modules, fan_in_fan_out=plain_gpt2)
+    return get_peft_model(model, config)
+
+
+def build_batch(cell: Cell, model: Any, device: torch.device) -> Batch:
+    """Random tokens; the first quarter of every row is a prompt, which is not trained."""
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(3, vocabulary, (cell.rows, cell.tokens), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : cell.tokens // 4] = -100
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of stepping one cell. Bytes are allocated bytes; `reserved_bytes` are None on a CPU."""
+
+    cell: str
+    way: str
+    budget_bytes: int | None
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    first_step_peak_bytes: int
+    reserved_bytes: int | None
+    predicted_seconds: float
+    measured_seconds: float
+    all_seconds: list[float]
+    loss_chunk_rows: int | None
+
+    @property
+    def peak_error(self) -> float:
+        return self.predicted_peak_bytes / self.measured_peak_bytes - 1
+
+    @property
+    def time_error(self) -> float:
+        return self.predicted_seconds / self.measured_seconds - 1
+
+
+Way = tuple[str, int | None, int, float, int | None, Callable[[], AbstractContextManager[Any]]]
+
+
+def ways(model: Any, batch: Batch, planner: Planner) -> list[Way]:
+    """(name, budget, predicted bytes, predicted seconds, rows of a chunk, context) of each way of stepping."""
+    found: list[Way] = [
+        ("plain", None, *planner.plain_step(), None, nullcontext),
+        ("hf flag", None, *planner.every_layer_step(), None, lambda: hf_checkpointing(model)),
+    ]
+    low, high = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
+    budgets = [int(low + share * (high - low)) for share in SHARES]
+    for share, budget, plan in zip(SHARES, budgets, planner.plans(budgets), strict=True):
+        found.append(
+            (
+                f"plan {share:.0%}",
+                budget,
+                plan.predicted_peak_bytes,
+                plan.predicted_step_seconds,
+                plan.loss_chunk_rows,
+                lambda plan=plan: rematree.apply(plan, model, batch),
+            )
+        )
+    return found
+
+
+def measure(cell: Cell, device: torch.device, *, timed_steps: int, done: frozenset[str] = frozenset()) -> Iterator[Row]:
+    """Every way of `cell` that is not in `done`, predicted, then run.
+
+    Peaks are those of the first two steps: in the first the optimizer's state is born, in the second it is there from
+    the beginning. Times are of the steps after those, without the profiler, the median of `timed_steps`.
+    """
+    model = build_model(cell, device)
+    batch = build_batch(cell, model, device)
+    planner = Planner(model, batch)
+    for name, budget, predicted, seconds, rows, way in ways(model, batch, planner):
+        if name in done:
+            continue
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        peaks: list[int] = []
+        reserved: list[int] = []
+        times: list[float] = []
+        with weights_kept(model, 1e-4) as optimizer, way():
+            for _ in range(2):
+                with PeakMeter(model, optimizer, batch) as meter:
+                    train_step(model, optimizer, batch, 1.0)
+                peaks.append(meter.peak_bytes)
+                if device.type == "cuda":
+                    reserved.append(torch.cuda.max_memory_reserved(device))
+            for _ in range(timed_steps):
+                start = time.perf_counter()
+                train_step(model, optimizer, batch, 1.0)  # its loss is read, so it has run
+                times.append(time.perf_counter() - start)
+        yield Row(
+            cell.name,
+            name,
+            budget,
+            predicted,
+            max(peaks),
+            peaks[0],
+            max(reserved, default=None),
+            seconds,
+            statistics.median(times),
+            times,
+            rows,
+        )
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """Plain values, with the two errors spelled out."""
+    return {**asdict(row), "peak_error": row.peak_error, "time_error": row.time_error}

@@ -1,0 +1,94 @@
+"""What `Measured` adds to an op that ran alone: exact where it is a model, only its sign where it is a measurement."""
+
+import pytest
+import torch
+
+from rematree.cost import Measured
+from rematree.surroundings import Recency, cache_bytes, measure_cold_rate, measure_overhead
+from rematree.units import KIB, MIB
+
+
+def tensor(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def test_what_was_never_touched_is_cold_and_what_was_just_touched_is_not() -> None:
+    recency = Recency(rate=1.0, capacity=100 * KIB)
+    a, out = tensor(4 * KIB), tensor(2 * KIB)
+    assert recency.touch([a], [out]) == 6 * KIB
+    assert recency.touch([a, out], []) == 0
+
+
+def test_a_new_output_is_cold_and_a_changed_operand_is_no_output() -> None:
+    recency = Recency(rate=1.0, capacity=100 * KIB)
+    a, out = tensor(4 * KIB), tensor(2 * KIB)
+    recency.touch([a], [out])
+    assert recency.touch([a], [tensor(3 * KIB)]) == 3 * KIB
+    assert recency.touch([a], [a]) == 0
+
+
+def test_an_operand_is_forgotten_when_more_than_the_cache_holds_was_touched_since() -> None:
+    recency = Recency(rate=1.0, capacity=20 * KIB)
+    a = tensor(2 * KIB)
+    others = [tensor(5 * KIB) for _ in range(5)]
+    recency.touch([a], [])
+    for other in others[:4]:
+        recency.touch([other], [])
+    assert recency.touch([a], []) == 0  # 20 KiB since: just held
+    for other in others:
+        recency.touch([other], [])
+    assert recency.touch([a], []) == 2 * KIB
+
+
+def test_views_of_one_storage_count_once_and_an_expanded_tensor_counts_what_it_has() -> None:
+    recency = Recency(rate=1.0, capacity=100 * KIB)
+    a = tensor(4 * KIB)
+    assert recency.touch([a, a[: 2 * KIB], a.view(2, -1)], []) == 4 * KIB
+    assert recency.touch([tensor(1).expand(4 * KIB)], []) == 1
+
+
+@pytest.mark.parametrize(("size", "share"), [(10, 1.0), (50, 0.75), (75, 0.375), (100, 0.0), (200, 0.0)])
+def test_an_op_too_large_for_the_cache_was_cold_alone_already(size: int, share: float) -> None:
+    recency = Recency(rate=1.0, capacity=100 * KIB)
+    assert recency.touch([tensor(size * KIB)], []) == size * KIB * share
+
+
+def test_the_rates_are_those_of_a_machine() -> None:
+    assert MIB <= cache_bytes() <= 64 * MIB
+    assert 0 <= measure_cold_rate() < 1e-6
+    assert 0 < measure_overhead() < 1e-2
+
+
+def test_an_op_costs_more_where_its_operands_are_far() -> None:
+    cost = Measured(torch.device("cpu"))
+    a, b = torch.ones(MIB // 4), torch.ones(MIB // 4)
+    add = torch.ops.aten.add.Tensor
+    first = cost.price(add, (a, b), {}, [a + b])
+    cost._recency = Recency(1e-9, 100 * MIB)
+    far = cost.price(add, (a, b), {}, [a + b])
+    near = cost.price(add, (a, b), {}, [a + b])
+    assert len(cost) == 1
+    assert first.workspace_bytes == far.workspace_bytes == near.workspace_bytes == MIB
+    assert far.seconds - near.seconds == pytest.approx(2 * MIB * 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((64, 32), (4, 32, 16)), ((4, 16, 32), (32, 64)), ((16, 64), (64, 32))], ids=["2x3", "3x2", "2x2"]
+)
+def test_a_grouped_matmul_is_priced_on_groups_of_one_size(
+    a: tuple[int, ...], b: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    import rematree.cost
+
+    balance = rematree.cost._balance_groups
+
+    def spy(*args: torch.Tensor) -> None:
+        balance(*args)
+        seen.append(args[2].tolist())
+
+    monkeypatch.setattr(rematree.cost, "_balance_groups", spy)
+    args = (torch.ones(a), torch.ones(b), torch.tensor([16, 32, 48, 64], dtype=torch.int32))
+    out = torch.ops.aten._grouped_mm.default(*args)
+    Measured(torch.device("cpu")).price(torch.ops.aten._grouped_mm.default, args, {}, [out])
+    assert seen == [[16, 32, 48, 64]]
