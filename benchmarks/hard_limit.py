@@ -31,8 +31,10 @@ from rematree.units import KIB, format_bytes
 
 DIED, REFUSED = 17, 3  # exit codes of a child: out of memory, plan infeasible
 ROWS, TOKENS, VOCABULARY = 4, 512, 32000
-# The budget in smallest peaks. The allowance is larger: what a heap frees comes back in pieces, and Python needs some.
+# The budget in smallest peaks. The allowance is larger: Python and libraries need memory of their own.
 ROOM = 1.1
+# Larger tensors are mapped one by one, in every run alike: a heap would keep what is freed, in pieces that fit nothing.
+MAPPED_FROM = 256 * KIB
 
 
 def data_bytes() -> int:
@@ -172,7 +174,8 @@ def child(part: str, folder: Path, **numbers: int) -> tuple[int, dict[str, Any]]
     """Run `part` of this file in a process of its own: its exit code and what it printed."""
     command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--folder", str(folder)]
     command += ["--numbers", json.dumps(numbers)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MAPPED_FROM)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     lines = done.stdout.strip().splitlines()
     if not lines or not lines[-1].startswith("{"):
         return done.returncode, {"said": (done.stderr.strip().splitlines() or ["nothing"])[-1][:100]}
