@@ -164,7 +164,7 @@ def test_a_model_on_meta_is_the_model(model: torch.nn.Module) -> None:
 
 
 def test_a_plan_for_a_device_that_is_not_here(model: torch.nn.Module) -> None:
-    batch = batch_for(model)
+    batch = batch_for(model, rows=256)  # above the allocator's smallest segments
     planner = Planner(model.to("meta"), batch, device=torch.device("cuda"), capability=(9, 0), cost=COST)
     least, most = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
     assert least < most
