@@ -193,7 +193,7 @@ class Planner:
         """
         limits = [None if budget is None else parse_bytes(budget) for budget in budgets]
         for limit in limits:
-            self._search(self._top if limit is None else limit)
+            self._search(self._top + self._fixed if limit is None else limit)
         found: list[Plan] = []
         for limit in limits:
             entry = self._best_within(limit if limit is not None else sys.maxsize)
