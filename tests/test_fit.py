@@ -81,8 +81,8 @@ def test_the_answer_fits_and_the_next_value_does_not(
 @pytest.mark.parametrize(
     ("find", "words", "option"),
     [
-        ("batch-size", ["--lora-r", "4", "--max-length", "32", "--budget", "1MiB"], "--batch-size"),
-        ("max-length", ["--lora-r", "4", "--batch-size", "2", "--budget", "700KiB"], "--max-length"),
+        ("batch-size", ["--lora-r", "4", "--max-length", "32", "--budget", "560MiB"], "--batch-size"),
+        ("max-length", ["--lora-r", "4", "--batch-size", "128", "--budget", "600MiB"], "--max-length"),
     ],
 )
 def test_what_is_found_fits_and_the_next_value_is_refused(model: str, find: str, words: list[str], option: str) -> None:
@@ -265,7 +265,8 @@ def test_bad_input_says_what_is_wrong(words: list[str], message: str) -> None:
 
 
 def test_what_would_work_works(model: str) -> None:
-    words = [model, *ADAPTERS, "--batch-size", "8", "--max-length", "128", "--device", "rtx-4090", "--budget", "2MiB"]
+    shape = ["--batch-size", "128", "--max-length", "128"]
+    words = [model, *ADAPTERS, *shape, "--forbid", "chunked_loss", "--device", "rtx-4090", "--budget", "600MiB"]
     outcome = rematree("plan", *words)
     assert outcome.code == 3
     assert outcome.err.count("rematree plan") >= 2

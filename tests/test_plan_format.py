@@ -92,6 +92,7 @@ WRITTEN: dict[str, Any] = {
     },
     "notes": ["the blocks were not found; planned in coarser regions"],
     "versions": {"torch": "2.13.0"},
+    "run": {},
 }
 
 
