@@ -19,7 +19,7 @@ from torch import nn
 
 import rematree
 from rematree.finetune.compare import Batch, hf_checkpointing, train_step, weights_kept
-from rematree.integrations.bitsandbytes import quantisation_config
+from rematree.integrations.bitsandbytes import Quantisation, quantisation_config
 from rematree.measure import PeakMeter
 from rematree.planning import Planner
 
@@ -167,7 +167,7 @@ def build_model(cell: Cell, device: torch.device) -> Any:
     dtype = getattr(torch, cell.dtype)
     model: Any = FAMILIES[cell.family]().to(dtype)
     if cell.mode == "qlora-nf4":
-        packed = quantisation_config(4, quant_type="nf4", double_quant=True, compute_dtype=dtype)
+        packed = quantisation_config(Quantisation(4), compute_dtype=dtype)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             place = {"device_map": {"": device}} if device.type == "cuda" else {}
