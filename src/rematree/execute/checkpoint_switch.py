@@ -102,7 +102,7 @@ class Switch:
                 if callable(getattr(root, name, None)):
                     self._set(root, name, functools.partial(method, root))
 
-    def _outermost(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _outermost(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return inner(*args, **kwargs)
         if not torch.is_grad_enabled():
@@ -111,7 +111,7 @@ class Switch:
             self._check.forward_begins()
         return inner(*args, **kwargs)
 
-    def _without_graph(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _without_graph(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """`inner` with the flags down: transformers' models in training mode make no cache where they are up.
 
         Also under `no_grad`, where nothing is recomputed: text generated between two training steps would be another.
@@ -211,7 +211,7 @@ class Switch:
         self._check.remove()
 
 
-def _look_at_flag(block: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _look_at_flag(block: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     function: Any = block.__dict__.get(FUNCTION)
     if function is not None and block.__dict__.get(FLAG) and block.training:
         return function(functools.partial(inner, **kwargs), *args)

@@ -95,7 +95,7 @@ class _Adapters:
         self._layer = layer
         self._active: Any = _copied(layer._active_adapter)
         self._disabled: bool = layer._disable_adapters
-        self._merged = tuple(layer.merged_adapters)
+        self._merged = tuple(getattr(layer, "merged_adapters", ()))
         self._scaling: dict[str, Any] = dict(getattr(layer, "scaling", {}))
         self._names = _names_of(layer)
 
@@ -106,7 +106,7 @@ class _Adapters:
             RecomputeMismatchError: adapters were merged, unmerged or deleted since.
         """
         layer = self._layer
-        merged = tuple(layer.merged_adapters)
+        merged = tuple(getattr(layer, "merged_adapters", ()))
         if merged != self._merged:
             raise RecomputeMismatchError(
                 f"{region}: adapters {list(merged)} are merged now, {list(self._merged)} were in forward; "
@@ -139,7 +139,10 @@ def _names_of(layer: Any) -> frozenset[str]:
 
 def _adapters_of(modules: list[nn.Module]) -> list[_Adapters]:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    return [] if tuners is None else [_Adapters(m) for m in modules if isinstance(m, tuners.BaseTunerLayer)]
+    if tuners is None:
+        return []
+    kinds = (tuners.BaseTunerLayer, sys.modules["peft.utils.other"].AuxiliaryTrainingWrapper)  # modules_to_save
+    return [_Adapters(m) for m in modules if isinstance(m, kinds)]
 
 
 class _Hooks:

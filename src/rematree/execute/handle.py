@@ -98,7 +98,7 @@ class Handle:
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and unwrap(self._model).training
 
-    def _without_cache(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _without_cache(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if self._trains():  # R7
             if kwargs.get("use_cache") and not self._said_cache:
                 self._said_cache = True
@@ -106,7 +106,7 @@ class Handle:
             kwargs["use_cache"] = False
         return inner(*args, **kwargs)
 
-    def _outermost(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _outermost(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if self._trains():
             if self._check is not None:
                 self._check.forward_begins()

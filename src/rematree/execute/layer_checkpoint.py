@@ -137,7 +137,14 @@ class LayerCheckpoint:
         self._module = module
         self._known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}  # a copy finds out for itself; weak references cannot be pickled
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._known = WeakKeyDictionary()
+
+    def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.options.run(function, args, kwargs)
         if isinstance(function, functools.partial):  # transformers binds the layer and the keyword arguments
@@ -148,7 +155,9 @@ class LayerCheckpoint:
         module = self._module if layer is None else layer
         if not builds_graph(module, args, kwargs):
             return function(*args, **kwargs)
-        known = self._known.setdefault(module, _Known(has_router(module)))
+        known = self._known.get(module)
+        if known is None:
+            known = self._known[module] = _Known(has_router(module))
         call = _Call(
             function, self.region, World(module, [], known.buffers), keeps_random=not self.options.preserve_rng_state
         )
@@ -162,7 +171,7 @@ class LayerCheckpoint:
             arguments.refuse_outputs_in(args, kwargs)
         else:
             call.arguments = arguments
-            out = self.options.run(call, args, kwargs)
+            out = self.options.run(functools.partial(call, **kwargs), args, {})
         _end_peft_hooks(module)
         return out
 

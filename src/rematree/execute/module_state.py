@@ -12,7 +12,7 @@ of tensors that stand for several (DTensor, quantised subclasses), and of weight
 import contextlib
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rematree.errors import RecomputeMismatchError
 
+_SMALL: Final = 4096  # elements; such a buffer is copied at every call, since it may change for the first time
 _STATISTICS: Final = nn.modules.batchnorm._NormBase  # pyright: ignore[reportPrivateUsage]
 
 
@@ -40,16 +41,19 @@ class ModuleState:
         A walk over parameters and buffers; the first call copies every buffer for its own duration.
     """
 
-    __slots__ = ("_before", "_changing", "_marks", "_module")
+    __slots__ = ("_before", "_changing", "_marks", "_module", "_places")
 
     def __init__(self, module: nn.Module, changing: ChangingBuffers) -> None:
         self._module = module
         self._changing = changing
         buffers = list(module.named_buffers())
         if changing.names is not None:
-            buffers = [(name, buffer) for name, buffer in buffers if name in changing.names]
+            buffers = [(name, buffer) for name, buffer in buffers if name in changing.names or buffer.numel() <= _SMALL]
         self._before: dict[str, tuple[Tensor, Tensor]] = {name: (b, b.detach().clone()) for name, b in buffers}
-        self._marks = [(t, _mark(t)) for t in (*module.parameters(), *module.buffers())]
+        held: list[dict[str, Any]] = [d for part in module.modules() for d in (part._parameters, part._buffers)]
+        self._places = [(place, dict(place)) for place in held if place]
+        tensors = {id(t): t for _, then in self._places for t in then.values() if t is not None}
+        self._marks = [(tensor, _mark(tensor)) for tensor in tensors.values()]
 
     def settle(self) -> None:
         """The forward is over: whatever it changed by itself is no reason to refuse the rerun."""
@@ -85,6 +89,16 @@ class ModuleState:
                     "through the recomputation would belong to other weights",
                     remedies=["call backward before the optimizer's step and before loading or merging weights"],
                 )
+        with contextlib.ExitStack() as undo:
+            for place, then in self._places:  # a tensor that was assigned since: autograd keeps the old one as well
+                if place.keys() != then.keys() or any(place[name] is not then[name] for name in then):
+                    undo.callback(_replace, place, dict(place))
+                    _replace(place, then)
+            undo.enter_context(self._values_restored())
+            yield
+
+    @contextlib.contextmanager
+    def _values_restored(self) -> Generator[None]:
         if not self._before:
             yield
             return
@@ -103,6 +117,13 @@ class ModuleState:
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Differs after a write that autograd counts, and after the tensor was given another storage."""
-    if is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "ds_id"):
+    if tensor.is_inference():  # no version counts, and nothing writes to it where gradients are recorded
+        return 0, 0
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "ds_id"):
         return tensor._version, 0
     return tensor._version, tensor.untyped_storage()._cdata
+
+
+def _replace(place: dict[str, Any], wanted: dict[str, Any]) -> None:
+    place.clear()
+    place.update(wanted)

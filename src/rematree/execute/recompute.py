@@ -10,6 +10,7 @@ the rerun are matched to those of the forward by order, and the rerun stops when
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -137,6 +138,22 @@ class _Rerun:
     cursor: int = 0  # index of the next saved call
 
 
+class _EachRerun:
+    """`open()` anew each time it is entered: torch asks for one context, and enters it in every backward of a graph."""
+
+    def __init__(self, open: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._open = open
+        self._entered: list[contextlib.AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self._open()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
+
+
 class _Plain:
     """Inside a saved region: nothing there is run again, so nothing is noted."""
 
@@ -173,7 +190,7 @@ class Executor:
         running = self._running.get(threading.get_ident())
         return running[-1] if running else None
 
-    def recompute(self, region: str, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def recompute(self, region: str, module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call `inner`, keeping only its inputs, what inner Save regions keep, and the means to rerun it."""
         if not builds_graph(module, args, kwargs):  # R6, R7
             return inner(*args, **kwargs)
@@ -197,12 +214,11 @@ class Executor:
                 return inner(*args, **kwargs)
 
         out = checkpoint(
-            body,
+            functools.partial(body, **kwargs),  # the region's own names may be those of torch's options
             *args,
             use_reentrant=False,
             preserve_rng_state=False,  # R4: the frame restores it, and only where something was drawn
-            context_fn=lambda: (contextlib.nullcontext(), self._rerun(frame)),
-            **kwargs,
+            context_fn=lambda: (contextlib.nullcontext(), _EachRerun(functools.partial(self._rerun, frame))),
         )
         for written in frame.finish(self._random_now()):
             if self._watcher is not None:
@@ -225,7 +241,7 @@ class Executor:
             if self._watcher is not None:
                 self._watcher.recomputation(entered=False)
 
-    def save(self, region: str, stash: bool, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def save(self, region: str, stash: bool, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call `inner` so that the recomputation around it need not run it again. Plain when there is none."""
         around = self._innermost()
         if isinstance(around, _Rerun):
@@ -248,12 +264,12 @@ class Executor:
         p: float = module.p  # pyright: ignore[reportAssignmentType]
         if isinstance(around, _Rerun):
             # What the forward did decides, not x: here it may be a placeholder, which has another layout.
-            calls = around.frame.calls
-            if around.cursor >= len(calls) or calls[around.cursor].region != region:
-                return inner(x)
             (bits,) = self._next_call(region, around).leaves
-            return x * unpack(bits, x.shape, x.dtype, p)
-        if not isinstance(around, _Frame) or not mask_can_be_kept(module, x):
+            return inner(x) if bits is None else x * unpack(bits, x.shape, x.dtype, p)
+        if not isinstance(around, _Frame):
+            return inner(x)
+        if not mask_can_be_kept(module, x):
+            around.calls.append(_Call(region, [None], _ONE, None))  # drawn again; the module may be called once more
             return inner(x)
         before = self._random_now()
         drawn = draw(x, p)

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +69,9 @@ class AdapterCheck:
         self._unsure = 0
         self._watch()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied._model, copied._adapters, copied._heard, copied._hooks = None, [], {}, []
-        copied._result, copied._task, copied._unsure = (), -1, 0
-        copied._ended = copied._ended_inside = False
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = {"_model": None, "_adapters": [], "_heard": {}, "_hooks": [], "_result": (), "_task": -1}
+        return {**fresh, "_ended": False, "_ended_inside": False, "_unsure": 0}
 
     @property
     def silent(self) -> tuple[str, ...]:
@@ -187,6 +183,10 @@ class AdapterCheck:
 
     def _report(self) -> None:
         silent = self._silent()
+        if self._heard and len(silent) == len(self._adapters):  # gradients came, all zero: this step's loss was flat
+            self._heard.clear()
+            self._task, self._ended, self._ended_inside, self._unsure = -1, False, False, 0
+            return
         self._result = tuple(self._label(adapter) for adapter in silent)
         said = self._message(silent)
         self._stop()  # first: where warnings are errors, the next line raises
