@@ -251,7 +251,7 @@ class Plan:
             raise UsageError(f"not a plan: {error}") from error
         if not isinstance(data, dict) or "format" not in data:
             raise UsageError("not a plan: no format version in it")
-        entries: dict[str, Any] = {"run": {}, **data}  # plans of versions before 0.2 do not say what was asked for
+        entries: dict[str, Any] = {**data}
         version: Any = entries.pop("format")
         if type(version) is not int or version != PLAN_FORMAT:
             raise UsageError(f"plan of another format version; this library reads version {PLAN_FORMAT}")
