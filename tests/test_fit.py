@@ -152,12 +152,6 @@ def test_a_plan_says_what_it_was_made_for(stored: Path, model: str) -> None:
     assert "full" not in plan.run
 
 
-def test_plans_that_do_not_say_it_are_still_read(stored: Path) -> None:
-    data = json.loads(stored.read_text())
-    del data["run"]
-    assert Plan.from_json(json.dumps(data)).run == {}
-
-
 def settings_of_trl() -> set[str]:
     from dataclasses import fields
 
