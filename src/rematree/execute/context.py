@@ -15,7 +15,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_any
 
 from rematree.errors import RecomputeMismatchError
-from rematree.execute.module_state import ChangingBuffers, ModuleState
+from rematree.execute.module_state import ChangingBuffers, ModuleState, replace_entries
 
 _STATE_BYTES: Final = 5056  # of torch.get_rng_state()
 _HOOKS: Final = (
@@ -125,8 +125,7 @@ class _Adapters:
                 setattr(layer, name, _copied(then))
         present = getattr(layer, "scaling", {})
         if present != self._scaling:
-            undo.callback(_replace, present, dict(present))
-            _replace(present, self._scaling)
+            replace_entries(present, self._scaling, undo)
 
 
 def _copied(value: Any) -> Any:
@@ -163,17 +162,11 @@ class _Hooks:
             for position, name in enumerate(_HOOKS):
                 live, wanted = getattr(module, name), {} if kept is None else kept[position]
                 if live != wanted:
-                    undo.callback(_replace, live, dict(live))
-                    _replace(live, wanted)
+                    replace_entries(live, wanted, undo)
 
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
-def _replace(live: dict[Any, Any], wanted: dict[Any, Any]) -> None:
-    live.clear()  # in place: whoever registered a hook removes it from this very dict
-    live.update(wanted)
 
 
 class World:

@@ -92,8 +92,7 @@ class ModuleState:
         with contextlib.ExitStack() as undo:
             for place, then in self._places:  # a tensor that was assigned since: autograd keeps the old one as well
                 if place.keys() != then.keys() or any(place[name] is not then[name] for name in then):
-                    undo.callback(_replace, place, dict(place))
-                    _replace(place, then)
+                    replace_entries(place, then, undo)
             undo.enter_context(self._values_restored())
             yield
 
@@ -124,6 +123,12 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
     return tensor._version, tensor.untyped_storage()._cdata
 
 
-def _replace(place: dict[str, Any], wanted: dict[str, Any]) -> None:
-    place.clear()
-    place.update(wanted)
+def replace_entries(live: dict[Any, Any], wanted: dict[Any, Any], undo: contextlib.ExitStack) -> None:
+    """Give `live` the entries of `wanted` until `undo` closes; in place, because others hold this very dict."""
+    undo.callback(_fill, live, dict(live))
+    _fill(live, wanted)
+
+
+def _fill(live: dict[Any, Any], wanted: dict[Any, Any]) -> None:
+    live.clear()
+    live.update(wanted)
