@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_any
 
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.module_state import ChangingBuffers, ModuleState, replace_entries
+from rematree.execute.routing import has_router
 
 _STATE_BYTES: Final = 5056  # of torch.get_rng_state()
 _HOOKS: Final = (
@@ -167,6 +168,19 @@ class _Hooks:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+class Known:
+    """What does not change from call to call of a region.
+
+    Attributes:
+        routes: It chooses experts.
+        buffers: Those its own forward changes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.routes = has_router(module)
+        self.buffers = ChangingBuffers()
 
 
 class World:

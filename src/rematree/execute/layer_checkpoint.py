@@ -27,10 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.arguments import Arguments, is_cache
-from rematree.execute.context import RandomState, World, builds_graph
+from rematree.execute.context import Known, RandomState, World, builds_graph
 from rematree.execute.input_grads import require_grad
-from rematree.execute.module_state import ChangingBuffers
-from rematree.execute.routing import Routing, has_router
+from rematree.execute.routing import Routing
 
 _DETERMINISM: Final = ("default", "none")
 
@@ -135,7 +134,7 @@ class LayerCheckpoint:
         self.region = region
         self.options = options
         self._module = module
-        self._known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None}  # a copy finds out for itself; weak references cannot be pickled
@@ -157,7 +156,7 @@ class LayerCheckpoint:
             return function(*args, **kwargs)
         known = self._known.get(module)
         if known is None:
-            known = self._known[module] = _Known(has_router(module))
+            known = self._known[module] = Known(module)
         call = _Call(
             function, self.region, World(module, [], known.buffers), keeps_random=not self.options.preserve_rng_state
         )
@@ -196,14 +195,6 @@ def _end_peft_hooks(module: nn.Module) -> None:
     hooks: list[Any] = getattr(module, "_peft_gradient_checkpointing_forward_hooks", [])
     while hooks:
         hooks.pop().remove()
-
-
-class _Known:
-    """What does not change from call to call of a layer."""
-
-    def __init__(self, routes: bool) -> None:
-        self.routes = routes
-        self.buffers = ChangingBuffers()
 
 
 class _Call:

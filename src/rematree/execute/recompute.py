@@ -24,10 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.arguments import Arguments
-from rematree.execute.context import Captured, RandomState, World, builds_graph
+from rematree.execute.context import Captured, Known, RandomState, World, builds_graph
 from rematree.execute.dropout import draw, mask_can_be_kept, pack, scale, unpack
-from rematree.execute.module_state import ChangingBuffers
-from rematree.execute.routing import Routing, has_router
+from rematree.execute.routing import Routing
 
 _ONE: Final = tree_structure(0)
 
@@ -167,8 +166,7 @@ class Executor:
     def __init__(self, watcher: Watcher | None = None) -> None:
         self.captured: list[Captured] = []
         self._running: dict[int, list[_Frame | _Rerun | _Plain]] = {}
-        self._buffers: dict[str, ChangingBuffers] = {}
-        self._routers: dict[str, bool] = {}
+        self._known: dict[str, Known] = {}
         self._watcher = watcher
 
     def _random_now(self) -> RandomState | None:
@@ -194,13 +192,14 @@ class Executor:
         """Call `inner`, keeping only its inputs, what inner Save regions keep, and the means to rerun it."""
         if not builds_graph(module, args, kwargs):  # R6, R7
             return inner(*args, **kwargs)
-        if region not in self._routers:
-            self._routers[region] = has_router(module)
+        known = self._known.get(region)
+        if known is None:
+            known = self._known[region] = Known(module)
         frame = _Frame(
             region,
-            World(module, self.captured, self._buffers.setdefault(region, ChangingBuffers())),
+            World(module, self.captured, known.buffers),
             Arguments(region, args, kwargs),
-            Routing() if self._routers[region] else None,
+            Routing() if known.routes else None,
             self._random_now(),
         )
 
