@@ -38,7 +38,7 @@ from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter, storage_bytes
 from rematree.observe import Twin
 from rematree.planning import Planner
-from rematree.plans import Action, Decision, Plan
+from rematree.plans import Action, Decision, Levers, Plan
 from rematree.quantised import hidden_tensors
 from rematree.regions import find_chain
 from rematree.simulate import Referee
@@ -208,7 +208,7 @@ def upcasts(config: TrainConfig) -> dict[str, Any]:
         twin = Twin(model, batch)
         referee = Referee(twin, blocks, rematree.Measured(torch.device("cpu")))
         decisions = {path: Decision(Action.RECOMPUTE) for path in blocks}
-        predicted = referee.run(decisions, None).peak_bytes
+        predicted = referee.run(Levers(decisions)).peak_bytes
         plan = Plan(decisions, None, None, 0, 0.0, (), (), describe_model(model))
         with weights_kept(model, config.learning_rate) as optimizer, rematree.apply(plan, model):
             train_step(model, optimizer, batch, config.max_grad_norm)

@@ -13,6 +13,7 @@ from rematree.cost import Roofline
 from rematree.errors import UsageError
 from rematree.observe import Twin, TwinMode
 from rematree.planning import Planner
+from rematree.plans import Levers
 from rematree.regions import find_chain
 from rematree.simulate import Referee
 
@@ -159,7 +160,7 @@ def test_a_model_on_meta_is_the_model(model: torch.nn.Module) -> None:
     for each, inputs in ((model, batch), (bare, {k: v.to("meta") for k, v in batch.items()})):
         twin = Twin(each, inputs, device=CUDA)
         assert {p.device for p in twin.model.parameters()} == {CUDA}
-        results.append(Referee(twin, find_chain(twin.model).blocks, COST).run({}, None))
+        results.append(Referee(twin, find_chain(twin.model).blocks, COST).run(Levers()))
     assert results[0] == results[1]
 
 

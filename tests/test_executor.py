@@ -15,7 +15,7 @@ from rematree.errors import PlanMismatchError, RecomputeMismatchError, UsageErro
 from rematree.execute.dropout import draw, pack, packed_bytes, scale, unpack
 from rematree.measure import PeakMeter
 from rematree.planning import Planner
-from rematree.plans import Action, Decision
+from rematree.plans import Action, Decision, Levers
 
 COST = Roofline(5e10, 1e10)
 
@@ -218,7 +218,7 @@ def test_generator_states_are_part_of_the_prediction() -> None:
         decisions[block] = Decision(Action.RECOMPUTE)
         for name in ("q_proj", "o_proj"):  # what is between them draws again
             decisions[f"{block}.self_attn.{name}.lora_dropout.default#draw"] = Decision(Action.SAVE)
-    predicted = planner._referee.run(decisions, None).peak_bytes
+    predicted = planner._referee.run(Levers(decisions)).peak_bytes
     with rematree.apply(dataclasses.replace(planner.plan(None), decisions=decisions), model):
         model(**batch).loss.backward()
         model.zero_grad(set_to_none=True)

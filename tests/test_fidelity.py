@@ -14,7 +14,7 @@ from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter
 from rematree.observe import Twin
 from rematree.optimizers import Optimizer, make_optimizer
-from rematree.plans import Action, Decision, Plan
+from rematree.plans import Action, Decision, Levers, Plan
 from rematree.regions import find_chain
 from rematree.simulate import Referee, Simulation
 from rematree.units import KIB, MIB
@@ -99,7 +99,7 @@ def simulated(
 ) -> Simulation:
     """The plain step as a plan's numbers come from it."""
     twin = Twin(model, batch)
-    return Referee(twin, find_chain(twin.model).blocks, cost, optimizer, accumulate).run({}, None)
+    return Referee(twin, find_chain(twin.model).blocks, cost, optimizer, accumulate).run(Levers())
 
 
 def where(simulation: Simulation) -> str:
@@ -129,7 +129,7 @@ def test_a_peak_in_a_recomputation(cost: Measured) -> None:
     blocks = find_chain(twin.model).blocks
     referee = Referee(twin, blocks, cost)
     decisions = {path: Decision(Action.RECOMPUTE) for path in blocks}
-    found = referee.run(decisions, 32)
+    found = referee.run(Levers(decisions, 32))
     assert where(found).startswith("backward")
     optimizer = make_optimizer("adamw", trained(model))
     with rematree.apply(Plan(decisions, 32, None, 0, 0.0, (), (), describe_model(model)), model):

@@ -15,7 +15,7 @@ from rematree.cost import Roofline
 from rematree.execute.attention import attention_modules
 from rematree.folding import fold, list_of, whole
 from rematree.observe import Twin
-from rematree.plans import Action, Decision
+from rematree.plans import Action, Decision, Levers
 from rematree.regions import find_chain, inner_regions
 from rematree.simulate import Referee, Simulation
 
@@ -125,7 +125,7 @@ def test_one_choice_for_all(pair: Pair) -> None:
     folded, full = pair
     for index in (0, 2):
         decisions = decide(folded, [index] * 12)
-        assert_equal(folded.run(decisions, None), full.run(decisions, None))
+        assert_equal(folded.run(Levers(decisions)), full.run(Levers(decisions)))
     assert folded._container is not None, "nothing was left out"
 
 
@@ -139,7 +139,7 @@ def test_runs_of_choices(pair: Pair, runs: list[tuple[int, int]], rows: int | No
     chosen = [index for index, length in runs for _ in range(length)]
     chosen = (chosen + [0] * 12)[:12]
     decisions = decide(folded, chosen)
-    assert_equal(folded.run(decisions, rows), full.run(decisions, rows))
+    assert_equal(folded.run(Levers(decisions, rows)), full.run(Levers(decisions, rows)))
     assert folded._container is not None
 
 
@@ -149,7 +149,7 @@ def test_gradients_that_persist(tmp_path: Path) -> None:
     blocks = find_chain(twin.model).blocks
     folded, full = (Referee(twin, blocks, COST, accumulate=True, folds=folds) for folds in (True, False))
     decisions = decide(folded, [1] * 6 + [0] * 6)
-    assert_equal(folded.run(decisions, None), full.run(decisions, None))
+    assert_equal(folded.run(Levers(decisions)), full.run(Levers(decisions)))
     assert folded._container is not None
 
 
@@ -197,7 +197,7 @@ def test_a_chain_whose_blocks_see_further_is_run_whole() -> None:
     twin = Twin(model, {"x": torch.ones(4, 8)})
     blocks = find_chain(twin.model).blocks
     folded, full = Referee(twin, blocks, COST), Referee(twin, blocks, COST, folds=False)
-    assert_equal(folded.run({}, None), full.run({}, None))
+    assert_equal(folded.run(Levers()), full.run(Levers()))
     assert folded._container is None
 
 

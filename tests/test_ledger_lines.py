@@ -16,7 +16,7 @@ from rematree.measure import storage_bytes
 from rematree.observe import Twin
 from rematree.optimizers import Optimizer
 from rematree.planning import Planner
-from rematree.plans import Action, Decision, LedgerLine, Plan
+from rematree.plans import Action, Decision, LedgerLine, Levers, Plan
 from rematree.price import Cost, Free, Overhead
 from rematree.quantised import hidden_tensors
 from rematree.regions import find_chain
@@ -41,7 +41,7 @@ def simulate(
     twin = Twin(model, batch_for(model, rows=4, tokens=tokens))
     blocks = find_chain(twin.model).blocks
     decisions = {path: Decision(Action.RECOMPUTE) for path in blocks} if recompute else {}
-    return Referee(twin, blocks, cost, optimizer, accumulate).run(decisions, rows)
+    return Referee(twin, blocks, cost, optimizer, accumulate).run(Levers(decisions, rows))
 
 
 def lines(plan: Plan) -> dict[str, LedgerLine]:

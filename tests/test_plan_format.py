@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rematree.errors import PlanMismatchError, UsageError
-from rematree.plans import PLAN_FORMAT, Action, BlockRow, Decision, Fingerprint, LedgerLine, Plan
+from rematree.plans import PLAN_FORMAT, Action, BlockRow, Decision, Fingerprint, LedgerLine, Levers, Plan
 
 SIZES = st.integers(0, 2**50)
 SECONDS = st.floats(allow_nan=False, allow_infinity=False)
@@ -35,6 +35,10 @@ PLANS = st.builds(
     ledger=st.lists(st.builds(LedgerLine, NAMES, SIZES, NAMES), max_size=3).map(tuple),
     rows=st.lists(st.builds(BlockRow, NAMES, NAMES, SIZES, SECONDS), max_size=3).map(tuple),
     fingerprint=FINGERPRINTS,
+    lean=st.lists(NAMES, max_size=2).map(tuple),
+    compiled=st.dictionaries(NAMES, st.floats(0, 1), max_size=2),
+    groups=st.lists(st.lists(NAMES, max_size=3).map(tuple), max_size=2).map(tuple),
+    bound_seconds=st.none() | SECONDS,
     notes=st.lists(NAMES, max_size=2).map(tuple),
     versions=st.dictionaries(NAMES, NAMES, max_size=2),
 )
@@ -61,12 +65,16 @@ PLAN = Plan(
     ledger=(LedgerLine("base weights, bf16", 600, "counted"), LedgerLine("saved tensors", 300, "simulated")),
     rows=(BlockRow("layers.0", "recompute, save mlp.up_proj", 300, 0.125),),
     fingerprint=FINGERPRINT,
+    lean=("layers.1.mlp.up_proj",),
+    compiled={"layers.2": 0.5},
+    groups=(("layers.3", "layers.4"),),
+    bound_seconds=0.375,
     notes=("the blocks were not found; planned in coarser regions",),
     versions={"torch": "2.13.0"},
 )
 # Stored plans outlive the library: a change here needs a new PLAN_FORMAT and a line in CHANGELOG.md.
 WRITTEN: dict[str, Any] = {
-    "format": 2,
+    "format": 3,
     "decisions": {
         "layers.0": ["recompute", False],
         "layers.0.mlp.up_proj": ["save", False],
@@ -90,6 +98,10 @@ WRITTEN: dict[str, Any] = {
         "device": "cpu",
         "attention": "sdpa",
     },
+    "lean": ["layers.1.mlp.up_proj"],
+    "compiled": {"layers.2": 0.5},
+    "groups": [["layers.3", "layers.4"]],
+    "bound_seconds": 0.375,
     "notes": ["the blocks were not found; planned in coarser regions"],
     "versions": {"torch": "2.13.0"},
     "run": {},
@@ -126,7 +138,7 @@ def test_a_missing_field_is_refused(name: str) -> None:
     )
 
 
-ANOTHER_FORMAT = "plan of another format version; this library reads version 2"
+ANOTHER_FORMAT = "plan of another format version; this library reads version 3"
 
 
 @pytest.mark.parametrize(
@@ -216,9 +228,21 @@ def test_what_follows_from_the_fields() -> None:
     assert PLAN.headroom_bytes == 100
     assert dataclasses.replace(PLAN, budget_bytes=None).headroom_bytes is None
     assert not PLAN.exact
-    assert dataclasses.replace(PLAN, loss_chunk_rows=None).exact
+    assert not dataclasses.replace(PLAN, loss_chunk_rows=None).exact
+    assert dataclasses.replace(PLAN, loss_chunk_rows=None, compiled={}).exact
     assert PLAN.recomputes
-    assert not dataclasses.replace(PLAN, decisions={"layers.0": Decision(Action.SAVE)}).recomputes
+    saves = {"layers.0": Decision(Action.SAVE)}
+    assert dataclasses.replace(PLAN, decisions=saves).recomputes
+    assert not dataclasses.replace(PLAN, decisions=saves, groups=()).recomputes
+    assert Plan.of(PLAN.levers, FINGERPRINT).levers == PLAN.levers
+
+
+def test_levers_without_some_blocks() -> None:
+    left = PLAN.levers.without({"layers.0", "layers.3"})
+    assert left == Levers({}, 128, PLAN.lean, PLAN.compiled, (("layers.4",),))
+    assert PLAN.levers.without({"layers.1", "layers.2"}).lean == ()
+    assert PLAN.levers.without({"layers.1", "layers.2"}).compiled == {}
+    assert PLAN.levers.without(set()) == PLAN.levers
     assert sum(line.num_bytes for line in PLAN.ledger) == PLAN.predicted_peak_bytes
 
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 from torch import nn
 
 from rematree.ledger import Ledger, OpRecord, Segment
-from rematree.plans import Decision
+from rematree.plans import Levers
 from rematree.regions import POSITIONAL_ATTRIBUTES, block_kind
 
 _OUTSIDE: Final = object()
@@ -136,16 +136,15 @@ def block_kinds(model: nn.Module, blocks: Sequence[str]) -> list[int]:
     return kinds
 
 
-def relative_decisions(
-    container: str, blocks: Sequence[str], decisions: Mapping[str, Decision]
-) -> list[frozenset[tuple[str, Decision]]]:
-    """The decisions inside each block, by path within it."""
-    found: dict[str, list[tuple[str, Decision]]] = {path: [] for path in blocks}
+def relative_levers(container: str, blocks: Sequence[str], levers: Levers) -> list[frozenset[tuple[str, Any]]]:
+    """What is done inside each block, by path within it. Groups reach over blocks and are not among it."""
+    found: dict[str, list[tuple[str, Any]]] = {path: [] for path in blocks}
     start = len(container) + 1
-    for path, decision in decisions.items():
+    everything = [*levers.decisions.items(), *((path, "lean") for path in levers.lean), *levers.compiled.items()]
+    for path, what in everything:
         if path.startswith(container + "."):
             end = min((at for mark in ".#" if (at := path.find(mark, start)) >= 0), default=len(path))
-            found[path[:end]].append((path[end:], decision))
+            found[path[:end]].append((path[end:], what))
     return [frozenset(found[path]) for path in blocks]
 
 

@@ -7,7 +7,7 @@ is pure; right of it a live model is touched.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Self
@@ -17,7 +17,7 @@ from rematree.table import FoldedRow, common_prefix, fold_rows, render_table
 from rematree.typed_json import read_typed
 from rematree.units import format_bytes, format_seconds
 
-PLAN_FORMAT: Final = 2
+PLAN_FORMAT: Final = 3
 TABLE_HEADERS: Final = ("region", "decision", "saved", "added time")
 TABLE_RIGHT: Final = frozenset({2, 3})
 ALLOCATOR_SLACK: Final = "allocator slack"
@@ -45,6 +45,32 @@ class Decision:
 
     action: Action
     stash: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Levers:
+    """Everything a plan does to a step; the fields are those of `Plan` and explained there."""
+
+    decisions: Mapping[str, Decision] = field(default_factory=dict[str, Decision])
+    loss_chunk_rows: int | None = None
+    lean: tuple[str, ...] = ()
+    compiled: Mapping[str, float] = field(default_factory=dict[str, float])
+    groups: tuple[tuple[str, ...], ...] = ()
+
+    def without(self, blocks: Collection[str]) -> Self:
+        """What is left when `blocks` (module paths) are not there."""
+        inside = tuple(f"{block}{mark}" for block in blocks for mark in ".#")
+
+        def stays(path: str) -> bool:
+            return path not in blocks and not path.startswith(inside)
+
+        return dataclasses.replace(
+            self,
+            decisions={path: decision for path, decision in self.decisions.items() if stays(path)},
+            lean=tuple(path for path in self.lean if stays(path)),
+            compiled={path: share for path, share in self.compiled.items() if stays(path)},
+            groups=tuple(tuple(path for path in group if stays(path)) for group in self.groups),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +152,11 @@ class Plan:
         ledger: Where the bytes are at the peak; the sum is `predicted_peak_bytes`.
         rows: One line a block.
         fingerprint: What the plan was made for.
+        lean: Paths of the adapter layers that keep one input and the bits of their dropout masks.
+        compiled: Path of a block -> share of its saved bytes, 0 to 1, that its compiler may keep. Changes rounding.
+        groups: Runs of consecutive blocks, each recomputed as one from the input of its first; a group may hold
+            smaller ones.
+        bound_seconds: No plan of these options within the budget has a shorter predicted step; None if not computed.
         notes: What the planner wants said (coarser regions, levers that were forbidden or not available).
         versions: Library versions the plan was made with; for the reader, not compared.
         run: Settings that were asked for, as text by name; for the reader and for `rematree export`, not compared.
@@ -139,14 +170,40 @@ class Plan:
     ledger: tuple[LedgerLine, ...]
     rows: tuple[BlockRow, ...]
     fingerprint: Fingerprint
+    lean: tuple[str, ...] = ()
+    compiled: Mapping[str, float] = field(default_factory=dict[str, float])
+    groups: tuple[tuple[str, ...], ...] = ()
+    bound_seconds: float | None = None
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     run: Mapping[str, str] = field(default_factory=dict[str, str])
 
+    @classmethod
+    def of(cls, levers: Levers, fingerprint: Fingerprint) -> Self:
+        """A plan that does what `levers` say, without a prediction."""
+        return cls(
+            levers.decisions,
+            levers.loss_chunk_rows,
+            lean=levers.lean,
+            compiled=levers.compiled,
+            groups=levers.groups,
+            budget_bytes=None,
+            predicted_peak_bytes=0,
+            predicted_step_seconds=0.0,
+            ledger=(),
+            rows=(),
+            fingerprint=fingerprint,
+        )
+
     @property
     def exact(self) -> bool:
         """True when every lever in use gives the plain model's gradients bit for bit."""
-        return self.loss_chunk_rows is None
+        return self.loss_chunk_rows is None and not self.compiled
+
+    @property
+    def levers(self) -> Levers:
+        """What the plan does, without what is predicted of it."""
+        return Levers(self.decisions, self.loss_chunk_rows, self.lean, self.compiled, self.groups)
 
     @property
     def headroom_bytes(self) -> int | None:
@@ -162,7 +219,7 @@ class Plan:
     @property
     def recomputes(self) -> bool:
         """True when any region is recomputed."""
-        return any(item.action is Action.RECOMPUTE for item in self.decisions.values())
+        return bool(self.groups) or any(item.action is Action.RECOMPUTE for item in self.decisions.values())
 
     @property
     def extra_seconds(self) -> float:

@@ -27,7 +27,7 @@ from rematree.folding import (
     block_kinds,
     fold,
     list_of,
-    relative_decisions,
+    relative_levers,
     shortened,
     unfold,
     whole,
@@ -35,7 +35,7 @@ from rematree.folding import (
 from rematree.ledger import Ledger, Segment
 from rematree.observe import Twin
 from rematree.optimizers import Optimizer, optimizer_with_state
-from rematree.plans import Decision, Fingerprint, Plan
+from rematree.plans import Fingerprint, Levers, Plan
 
 _HEAD: Final = "head"
 _BETWEEN: Final = "between backward and optimizer"
@@ -134,27 +134,23 @@ class Referee:
         self._static = self._existing()
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
-    def run(self, decisions: Mapping[str, Decision], rows: int | None) -> Simulation:
-        """Simulate one step under `decisions`, with `rows` of logits at a time (None: the model's own loss)."""
+    def run(self, levers: Levers) -> Simulation:
+        """Simulate one step under `levers`."""
         chain = whole(len(self.blocks))
-        if self._container is not None:
-            chain = fold(
-                list(zip(self.kinds, relative_decisions(self._container, self.blocks, decisions), strict=True))
-            )
-            left_out = tuple(self.blocks[index] + "." for index in chain.left_out)
-            if left_out:
-                blocks = {self.blocks[index] for index in chain.left_out}
-                here = {p: d for p, d in decisions.items() if p not in blocks and not p.startswith(left_out)}
+        if self._container is not None and not levers.groups:
+            chain = fold(list(zip(self.kinds, relative_levers(self._container, self.blocks, levers), strict=True)))
+            if chain.left_out:
+                here = levers.without({self.blocks[index] for index in chain.left_out})
                 try:
-                    return self._run(here, rows, chain)
+                    return self._run(here, chain)
                 except FarReadError:
                     self._container = None
                     chain = whole(len(self.blocks))
                 except UnevenBlocksError:  # as when a cache of keys lives until the loss; it does not in other runs
                     chain = whole(len(self.blocks))
-        return self._run(decisions, rows, chain)
+        return self._run(levers, chain)
 
-    def _run(self, decisions: Mapping[str, Decision], rows: int | None, chain: Fold) -> Simulation:
+    def _run(self, levers: Levers, chain: Fold) -> Simulation:
         model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type)
         marks = _BlockMarks(ledger, chain.kept)
         absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
@@ -164,7 +160,7 @@ class Referee:
                 assert self._container is not None
                 undo.enter_context(shortened(model, self._container, chain.kept))
                 ledger.listener = self._neighbours and self._neighbours.listener(ledger, chain.kept)
-            plan = Plan(decisions, rows, None, 0, 0.0, (), (), _NOBODY)
+            plan = Plan.of(levers, _NOBODY)
             handle = Handle(plan, model, watcher=ledger, check_loss=False)
             undo.callback(self._clear_gradients)
             undo.callback(handle.remove)

@@ -6,29 +6,21 @@ the solver adds up are bytes the executor really allocates.
 """
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
-from rematree.cost import Cost
-from rematree.execute.attention import attention_modules
-from rematree.execute.dropout import packed_bytes
 from rematree.execute.loss import find_head
-from rematree.execute.override import ForwardOverride
 from rematree.folding import shortened
-from rematree.ledger import Ledger, OpRecord
-from rematree.observe import RegionStack, Twin
-from rematree.plans import Action, Decision
-from rematree.quantised import hidden_tensors
-from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, Chain, inner_regions, join_path
+from rematree.options import levers_of, observe_block
+from rematree.plans import Levers
+from rematree.regions import Chain, join_path
 from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption, enumerate_options
-from rematree.solve.chain import ChainProblem, HeadOption, StageOption
-from rematree.trace import BlockTrace, TraceOp, TraceSave
+from rematree.solve.chain import ChainChoice, ChainProblem, HeadOption, StageOption
 
 _OPTIONS_PER_KIND: Final = 16
 _MANY: Final = 12  # blocks of one kind, over which options are mixed so finely that the lower convex hull is enough
@@ -60,21 +52,13 @@ class Survey:
     plain: Simulation
     fixed_seconds: float
 
-    def decisions(self, blocks: Sequence[int]) -> dict[str, Decision]:
-        """Decisions that realise one option index per block."""
-        chosen: dict[str, Decision] = {}
-        for path, kind, index in zip(self.chain.blocks, self.kinds, blocks, strict=True):
-            chosen.update(_decide(path, self.options[kind][index]))
-        return chosen
-
-
-def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
-    if option.saves_all:
-        return {}
-    decisions = {block: Decision(Action.RECOMPUTE)}
-    for region in option.saved:
-        decisions[join_path(block, region)] = Decision(Action.SAVE, stash=region in option.stashed)
-    return decisions
+    def levers(self, choice: ChainChoice) -> Levers:
+        """What realises one option a block and one of the head."""
+        chosen = [
+            (path, self.options[kind][index])
+            for path, kind, index in zip(self.chain.blocks, self.kinds, choice.blocks, strict=True)
+        ]
+        return levers_of(chosen, self.rows[choice.head])
 
 
 def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
@@ -88,7 +72,7 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
         About 25 simulated steps of a few blocks; seconds for a model of any size.
     """
     twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
-    plain = referee.run({}, None)
+    plain = referee.run(Levers())
     kinds, representatives = _kinds(referee, plain)
     length = min(len(chain.blocks), max(representatives) + 2) if chain.container else len(chain.blocks)
     with _shortened(twin.model, chain, range(length)) as blocks:
@@ -154,55 +138,6 @@ def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator
         yield tuple(chain.blocks[index] for index in kept)
 
 
-def observe_block(twin: Twin, path: str, cost: Cost) -> BlockTrace:
-    """Trace of one forward of the block at `path`."""
-    block = twin.model.get_submodule(path)
-    ledger = Ledger(cost, twin.device.type)
-    inner = dict(inner_regions(block))
-    stack = RegionStack(
-        inner,
-        {f"{name}{ATTENTION_SUFFIX}": module for name, module in attention_modules(block)},
-        {f"{name}{DRAW_SUFFIX}": module for name, module in inner.items() if type(module) is nn.Dropout},
-    )
-    ops: list[TraceOp] = []
-    saves: list[TraceSave] = []
-    sizes: dict[int, int] = {}
-    before: set[int] = set()
-
-    def listen(op: OpRecord) -> None:
-        ops.append(TraceOp(stack.path, op.reads, frozenset(op.writes), op.seconds))
-        sizes.update(op.writes)
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage, num_bytes = ledger.size(tensor)
-        saves.append(TraceSave(len(ops), stack.path, storage))
-        sizes[storage] = num_bytes
-        return tensor.detach()  # an op that saves its own output would hold itself for ever
-
-    def around(run: Any, *args: Any, **kwargs: Any) -> Any:
-        before.update(ledger.known())
-        ledger.listener = listen
-        try:
-            with saved_tensors_hooks(pack, lambda tensor: tensor):
-                out = run(*args, **kwargs)
-        finally:
-            ledger.listener = None
-        return out
-
-    override = ForwardOverride(block, around)
-    try:
-        with twin.mode:
-            ledger.adopt([*twin.model.parameters(), *twin.model.buffers(), *hidden_tensors(twin.model)], "weights")
-            with ledger:
-                twin.loss()
-    finally:
-        override.remove()
-        stack.remove()
-    regions = tuple(region for region in stack.calls if region)
-    packed = {region: packed_bytes(count) for region, count in stack.drawn.items()}
-    return BlockTrace(tuple(ops), tuple(saves), {k: v for k, v in sizes.items() if k not in before}, regions, packed)
-
-
 def _measure_options(
     short: Referee, kinds: Sequence[int], representatives: Sequence[int], options: Sequence[Sequence[BlockOption]]
 ) -> tuple[list[list[StageOption]], list[list[BlockOption]]]:
@@ -212,10 +147,12 @@ def _measure_options(
     base: list[float] = [0.0] * len(final)
     for turn in reversed(range(max(len(each) for each in final))):
         while True:
-            decisions: dict[str, Decision] = {}
-            for path, kind in zip(short.blocks, kinds, strict=True):
-                decisions.update(_decide(path, final[kind][min(turn, len(final[kind]) - 1)]))
-            result = short.run(decisions, None)
+            result = short.run(
+                levers_of(
+                    (path, final[kind][min(turn, len(final[kind]) - 1)])
+                    for path, kind in zip(short.blocks, kinds, strict=True)
+                )
+            )
             if not result.misread and not result.written:
                 break
             for path, kind in zip(short.blocks, kinds, strict=True):
@@ -269,7 +206,7 @@ def _measure_heads(short: Referee, chunk: bool) -> tuple[list[int | None], list[
         rows += [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
     heads: list[HeadOption] = []
     for count in rows:
-        head = short.run({}, count).head
+        head = short.run(Levers(loss_chunk_rows=count)).head
         heads.append(HeadOption(head.peak_bytes - head.live_bytes, head.seconds))
     return rows, heads
 
@@ -280,33 +217,3 @@ def _is_token_matrix(value: Any) -> bool:
 
 def _gradient_bytes(model: nn.Module, path: str) -> int:
     return sum(p.numel() * p.element_size() for p in model.get_submodule(path).parameters() if p.requires_grad)
-
-
-def describe_option(option: BlockOption) -> str:
-    """One phrase for the table: what is saved inside the recomputed block."""
-    if option.saves_all:
-        return "save all"
-    if not option.saved:
-        return "recompute all"
-    return "recompute, save " + ", ".join(_fold(option.saved))
-
-
-def _fold(regions: Sequence[str]) -> list[str]:
-    """Region names with what they share written once: "{q,k,v}_proj.base_layer"."""
-    groups: Mapping[str, list[str]] = {}
-    for region in regions:
-        parts = region.split(".")
-        tail = next(
-            (i for i, part in enumerate(parts) if part in {"base_layer", "lora_A", "lora_B", "lora_dropout"}), 0
-        )
-        suffix = ".".join(parts[tail:]) if tail else ""
-        groups.setdefault(suffix, []).append(parts[tail - 1] if tail else region)  # pyright: ignore[reportAttributeAccessIssue]
-    out: list[str] = []
-    for suffix, names in groups.items():
-        if not suffix:
-            out += [name.rpartition(".")[2] for name in names]
-        elif len(names) == 1:
-            out.append(f"{names[0]}.{suffix}")
-        else:
-            out.append("{" + ",".join(names) + "}." + suffix)
-    return out

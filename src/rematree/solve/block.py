@@ -25,12 +25,16 @@ class BlockOption:
         stashed: Those of them whose output is kept because the rerun reads it.
         kept_bytes: Predicted bytes kept between forward and backward, block input not counted.
         rerun_seconds: Predicted seconds of the rerun.
+        lean: Whether the block's adapters keep one input each.
+        compiled: Share of its saved bytes that the compiler of the block may keep, or None when it is not compiled.
     """
 
     saved: tuple[str, ...]
     stashed: frozenset[str]
     kept_bytes: int
     rerun_seconds: float
+    lean: bool = False
+    compiled: float | None = None
 
     @property
     def saves_all(self) -> bool:

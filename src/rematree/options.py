@@ -1,0 +1,116 @@
+"""The ways to run one block: read off a trace of it, turned into levers, and put into words."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from rematree.cost import Cost
+from rematree.execute.attention import attention_modules
+from rematree.execute.dropout import packed_bytes
+from rematree.execute.override import ForwardOverride
+from rematree.ledger import Ledger, OpRecord
+from rematree.observe import RegionStack, Twin
+from rematree.plans import Action, Decision, Levers
+from rematree.quantised import hidden_tensors
+from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, inner_regions, join_path
+from rematree.solve.block import BlockOption
+from rematree.trace import BlockTrace, TraceOp, TraceSave
+
+
+def observe_block(twin: Twin, path: str, cost: Cost) -> BlockTrace:
+    """Trace of one forward of the block at `path`."""
+    block = twin.model.get_submodule(path)
+    ledger = Ledger(cost, twin.device.type)
+    inner = dict(inner_regions(block))
+    stack = RegionStack(
+        inner,
+        {f"{name}{ATTENTION_SUFFIX}": module for name, module in attention_modules(block)},
+        {f"{name}{DRAW_SUFFIX}": module for name, module in inner.items() if type(module) is nn.Dropout},
+    )
+    ops: list[TraceOp] = []
+    saves: list[TraceSave] = []
+    sizes: dict[int, int] = {}
+    before: set[int] = set()
+
+    def listen(op: OpRecord) -> None:
+        ops.append(TraceOp(stack.path, op.reads, frozenset(op.writes), op.seconds))
+        sizes.update(op.writes)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage, num_bytes = ledger.size(tensor)
+        saves.append(TraceSave(len(ops), stack.path, storage))
+        sizes[storage] = num_bytes
+        return tensor.detach()  # an op that saves its own output would hold itself for ever
+
+    def around(run: Any, *args: Any, **kwargs: Any) -> Any:
+        before.update(ledger.known())
+        ledger.listener = listen
+        try:
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = run(*args, **kwargs)
+        finally:
+            ledger.listener = None
+        return out
+
+    override = ForwardOverride(block, around)
+    try:
+        with twin.mode:
+            ledger.adopt([*twin.model.parameters(), *twin.model.buffers(), *hidden_tensors(twin.model)], "weights")
+            with ledger:
+                twin.loss()
+    finally:
+        override.remove()
+        stack.remove()
+    regions = tuple(region for region in stack.calls if region)
+    packed = {region: packed_bytes(count) for region, count in stack.drawn.items()}
+    return BlockTrace(tuple(ops), tuple(saves), {k: v for k, v in sizes.items() if k not in before}, regions, packed)
+
+
+def levers_of(chosen: Iterable[tuple[str, BlockOption]], loss_chunk_rows: int | None = None) -> Levers:
+    """What realises an option for each of some blocks."""
+    decisions: dict[str, Decision] = {}
+    for path, option in chosen:
+        decisions.update(_decide(path, option))
+    return Levers(decisions, loss_chunk_rows)
+
+
+def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
+    if option.saves_all:
+        return {}
+    decisions = {block: Decision(Action.RECOMPUTE)}
+    for region in option.saved:
+        decisions[join_path(block, region)] = Decision(Action.SAVE, stash=region in option.stashed)
+    return decisions
+
+
+def describe_option(option: BlockOption) -> str:
+    """One phrase for the table: what is saved inside the recomputed block."""
+    if option.saves_all:
+        return "save all"
+    if not option.saved:
+        return "recompute all"
+    return "recompute, save " + ", ".join(_fold(option.saved))
+
+
+def _fold(regions: Sequence[str]) -> list[str]:
+    """Region names with what they share written once: "{q,k,v}_proj.base_layer"."""
+    groups: Mapping[str, list[str]] = {}
+    for region in regions:
+        parts = region.split(".")
+        tail = next(
+            (i for i, part in enumerate(parts) if part in {"base_layer", "lora_A", "lora_B", "lora_dropout"}), 0
+        )
+        suffix = ".".join(parts[tail:]) if tail else ""
+        groups.setdefault(suffix, []).append(parts[tail - 1] if tail else region)  # pyright: ignore[reportAttributeAccessIssue]
+    out: list[str] = []
+    for suffix, names in groups.items():
+        if not suffix:
+            out += [name.rpartition(".")[2] for name in names]
+        elif len(names) == 1:
+            out.append(f"{names[0]}.{suffix}")
+        else:
+            out.append("{" + ",".join(names) + "}." + suffix)
+    return out

@@ -1,0 +1,122 @@
+"""From a budget to a confirmed plan: the solver adds up, the referee says what it was off by, the solver tries again.
+
+Everything confirmed is kept, so that a plan found for one budget also serves another.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+from rematree.errors import UnsupportedModelError
+from rematree.simulate import Referee, Simulation
+from rematree.solve.chain import ChainChoice, least_peak, solve_chain
+from rematree.survey import Survey
+from rematree.units import KIB
+
+_RESOLUTION: Final = 4096  # quanta of the chain solver between the first block's start and the plain peak
+_MAX_CONFIRMATIONS: Final = 6  # simulated steps spent on one budget
+_NEAR_LEAST: Final = 3  # limits tried for the smallest peak
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """A choice of the solver with what the referee says of it.
+
+    Attributes:
+        choice: Options by index.
+        simulation: The step under them.
+        peak_bytes: All that the device must have.
+    """
+
+    choice: ChainChoice
+    simulation: Simulation
+    peak_bytes: int
+
+
+class Search:
+    """Confirmed plans of one surveyed model and batch.
+
+    Args:
+        survey: Options in numbers.
+        referee: Runs the whole step.
+        beside: Bytes that the device needs beside the tensors of the step, whatever is decided.
+    """
+
+    def __init__(self, survey: Survey, referee: Referee, beside: int) -> None:
+        self._survey = survey
+        self._referee = referee
+        self._beside = beside
+        self._confirmed: dict[tuple[tuple[int, ...], int], Confirmed] = {}
+        problem = survey.problem
+        self._quantum = max(KIB, (survey.plain.peak_bytes - problem.base) // _RESOLUTION)
+        self._least_limit = least_peak(problem, self._quantum)
+        self._top = max(survey.plain.peak_bytes, self._least_limit) * 2
+
+    def peak(self, simulation: Simulation) -> int:
+        """All that the device must have: the sum of the ledger."""
+        return simulation.peak_bytes + simulation.slack_bytes + self._beside
+
+    def _at(self, limit: int) -> Confirmed | None:
+        """The solver's choice for `limit`, with what the referee says of it. None if the solver finds nothing."""
+        choice = solve_chain(self._survey.problem, limit, self._quantum)
+        if choice is None:
+            return None
+        key = (choice.blocks, choice.head)
+        if key not in self._confirmed:
+            result = self._referee.run(self._survey.levers(choice))
+            if result.misread:
+                raise UnsupportedModelError(
+                    f"{sorted(result.misread)[0]}: its output is read after all; this is a bug in the survey"
+                )
+            self._confirmed[key] = Confirmed(choice, result, self.peak(result))
+        return self._confirmed[key]
+
+    def best_within(self, budget: int | None) -> Confirmed | None:
+        """The fastest of all plans confirmed so far that fit."""
+        most = sys.maxsize if budget is None else budget
+        fitting = [entry for entry in self._confirmed.values() if entry.peak_bytes <= most]
+        return min(fitting, key=lambda e: (e.choice.seconds, e.peak_bytes), default=None)
+
+    def around(self, budget: int | None) -> None:
+        """Confirm plans around `budget`: lower the solver's limit by what the referee says it was off, then refine."""
+        if budget is None:
+            budget = self._top + self._beside
+        high = min(budget - self._beside, self._top)
+        low: int | None = None
+        limit = high
+        for _ in range(_MAX_CONFIRMATIONS):
+            limit = max(limit, self._least_limit)
+            entry = self._at(limit)
+            if entry is None:
+                return
+            over = entry.peak_bytes - budget
+            if over <= 0:
+                low = limit
+                if limit == high or high - limit <= self._quantum:
+                    return
+                limit = (limit + high) // 2
+            else:
+                if limit == self._least_limit:
+                    return
+                high = limit
+                limit = limit - max(over, self._quantum) if low is None else (low + limit) // 2
+
+    def least(self) -> Confirmed:
+        """The confirmed plan of the smallest peak."""
+        for extra in range(_NEAR_LEAST):
+            self._at(self._least_limit + extra * 4 * self._quantum)
+        return min(self._confirmed.values(), key=lambda entry: entry.peak_bytes)
+
+    def frontier(self, points: int) -> list[Confirmed]:
+        """Pareto-optimal plans from the smallest peak to the fastest step, at most `points` of them."""
+        low = self.least()
+        for index in range(points):
+            self._at(self._least_limit + (self._top - self._least_limit) * index // max(1, points - 1))
+        front: list[Confirmed] = []
+        for entry in sorted(self._confirmed.values(), key=lambda e: (e.peak_bytes, e.choice.seconds)):
+            if not front or entry.choice.seconds < front[-1].choice.seconds:
+                front.append(entry)
+        assert front[0].peak_bytes == low.peak_bytes
+        if len(front) > points:
+            front = [front[round(i * (len(front) - 1) / (points - 1))] for i in range(points)]
+        return front
