@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from command_line import rematree
-from models import batch_for, build, gradients, with_lora
+from models import batch_for, build, with_lora
 from rematree.advice import advise
 from rematree.cost import Roofline
 from rematree.errors import InfeasibleBudgetError
 from rematree.finetune.compare import hf_checkpointing
 from rematree.measure import PeakMeter
 from rematree.planning import Planner
+from rematree.verification import PEAK_SLACK
 from test_finetune_tiny import save_tiny_model
 
 
@@ -45,28 +46,20 @@ def test_the_four_answers(planner: Planner) -> None:
     assert caught.value.min_peak == least
 
 
-@pytest.fixture
-def every_layer() -> int:
-    model = with_lora(build("llama"))
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # GPT-2 keeps a dropout mask and a sum behind its embedding
+def test_every_layer_is_what_transformers_does(family: str) -> None:
+    """transformers makes the embedding's output require grad, and it holds a gradient while the step lasts."""
+    model = with_lora(build(family))
     batch = batch_for(model, rows=8, tokens=64)
+    predicted = Planner(model, batch, cost=Roofline(1e11, 1e10)).every_layer_step()[0] - PEAK_SLACK
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     with hf_checkpointing(model):
-        gradients(model, batch)
-        optimizer.step()  # no gradients: makes no state
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with PeakMeter(model, optimizer, batch) as meter:
-            model(**batch).loss.backward()
-            optimizer.step()
-    return meter.peak_bytes
-
-
-def test_every_layer_is_what_transformers_does(planner: Planner, every_layer: int) -> None:
-    """transformers makes the embedding's output require grad, which costs it one more gradient of that size."""
-    embedding = 8 * 64 * 48 * 4
-    slack = 256 << 10
-    assert 0 <= planner.every_layer_step()[0] - slack + embedding - every_layer <= embedding
+        for _ in range(2):  # in the first one the optimizer makes its state
+            with PeakMeter(model, optimizer, batch) as meter:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    assert abs(predicted - meter.peak_bytes) < 1024  # sums of a few numbers
 
 
 def test_command(tmp_path: Path) -> None:

@@ -139,6 +139,24 @@ def test_planning_changes_nothing_and_holds_before_and_after_the_first_step(make
         assert all(was[key] is value for key, value in vars(module).items()), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bias_that_the_library_casts_in_place_is_no_other_model(kind: str, tmp_path: Path) -> None:
+    base = quantised(build("gpt2"), kind, tmp_path, torch.bfloat16)
+    for path, module in base.named_modules():
+        if path.endswith("c_attn"):  # as the preparation for training leaves it
+            module.bias.data = module.bias.data.float()  # pyright: ignore[reportAttributeAccessIssue]
+    model = with_lora(base, target_modules=["c_attn"])
+    batch = batch_for(model)
+    mark, before = describe_model(model), {n: p.dtype for n, p in model.named_parameters()}
+    plan = least(Planner(model, batch, cost=COST))
+    expected = gradients(model, batch)
+    assert {n: p.dtype for n, p in model.named_parameters()} != before
+    assert describe_model(model) == mark
+    with rematree.apply(plan, model, batch):
+        gradients(model, batch)
+    assert expected
+
+
 def test_another_way_of_packing_is_another_model(make: Make) -> None:
     narrow = ["q_proj"]
     nf4, fp4 = make("nf4", layers=1, target_modules=narrow), make("fp4", layers=1, target_modules=narrow)

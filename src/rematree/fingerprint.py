@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rematree.plans import Fingerprint
-from rematree.quantised import describe_packing
+from rematree.quantised import describe_packing, recast_biases
 from rematree.regions import unwrap
 
 
@@ -28,7 +28,9 @@ def describe_batch(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]
 def describe_model(model: nn.Module) -> Fingerprint:
     """Fingerprint of `model` with an empty batch. Reads names, shapes and dtypes only; no weight is touched."""
     named = list(model.named_parameters()) + list(model.named_buffers())
-    shapes = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named] + describe_packing(model)
+    recast = recast_biases(model)
+    shapes = [f"{name} {tuple(t.shape)} {'' if name in recast else t.dtype}" for name, t in named]
+    shapes += describe_packing(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     dropout = [f"{path} {m.p}" for path, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
     inner = unwrap(model)

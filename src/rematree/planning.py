@@ -19,6 +19,7 @@ from rematree.attention_kernels import Capability
 from rematree.cost import Cost, Measured
 from rematree.devices import overhead_of
 from rematree.errors import InfeasibleBudgetError, UsageError
+from rematree.execute.input_grads import as_leaves
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.folding import block_kinds
 from rematree.observe import LossFunction, Twin
@@ -171,9 +172,13 @@ class Planner:
         return self._search.peak(result), result.seconds
 
     def every_layer_step(self) -> tuple[int, float]:
-        """(peak bytes, seconds) of the step with every block recomputed, as `gradient_checkpointing=True` does it."""
+        """(peak bytes, seconds) of the step with every block recomputed, as `gradient_checkpointing=True` does it.
+
+        With transformers' hook on a frozen input embedding, as the Trainer and PEFT set it.
+        """
         everything = {path: Decision(Action.RECOMPUTE) for path in self.survey.chain.blocks}
-        result = self._referee.run(Levers(everything))
+        with as_leaves(self._twin.model):
+            result = self._referee.run(Levers(everything))
         return self._search.peak(result), result.seconds
 
     def _infeasible(self, budget: int) -> InfeasibleBudgetError:

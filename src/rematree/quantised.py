@@ -69,6 +69,15 @@ def held_by(attributes: dict[str, Any]) -> Iterator[torch.Tensor]:
             yield from held_by(vars(value))
 
 
+def recast_biases(model: nn.Module) -> set[str]:
+    """Names of the biases whose dtype a forward of `model` changes: a quantised layer casts its own to its input's."""
+    return {
+        f"{path}.bias"
+        for path, module in _modules(model)
+        if (_has_base(module, _FOUR_BIT) or _has_base(module, _INT8)) and getattr(module, "bias", None) is not None
+    }
+
+
 def describe_packing(model: nn.Module) -> list[str]:
     """One line for every quantised layer: what of its packing the shape and dtype of its parameters do not show.
 

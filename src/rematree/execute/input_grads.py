@@ -8,7 +8,8 @@ embeddings in place fail on leaves. It adds a negative zero that requires a grad
 (x + -0.0 is x, also for x = 0.0 and x = -0.0), and the output is an ordinary node of the graph.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -88,6 +89,28 @@ def remove_hooks_of_transformers(model: nn.Module) -> None:
             disable.disable_input_require_grads()
         for key in [key for key, hook in module._forward_hooks.items() if _is_forgotten_by_transformers(hook)]:
             del module._forward_hooks[key]
+
+
+@contextlib.contextmanager
+def as_leaves(model: nn.Module) -> Generator[None]:
+    """The outputs of frozen input embeddings require a gradient inside, as transformers' own hook makes them.
+
+    They are leaves, so each holds its gradient until the graph is gone.
+    """
+
+    def hook(module: nn.Module, args: object, output: object) -> object:
+        return tree_map_only(Tensor, lambda x: x if x.requires_grad else x.requires_grad_(True), output)
+
+    handles = [
+        embedding.register_forward_hook(hook)
+        for embedding in input_embeddings(model)
+        if not any(p.requires_grad for p in embedding.parameters())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class SuspendedInputGrads:
