@@ -53,13 +53,15 @@ def test_every_layer_is_what_transformers_does(family: str) -> None:
     batch = batch_for(model, rows=8, tokens=64)
     predicted = Planner(model, batch, cost=Roofline(1e11, 1e10)).every_layer_step()[0] - PEAK_SLACK
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    measured = 0
     with hf_checkpointing(model):
         for _ in range(2):  # in the first one the optimizer makes its state
             with PeakMeter(model, optimizer, batch) as meter:
                 model(**batch).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    assert abs(predicted - meter.peak_bytes) < 1024  # sums of a few numbers
+            measured = meter.peak_bytes
+    assert abs(predicted - measured) < 1024  # sums of a few numbers
 
 
 def test_command(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from rematree.fingerprint import describe_batch, describe_model
 from rematree.folding import block_kinds
 from rematree.observe import LossFunction, Twin
 from rematree.options import describe_option
+from rematree.pace import is_live, measure_pace, small_enough
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Levers, Plan
 from rematree.quantised import frozen_int8_linears
 from rematree.regions import find_chain
@@ -102,9 +103,17 @@ class Planner:
             accumulation_steps > 1,
             kinds=[kinds[path] for path in chain.blocks],
         )
+        if isinstance(self._cost, Measured) and is_live(model, self._twin.device):
+            self._referee.pace = self._paces(model)
         chunk = "chunked_loss" not in self._forbid and loss is None
         self.survey: Survey = survey(self._referee, chain, chunk=chunk)
         self._search = Search(self.survey, self._referee, self._fixed)
+
+    def _paces(self, model: nn.Module) -> dict[int, float]:
+        plain = self._referee.run(Levers())
+        last = {kind: index for index, kind in enumerate(self._referee.kinds) if small_enough(plain, index)}
+        predicted = {kind: plain.block_seconds(index) for kind, index in last.items()}
+        return measure_pace(model, self._twin, {k: self._referee.blocks[i] for k, i in last.items()}, predicted)
 
     def min_peak_bytes(self) -> int:
         """Smallest confirmed peak of any plan."""

@@ -8,7 +8,7 @@ ledger; the result is the timeline, the peak with what was live at it, and the p
 import contextlib
 import functools
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -81,6 +81,11 @@ class Simulation:
         """Backward of block number `block`; None when it builds no graph."""
         return self.segment(f"backward {block}")
 
+    def block_seconds(self, block: int) -> float:
+        """Seconds of block number `block`, forward and backward."""
+        backward = self.backward(block)
+        return self.forward(block).seconds + (backward.seconds if backward else 0.0)
+
     @property
     def head(self) -> Segment:
         """Everything between the last block's forward and its backward."""
@@ -103,8 +108,9 @@ class Referee:
         accumulate: Gradients of an earlier micro-batch are live when the step begins.
         kinds: A number for each block; equal ones do the same under equal decisions. Default: found.
         folds: Whether blocks may be left out.
+        pace: What the prices of the ops of a block are multiplied by, by kind (`rematree.pace`); default 1.
     Attributes:
-        kinds: As above.
+        kinds, pace: As above.
     """
 
     def __init__(
@@ -117,6 +123,7 @@ class Referee:
         *,
         kinds: Sequence[int] | None = None,
         folds: bool = True,
+        pace: Mapping[int, float] | None = None,
     ) -> None:
         self.twin = twin
         self.blocks = blocks
@@ -131,6 +138,7 @@ class Referee:
                 self._stepper = optimizer_with_state(optimizer, self.trainable, pages=pages)
         self._container = list_of(twin.model, blocks) if folds else None
         self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
+        self.pace = dict(pace or {})
         self._static = self._existing()
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
@@ -186,7 +194,7 @@ class Referee:
         segments = [*unfold([*step, between], chain, left)]
         if segments[-1].label == _BETWEEN:
             segments.pop()
-        segments.append(optimizer)
+        segments = [self._paced(segment) for segment in (*segments, optimizer)]
         highest = max(segments, key=lambda segment: segment.peak_bytes)
         return Simulation(
             highest.peak_bytes,
@@ -198,6 +206,12 @@ class Referee:
             tuple(marks.graph[image] for image in chain.images),
             ledger.slack_bytes,
         )
+
+    def _paced(self, segment: Segment) -> Segment:
+        phase, _, number = segment.label.partition(" ")
+        if not self.pace or phase not in ("forward", "backward"):
+            return segment
+        return replace(segment, seconds=segment.seconds * self.pace.get(self.kinds[int(number)], 1.0))
 
     def _clear_gradients(self) -> None:
         for parameter in self.trainable:

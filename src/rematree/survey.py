@@ -76,7 +76,7 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
     kinds, representatives = _kinds(referee, plain)
     length = min(len(chain.blocks), max(representatives) + 2) if chain.container else len(chain.blocks)
     with _shortened(twin.model, chain, range(length)) as blocks:
-        short = Referee(twin, blocks, cost, "none", accumulate, kinds=referee.kinds[:length])
+        short = Referee(twin, blocks, cost, "none", accumulate, kinds=referee.kinds[:length], pace=referee.pace)
         options = [
             enumerate_options(
                 observe_block(twin, blocks[index], cost),
@@ -160,7 +160,7 @@ def _measure_options(
                 option = _save_less(final[kind][index], path, result.written)
                 final[kind][index] = _stash_more(option, path, result.misread)
         for kind, index in enumerate(representatives):
-            seconds = _block_seconds(result, index)
+            seconds = result.block_seconds(index)
             if turn == len(final[kind]) - 1:
                 base[kind] = seconds  # the last option saves everything
             if turn < len(final[kind]):
@@ -180,11 +180,6 @@ def _save_less(option: BlockOption, path: str, written: frozenset[str]) -> Block
     """`option` without the regions whose output is written to later in the block."""
     saved = tuple(region for region in option.saved if join_path(path, region) not in written)
     return replace(option, saved=saved, stashed=option.stashed & frozenset(saved))
-
-
-def _block_seconds(result: Simulation, index: int) -> float:
-    backward = result.backward(index)
-    return result.forward(index).seconds + (backward.seconds if backward else 0.0)
 
 
 def _profile(short: Referee, result: Simulation, index: int, extra: float) -> StageOption:

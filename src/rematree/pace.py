@@ -1,0 +1,141 @@
+"""How much longer a block takes than its ops do alone: one block of each kind, run for real.
+
+Prices of single ops miss what happens between them: threads that wake up, memory that another op has just left, Python.
+Where the model lives on the device that prices the ops, a copy of one block is run forward and backward on made-up
+inputs, and every block of its kind is scaled by what that took. Only this ratio is used, so options that a plan chooses
+between keep the differences that the prices give them.
+"""
+
+import copy
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from rematree.execute.attention import forget_attention
+from rematree.execute.override import ForwardOverride, remove_overrides
+from rematree.observe import Twin
+from rematree.simulate import Simulation
+from rematree.units import MIB
+
+_LARGEST: Final = 1024 * MIB  # saved by the block; a larger one is not run for its time
+_ENOUGH_SECONDS: Final = 1.0
+_MOST_RUNS: Final = 6
+_CANNOT_RUN: Final = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError)
+
+
+def measure_pace(
+    model: nn.Module, twin: Twin, blocks: Mapping[int, str], plain: Mapping[int, float]
+) -> dict[int, float]:
+    """Measured over predicted seconds of one block of each kind, forward and backward.
+
+    Args:
+        model: The live model, on the device that prices ops.
+        twin: The same under fake tensors; says what each block is called with.
+        blocks: Path of the block to run, by kind.
+        plain: Its predicted seconds, by kind.
+    Returns:
+        A ratio for each kind whose block could be run.
+    Cost:
+        The time of two to six runs of each block, and a copy of its weights.
+    """
+    found: dict[int, float] = {}
+    for kind, (args, kwargs) in _calls(twin, blocks).items():
+        block = _copy_of(model.get_submodule(blocks[kind]))
+        if block is None or plain[kind] <= 0:
+            continue
+        with torch.random.fork_rng(devices=[twin.device] if twin.device.type == "cuda" else []):
+            try:
+                found[kind] = _seconds(block, args, kwargs, twin.device) / plain[kind]
+            except _CANNOT_RUN:  # on made-up inputs
+                continue
+    return found
+
+
+def is_live(model: nn.Module, device: torch.device) -> bool:
+    """Whether all weights of `model` are real and on `device`."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return all(t.device.type == device.type and not isinstance(t, FakeTensor) for t in tensors)
+
+
+def small_enough(plain: Simulation, block: int) -> bool:
+    """Whether block number `block` keeps so little that running it for its time cannot be what runs out of memory."""
+    return plain.forward(block).peak_bytes - plain.forward(block).live_bytes <= _LARGEST
+
+
+def _calls(twin: Twin, blocks: Mapping[int, str]) -> dict[int, tuple[Any, Any]]:
+    """Arguments of the first call of each of `blocks`, fake."""
+    calls: dict[int, tuple[Any, Any]] = {}
+
+    def around(kind: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.setdefault(kind, ([_no_cache(a) for a in args], {name: _no_cache(a) for name, a in kwargs.items()}))
+        return inner(*args, **kwargs)
+
+    overrides = [
+        ForwardOverride(twin.model.get_submodule(path), functools.partial(around, kind))
+        for kind, path in blocks.items()
+    ]
+    try:
+        with twin.mode:
+            twin.loss()
+    finally:
+        for override in overrides:
+            override.remove()
+    return calls
+
+
+def _no_cache(argument: Any) -> Any:
+    """None for a cache of keys and values, which would grow with every run."""
+    return None if hasattr(argument, "get_seq_length") else argument
+
+
+def _copy_of(block: nn.Module) -> nn.Module | None:
+    """A copy that nothing of this library is installed on; None where copying fails."""
+    try:
+        copied = copy.deepcopy(block)
+    except _CANNOT_RUN:
+        return None
+    remove_overrides(copied)
+    forget_attention(copied)
+    for module in copied.modules():
+        if module.__dict__.get("gradient_checkpointing") is True:
+            module.__dict__["gradient_checkpointing"] = False
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied.train()
+
+
+def _seconds(block: nn.Module, args: Any, kwargs: Any, device: torch.device) -> float:
+    """The fastest of some runs; the first one does not count unless it is the only one there is time for."""
+    args, kwargs = tree_map_only(FakeTensor, functools.partial(_made_up, device=device), (args, kwargs))
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
+    wanted = [*inputs, *(p for p in block.parameters() if p.requires_grad)]
+    times: list[float] = []
+    while len(times) < _MOST_RUNS and (len(times) < 2 or sum(times) < _ENOUGH_SECONDS):
+        start = time.perf_counter()
+        outputs = [t for t in tree_leaves(block(*args, **kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if outputs and wanted:
+            torch.autograd.grad(outputs, wanted, [torch.ones_like(t) for t in outputs], allow_unused=True)
+        del outputs
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+        if times[0] > 4 * _ENOUGH_SECONDS:
+            break
+    return min(times[1:], default=times[0])
+
+
+def _made_up(fake: torch.Tensor, device: torch.device) -> torch.Tensor:
+    real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
+    if 0 in fake.stride():
+        real = torch.ones((), dtype=fake.dtype, device=device).expand(fake.shape)
+    elif fake.dtype.is_floating_point:
+        real.normal_()
+    else:
+        real.fill_(fake.dtype is torch.bool)
+    return real.requires_grad_(fake.requires_grad)

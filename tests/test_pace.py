@@ -1,0 +1,83 @@
+"""One block of each kind, run for its time: what it scales, and that nobody notices it."""
+
+import pytest
+import torch
+
+from models import batch_for, build, gradients, with_lora
+from rematree import pace
+from rematree.cost import Roofline
+from rematree.observe import Twin
+from rematree.planning import Planner
+from rematree.plans import Action, Decision, Levers
+from rematree.regions import find_chain
+from rematree.simulate import Referee
+
+COST = Roofline(5e10, 1e10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_a_block_of_each_kind_is_run_and_nothing_is_left_of_it(family: str) -> None:
+    model = with_lora(build(family))
+    batch = batch_for(model)
+    twin = Twin(model, batch)
+    referee = Referee(twin, find_chain(twin.model).blocks, COST)
+    blocks = {kind: path for path, kind in zip(referee.blocks, referee.kinds, strict=True)}
+    before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    attributes = [dict(vars(module)) for module in model.modules()]
+    random = torch.get_rng_state()
+    found = pace.measure_pace(model, twin, blocks, dict.fromkeys(blocks, 1.0))
+    assert found.keys() == blocks.keys()
+    assert all(ratio > 0 for ratio in found.values())
+    assert torch.equal(torch.get_rng_state(), random)
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is value and torch.equal(value, old) for name, (value, old) in before.items())
+    assert all(p.grad is None for p in model.parameters())
+    assert [dict(vars(module)) for module in model.modules()] == attributes
+    assert gradients(model, batch)
+
+
+def test_a_ratio_scales_the_blocks_of_its_kind_and_nothing_else() -> None:
+    model = with_lora(build("llama"))
+    twin = Twin(model, batch_for(model))
+    referee = Referee(twin, find_chain(twin.model).blocks, COST)
+    levers = Levers({path: Decision(Action.RECOMPUTE) for path in referee.blocks[1:]})
+    plain = referee.run(levers)
+    second = referee.kinds[1]
+    referee.pace = {second: 2.0}
+    scaled = referee.run(levers)
+    for was, now in zip(plain.segments, scaled.segments, strict=True):
+        phase, _, number = was.label.partition(" ")
+        of_it = phase in ("forward", "backward") and referee.kinds[int(number)] == second
+        assert now.seconds == was.seconds * (2.0 if of_it else 1.0), was.label
+        assert (now.label, now.peak_bytes, now.live_bytes) == (was.label, was.peak_bytes, was.live_bytes)
+    assert scaled.seconds == sum(segment.seconds for segment in scaled.segments)
+    assert scaled.peak_bytes == plain.peak_bytes
+
+
+def test_a_block_that_cannot_run_alone_is_left_at_its_prices() -> None:
+    model = build("llama")
+
+    class Fails(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+            self.attention_type = "full_attention"
+
+        def forward(self, *args: object, **kwargs: object) -> object:
+            if not torch._C._len_torch_dispatch_stack():
+                raise RuntimeError("only under fake tensors")
+            return self.inner(*args, **kwargs)
+
+    layers = model.model.layers  # pyright: ignore[reportAttributeAccessIssue]
+    layers[1] = Fails(layers[1])  # pyright: ignore[reportIndexIssue, reportArgumentType, reportCallIssue]
+    twin = Twin(model, batch_for(model))
+    paths = {0: "model.layers.0", 1: "model.layers.1"}
+    assert pace.measure_pace(model, twin, paths, {0: 1.0, 1: 1.0}).keys() == {0}
+
+
+def test_only_where_the_weights_are_here() -> None:
+    model = build("llama")
+    assert pace.is_live(model, torch.device("cpu"))
+    assert not pace.is_live(model, torch.device("cuda"))
+    assert not pace.is_live(build("llama").to("meta"), torch.device("cpu"))
+    assert Planner(with_lora(model), batch_for(model), cost=COST)._referee.pace == {}  # prices of another device
