@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rematree.cost import Measured
     from rematree.errors import (
         InfeasibleBudgetError,
+        OutOfMemoryError,
         PlanMismatchError,
         RecomputeMismatchError,
         RematreeError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rematree.execute.handle import Handle, apply
     from rematree.execute.quantised import keep_trainable
     from rematree.in_effect import CheckpointingInEffect, checkpointing_in_effect, requested_budget
+    from rematree.integrations.survival import survive_out_of_memory
     from rematree.integrations.trainer import BudgetCallback
     from rematree.measure import PeakMeter
     from rematree.planning import Planner, frontier, plan
@@ -47,6 +49,7 @@ _HOMES: Final = {
     "PeakMeter": "rematree.measure",
     "Plan": "rematree.plans",
     "PlanMismatchError": "rematree.errors",
+    "OutOfMemoryError": "rematree.errors",
     "Planner": "rematree.planning",
     "RecomputeMismatchError": "rematree.errors",
     "RematreeError": "rematree.errors",
@@ -71,6 +74,7 @@ _HOMES: Final = {
     "prepare_model_for_kbit_training": "rematree.prepare",
     "requested_budget": "rematree.in_effect",
     "saved_tensors": "rematree.saved",
+    "survive_out_of_memory": "rematree.integrations.survival",
     "verify": "rematree.verification",
 }
 
@@ -80,6 +84,7 @@ __all__ = [
     "Handle",
     "InfeasibleBudgetError",
     "Measured",
+    "OutOfMemoryError",
     "PeakMeter",
     "Plan",
     "PlanMismatchError",
@@ -107,6 +112,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "requested_budget",
     "saved_tensors",
+    "survive_out_of_memory",
     "verify",
 ]
 

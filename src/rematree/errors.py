@@ -96,6 +96,12 @@ class InfeasibleBudgetError(RematreeError):
         super().__init__(message, details=details, remedies=remedies)
 
 
+class OutOfMemoryError(RematreeError, MemoryError):
+    """A step ran out of memory, and no tighter plan is left."""
+
+    exit_code = 3
+
+
 class RecomputeMismatchError(RematreeError):
     """The recomputation would not repeat the forward pass, so its gradients would be wrong."""
 

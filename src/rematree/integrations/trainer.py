@@ -9,7 +9,8 @@ the plan takes its place. What was in force before is in force again afterwards.
 
 import sys
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -23,13 +24,23 @@ from rematree.execute.input_grads import SuspendedInputGrads
 from rematree.in_effect import BUDGET_KEY, requested_budget
 from rematree.integrations.batches import longest_batch
 from rematree.integrations.trl import fused_head_call
-from rematree.planning import plan
+from rematree.planning import Planner
 from rematree.plans import Plan
 from rematree.simulate import Optimizer
 from rematree.units import format_bytes, format_seconds, parse_bytes
 
 _ADAM_LIKE: Final = ("adam", "lamb", "lion")
 _KINDS: Final = ("activation_checkpointing", "gradient_checkpointing")  # names of arguments, new and old
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is needed to plan again in mid-run: the planner in use, how to make another, and the bytes there are."""
+
+    model: Any
+    make_planner: Callable[[Mapping[str, Any]], Planner]
+    planner: Planner
+    limit: int
 
 
 class BudgetCallback(TrainerCallback):
@@ -42,12 +53,13 @@ class BudgetCallback(TrainerCallback):
 
     Args:
         budget: Bytes, or a text with a unit ("14GiB"). None: read it from there.
-        forbid: Levers not to use: "chunked_loss".
+        forbid: Levers not to use, as for `rematree.plan`.
         cost: Prices ops; measured on the model's device by default.
         say: Receives the plan and the prediction as text; standard error by default.
 
     Attributes:
         plan: The plan in force, or the last one; None before the first `train()`.
+        say: As above.
 
     Not covered:
         Losses computed outside the model (`compute_loss_func`, label smoothing of the Trainer): the plan assumes
@@ -67,8 +79,9 @@ class BudgetCallback(TrainerCallback):
         self._budget = None if budget is None else parse_bytes(budget)
         self._forbid = tuple(forbid)
         self._cost = cost
-        self._say = say or _to_stderr
+        self.say = say or _to_stderr
         self._handle: Handle | None = None
+        self._job: _Job | None = None
         self._inputs: SuspendedInputGrads | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,7 +100,7 @@ class BudgetCallback(TrainerCallback):
         budget = self._wanted(args, model)
         if budget is None:
             self.plan = None
-            self._say("no plan: the training arguments name a budget, and switch checkpointing off")
+            self.say("no plan: the training arguments name a budget, and switch checkpointing off")
             return
         _warn_of_what_has_no_effect(args)
         self._inputs = SuspendedInputGrads(model)
@@ -99,25 +112,53 @@ class BudgetCallback(TrainerCallback):
 
     def _plan_and_apply(self, args: Any, model: Any, budget: int, kwargs: dict[str, Any]) -> None:
         batch, note = longest_batch(kwargs["train_dataloader"])
-        device = next(model.parameters()).device
-        batch = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
         extra, loss = fused_head_call(model)
-        self.plan = plan(
-            model,
-            {**batch, **extra},
-            budget,
-            optimizer=_kind_of(kwargs.get("optimizer")),
-            accumulation_steps=args.gradient_accumulation_steps,
-            forbid=self._forbid,
-            cost=self._cost,
-            loss=loss,
-        )
+
+        def planner(batch: Mapping[str, Any]) -> Planner:
+            device = next(model.parameters()).device
+            here = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
+            return Planner(
+                model,
+                {**here, **extra},
+                optimizer=_kind_of(kwargs.get("optimizer")),
+                accumulation_steps=args.gradient_accumulation_steps,
+                forbid=self._forbid,
+                cost=self._cost,
+                loss=loss,
+            )
+
+        self._job = _Job(model, planner, planner(batch), budget)
+        self.plan = self._job.planner.plan(budget)
         self._handle = apply(self.plan, model)
-        self._say(str(self.plan))
-        self._say(
+        self.say(str(self.plan))
+        self.say(
             f"predicted: peak {format_bytes(self.plan.predicted_peak_bytes)} of {format_bytes(budget)}, "
             f"{format_seconds(self.plan.predicted_step_seconds)} for each batch; planned for {note}"
         )
+
+    def plan_again(self, batch: Mapping[str, Any], limit: int | None) -> Plan:
+        """Plan tighter, or for a larger batch than any before, and put that in force; the limit holds from now on.
+
+        Args:
+            batch: What the step runs that did not fit.
+            limit: Bytes; None: those of now, and a plan for the shape of `batch`.
+        Raises:
+            InfeasibleBudgetError: nothing fits; the plan of before stays in force.
+            UsageError: no training is going on.
+        """
+        if self._job is None:
+            raise UsageError("no training under a budget is going on")
+        job = self._job
+        if limit is None:
+            job = replace(job, planner=job.make_planner(batch))
+        else:
+            job = replace(job, limit=min(limit, job.limit))
+        now = job.planner.plan(job.limit)
+        self._job, self.plan = job, now
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = apply(now, job.model)
+        return now
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the plan off."""
@@ -127,6 +168,7 @@ class BudgetCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        self._job = None
         if self._inputs is not None:
             self._inputs.resume()
             self._inputs = None

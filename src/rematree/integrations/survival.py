@@ -1,0 +1,174 @@
+"""A training step that runs out of memory is undone, planned tighter and run again.
+
+    trainer = Trainer(..., callbacks=[rematree.BudgetCallback("14GiB")])
+    rematree.survive_out_of_memory(trainer)
+    trainer.train()
+
+A prediction can be wrong about a device: other programs use it, its allocator fragments, a batch is longer than any
+that the data promised. The step that fails has left nothing behind then: no gradient half added, and the random
+generators where they were. The budget shrinks to below what has just failed, the plan for it is taken, and the same
+batch runs again. With levers that are exact, the run goes on as if nothing had happened.
+"""
+
+import contextlib
+import functools
+import traceback
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+
+import torch
+
+from rematree.errors import InfeasibleBudgetError, OutOfMemoryError, PlanMismatchError, UsageError
+from rematree.execute.context import RandomState
+from rematree.integrations.trainer import BudgetCallback
+from rematree.units import format_bytes
+
+_SHARE: Final = 0.9  # of a peak that did not fit, what is tried next
+_ATTEMPTS: Final = 5
+_SAID_ON_CPU: Final = ("not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def survive_out_of_memory(trainer: Any, *, attempts: int = _ATTEMPTS) -> "StepGuard":
+    """Have `trainer` run a step that failed for want of memory again, under tighter and tighter plans.
+
+    Args:
+        trainer: A transformers `Trainer`, or TRL's, with a `BudgetCallback`.
+        attempts: How often one step is run again.
+    Returns:
+        The guard, with `remove()`.
+    Raises:
+        UsageError: there is no `BudgetCallback`, or more than one process trains: one that runs a step again while the
+            others wait for its gradients would stop them all.
+    """
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, BudgetCallback)]
+    if len(callbacks) != 1:
+        raise UsageError(
+            f"the trainer has {len(callbacks)} BudgetCallbacks; one is needed to plan again when memory runs out",
+            remedies=['trainer.add_callback(rematree.BudgetCallback("14GiB"))'],
+        )
+    if trainer.args.world_size > 1:
+        raise UsageError(f"{trainer.args.world_size} processes train: a step cannot be run again in one of them alone")
+    return StepGuard(trainer, callbacks[0], attempts)
+
+
+class StepGuard:
+    """Stands around `trainer.training_step` of one trainer until `remove()`.
+
+    Attributes:
+        survived: Steps that failed and went through in the end.
+    """
+
+    def __init__(self, trainer: Any, callback: BudgetCallback, attempts: int) -> None:
+        self._trainer = trainer
+        self._callback = callback
+        self._attempts = attempts
+        self._inner = trainer.training_step
+        self.survived = 0
+        trainer.training_step = functools.update_wrapper(functools.partial(self._step), self._inner)
+
+    def remove(self) -> None:
+        """Put the trainer's own method back."""
+        self._trainer.__dict__.pop("training_step", None)
+
+    def _step(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        failures = 0
+        while True:
+            before = _Before(model)
+            try:
+                loss = self._inner(model, dict(inputs), *args, **kwargs)
+            except (RuntimeError, MemoryError, PlanMismatchError) as error:
+                before.restore()
+                reason = _reason(error)
+                if reason is None:
+                    raise
+                _forget_frames(error)
+            else:
+                before.add()
+                self.survived += failures > 0
+                return loss
+            failures += 1
+            if failures > self._attempts:
+                self._give_up(f"the step failed {failures} times", reason)
+            self._again(inputs, reason)
+
+    def _again(self, inputs: Mapping[str, Any], reason: str) -> None:
+        """Take a tighter plan."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        plan = self._callback.plan
+        if plan is None:
+            self._give_up("no plan is in force that could be made tighter", reason)
+        limit = None if reason.startswith("larger") else int(plan.predicted_peak_bytes * _SHARE)
+        try:
+            now = self._callback.plan_again(inputs, limit)
+        except InfeasibleBudgetError as error:
+            self._give_up(error.message, reason)
+        self._callback.say(
+            f"step {self._trainer.state.global_step + 1}: {reason}; undone, and run again under a plan of "
+            f"{format_bytes(now.predicted_peak_bytes)} (it was {format_bytes(plan.predicted_peak_bytes)})"
+        )
+
+    def _give_up(self, why: str, reason: str) -> NoReturn:
+        trainer, plan = self._trainer, self._callback.plan
+        saved: list[str] = []
+        if trainer.state.global_step > 0:
+            with contextlib.suppress(OSError):
+                trainer._save_checkpoint(trainer.model, None)
+                saved = [f"the run so far is in {trainer.args.output_dir}: train(resume_from_checkpoint=True)"]
+        lines = (
+            [] if plan is None else [f"{line.category:<28} {format_bytes(line.num_bytes):>10}" for line in plan.ledger]
+        )
+        raise OutOfMemoryError(
+            f"out of memory, and no tighter plan is left: {why}",
+            details=[reason, *(["at the predicted peak of the last plan:", *lines] if lines else [])],
+            remedies=[
+                *saved,
+                "shorter sequences or a smaller batch, with the equivalent gradient accumulation",
+                "rematree fit: the longest rows, the most rows or the highest rank that fit",
+            ],
+        )
+
+
+class _Before:
+    """What a step changes before the optimizer runs: gradients, and the random generators.
+
+    Gradients of earlier micro-batches are put aside, because a backward that fails halfway has added to some of them.
+    Added afterwards they are the same sums. While a step runs they are beside the new ones, which is more than the plan
+    predicted by the size of one set of gradients; only with accumulation.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._gradients = [p.grad for p in self._parameters]
+        self._random = RandomState.now(None)
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def restore(self) -> None:
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        if self._random is not None:
+            self._random.restore()
+
+    def add(self) -> None:
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+
+
+def _reason(error: BaseException) -> str | None:
+    """What ran out, in words; None if `error` is about something else."""
+    if isinstance(error, PlanMismatchError):
+        return f"larger than planned ({error.message})" if "this batch has" in error.message else None
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out of memory"
+    text = str(error)
+    return "out of memory" if any(said in text for said in _SAID_ON_CPU) else None
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """The frames of an error hold the tensors of the step that failed."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__context__

@@ -1,0 +1,153 @@
+"""Steps that run out of memory: undone, planned tighter, run again, and the run ends with the same numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import rematree
+from models import build, with_lora
+from rematree import BudgetCallback
+from rematree.cost import Roofline
+from rematree.errors import OutOfMemoryError, UsageError
+from rematree.integrations.survival import StepGuard, survive_out_of_memory
+from test_budget_callback import pad, rows_of
+
+COST = Roofline(1e11, 1e10)
+LENGTHS = (12, 40, 9, 33, 21, 40, 17, 8, 30, 25, 11, 38, 16, 24, 32, 40)
+SAID = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+
+
+class Fails(nn.Module):
+    """A layer that runs out of memory: in the forward, or once some gradients have been added."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.calls = self.raised = 0
+        self.fail_at: dict[int, str] = {}
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not torch._C._len_torch_dispatch_stack():
+            self.calls += 1
+            place = self.fail_at.pop(self.calls, "")
+            torch.rand(3)  # whoever restores the generators has something to restore
+            if place == "forward":
+                self._raise()
+            if place == "backward":
+                hidden.register_hook(self._raise)
+        return self.inner(hidden, *args, **kwargs)
+
+    def _raise(self, *_: torch.Tensor) -> None:
+        self.raised += 1
+        raise RuntimeError(SAID)
+
+
+def run(
+    folder: Path, fail_at: dict[int, str], *, guard: bool = True, **settings: Any
+) -> tuple[Any, list[float], list[str]]:
+    model: Any = with_lora(build("llama"))
+    layers = model.get_base_model().model.layers
+    layers[2] = fails = Fails(layers[2])
+    said: list[str] = []
+    callback = BudgetCallback("64MiB", cost=COST, forbid=["chunked_loss"], say=said.append)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=5,
+        **{"max_steps": 8, **settings},
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows_of(*LENGTHS), data_collator=pad, callbacks=[callback]
+    )
+    if guard:
+        survive_out_of_memory(trainer)
+    fails.fail_at = dict(fail_at)
+    trainer.train()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], said
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name.replace(".inner", ""): p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_five_failures_leave_no_trace_in_the_numbers(tmp_path: Path, accumulate: int) -> None:
+    settings = {"gradient_accumulation_steps": accumulate, "max_steps": 8 // accumulate}
+    plain, expected, _ = run(tmp_path / "plain", {}, **settings)
+    # Counted in calls of the layer; under a tighter plan a recomputation is one, too.
+    places = {2: "forward", 4: "backward", 5: "forward", 8: "backward", 9: "forward", 12: "forward", 15: "forward"}
+    failing, losses, said = run(tmp_path / "failing", places, **settings)
+    assert losses == expected
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(failing)[name]), name
+    again = [line for line in said if "undone, and run again" in line]
+    layer = failing.model.get_base_model().model.layers[2]
+    assert len(again) == layer.raised >= 5
+    assert 1 < failing.training_step.func.__self__.survived <= layer.raised
+
+
+def test_each_failure_takes_a_smaller_plan(tmp_path: Path) -> None:
+    trainer, _, said = run(tmp_path, {2: "backward", 3: "backward"})
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, BudgetCallback))
+    assert callback.plan is not None
+    sizes = [line.partition("under a plan of ")[2] for line in said if "run again" in line]
+    assert len(set(sizes)) == 2
+    assert callback.plan.recomputes
+
+
+def test_without_the_guard_the_run_dies(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        run(tmp_path, {2: "backward"}, guard=False)
+
+
+def test_repeated_failure_ends_with_the_ledger_advice_and_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(OutOfMemoryError) as caught:
+        run(tmp_path, dict.fromkeys(range(4, 40), "backward"))
+    text = str(caught.value)
+    assert "base weights" in text
+    assert "resume_from_checkpoint=True" in text
+    assert "rematree fit" in text
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert (checkpoint / "optimizer.pt").is_file()
+
+
+def test_another_error_is_not_swallowed_and_leaves_gradients_as_they_were(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    before = torch.full_like(model.weight, 3.0)
+    model.weight.grad = before
+
+    class Trains:
+        callback_handler: Any = None
+
+        def training_step(self, model: Any, inputs: Any) -> None:
+            model(torch.ones(1, 2)).sum().backward()
+            raise RuntimeError("shapes do not match")
+
+    trainer = Trains()
+    guard = StepGuard(trainer, BudgetCallback(1), 3)
+    random = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="shapes"):
+        trainer.training_step(model, {})  # pyright: ignore[reportCallIssue]
+    assert model.weight.grad is before
+    assert torch.equal(before, torch.full_like(before, 3.0))
+    assert torch.equal(random, torch.get_rng_state())
+    guard.remove()
+    assert "training_step" not in vars(trainer)
+
+
+def test_a_budget_callback_is_needed(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(model=with_lora(build("llama")), args=arguments, train_dataset=rows_of(9), data_collator=pad)
+    with pytest.raises(UsageError, match="0 BudgetCallbacks"):
+        rematree.survive_out_of_memory(trainer)
