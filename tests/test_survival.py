@@ -52,6 +52,7 @@ def run(
     model: Any = with_lora(build("llama"))
     layers = model.get_base_model().model.layers
     layers[2] = fails = Fails(layers[2])
+    settings.setdefault("max_steps", 8)
     said: list[str] = []
     callback = BudgetCallback("64MiB", cost=COST, forbid=["chunked_loss"], say=said.append)
     arguments = TrainingArguments(
@@ -65,7 +66,7 @@ def run(
         use_cpu=True,
         dataloader_pin_memory=False,
         seed=5,
-        **{"max_steps": 8, **settings},
+        **settings,
     )
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows_of(*LENGTHS), data_collator=pad, callbacks=[callback]
