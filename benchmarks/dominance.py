@@ -36,7 +36,9 @@ class Verdict:
 
 def measured(rows: Sequence[Row], *series: str) -> list[Row]:
     """The rows of `series` that have a peak and a time."""
-    return [row for row in rows if row["series"] in series and not row["error"] and row["above_bytes"] and row["seconds"]]
+    return [
+        row for row in rows if row["series"] in series and not row["error"] and row["above_bytes"] and row["seconds"]
+    ]
 
 
 def ahead(peers: Sequence[Row], ours: Sequence[Row], margin: float = MARGIN) -> list[Row]:
@@ -98,9 +100,7 @@ def _at_hf(workload: str, flag: Row, eager: Sequence[Row], compiled: Sequence[Ro
     return found
 
 
-def _smallest(
-    workload: str, plain: Row, flag: Row, eager: Sequence[Row], compiled: Sequence[Row]
-) -> list[Verdict]:
+def _smallest(workload: str, plain: Row, flag: Row, eager: Sequence[Row], compiled: Sequence[Row]) -> list[Verdict]:
     limits = SMALLEST.get(workload, (None, None, None))
     share = limits[0]
     found: list[Verdict] = []

@@ -46,11 +46,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every way, at most")
     parser.add_argument("--minutes", type=float, default=None, help="for one workload, all included")
     parser.add_argument("--points", type=int, default=8, help="plans of each of our series")
-    parser.add_argument("--peers", choices=["all", "main", "none"], default=None, help="which; default: as the workload")
+    parser.add_argument(
+        "--peers", choices=["all", "main", "none"], default=None, help="which; default: as the workload"
+    )
     parser.add_argument("--only", default=None, help="ways whose name holds this text, plain step and HF flag besides")
     parser.add_argument("--no-compile", action="store_true", help="leave out every way that compiles")
     parser.add_argument("--whole-warm-up", action="store_true", help="every turn begins with a whole step")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="default: what the device is for")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default=None, help="default: what the device is for"
+    )
     parser.add_argument("--again", action="store_true", help="also what is in the output already")
     return parser.parse_args(arguments)
 

@@ -24,7 +24,9 @@ def page(log: Mapping[str, Any], lines: Sequence[str]) -> str:
     parts += ["", "```", *lines, "```"]
     for name, found in log["workloads"].items():
         parts += ["", f"## {found['title']}", ""]
-        took = f"{found['seconds'] / 60:.1f} minutes, of which {found['prepare_seconds'] / 60:.1f} before the first round"
+        took = (
+            f"{found['seconds'] / 60:.1f} minutes, of which {found['prepare_seconds'] / 60:.1f} before the first round"
+        )
         parts += [f"{found['dtype']}; weights: {found['weights']}; {found['rounds']} rounds; {took}.", ""]
         if any(point["seconds"] for point in found["points"]):
             parts += [f"![peak and time]({log.get('stem', 'frontier')}-{name}.svg)", ""]

@@ -268,4 +268,3 @@ def own_peers(built: Built) -> list[Way]:
     again = functools.partial(chunked, functools.partial(way.around, recomputed=True))
     found.append(Way("by hand: chunked, compiled, every block", "peer", "and every block recomputed", again, True))
     return found
-
