@@ -10,6 +10,7 @@ device, and ends with the report.
 """
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class AdapterCheck:
         self._task = -1  # the backward that last reached a parameter
         self._ended = self._ended_inside = False  # a backward came to its end; one inside a reentrant checkpoint did
         self._unsure = 0
+        self._lock = threading.Lock()  # a model may be run in several threads, and one of them reports
         self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,11 +91,14 @@ class AdapterCheck:
         """A training forward begins: report on the step before it, if there was one."""
         if self._model is None:
             return
-        if self._complete():
-            self._report()
-        else:
-            self._ended_inside = False
-            self._watch()
+        with self._lock:
+            if self._model is None:
+                return
+            if self._complete():
+                self._report()
+            else:
+                self._ended_inside = False
+                self._watch()
 
     def remove(self) -> None:
         """Report if a step has been seen, and stop watching. Does nothing the second time."""
