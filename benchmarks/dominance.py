@@ -10,8 +10,9 @@ from typing import Any, Final
 MARGIN: Final = 0.03  # in time or memory
 PEAK_OFF, TIME_OFF = 0.03, 0.20  # worst errors that the accuracy log allows
 GONE: Final = 0.60  # of the activations, at no extra time
-# Workload -> (time to HF's flag at its peak: eager, compiled), (smallest peak to HF's, its time to plain: eager, compiled)
+# Of workloads: time to that of HF's flag within its peak, eager and compiled.
 AT_HF: Final[Mapping[str, tuple[float, float]]] = {"smollm2": (0.55, 0.40), "wide": (0.75, 0.55)}
+# Of workloads: the smallest peak to that of HF's flag, and its time to the plain step's, eager and compiled.
 SMALLEST: Final[Mapping[str, tuple[float, float, float | None]]] = {
     "smollm2": (0.10, 0.80, 0.50),
     "wide": (0.40, 1.30, None),

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,11 @@ from workloads import QUICK, WORKLOADS, Built, Workload, build, default_dtype
 MINUTES, MINUTES_EVERY_PEER = 3.5, 7.0
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", action="append", choices=[*WORKLOADS, *QUICK], help="only this one; repeatable")
-    parser.add_argument("--output", type=Path, default=Path("runs/frontier.json"))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, and no compilation")
+def make_parser(description: str | None, output: str, names: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of this benchmark and of the one for a GPU."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", action="append", choices=[*names], help="only this one; repeatable")
+    parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every way, at most")
     parser.add_argument("--minutes", type=float, default=None, help="for one workload, all included")
     parser.add_argument("--points", type=int, default=8, help="plans of each of our series")
@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--dtype", choices=["float32", "bfloat16"], default=None, help="default: what the device is for"
     )
     parser.add_argument("--again", action="store_true", help="also what is in the output already")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def say(line: str) -> None:
@@ -92,11 +92,13 @@ def wanted_peers(built: Built, options: argparse.Namespace) -> list[Way]:
     ]
 
 
-def run_workload(workload: Workload, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Every point of one workload, measured in this process."""
+def run_workload(
+    workload: Workload, options: argparse.Namespace, device: torch.device, layers: int | None = None
+) -> dict[str, Any]:
+    """Every point of one workload, measured in this process; of a model with that many `layers`, or its own number."""
     started = time.perf_counter()
     dtype = getattr(torch, options.dtype) if options.dtype else default_dtype()
-    built = build(workload, device, dtype)
+    built = build(workload, device, dtype, layers)
     say(f"{workload.title}; {dtype}, weights: {built.weights}")
     run = Interleaved(built, say, whole_warm_up=options.whole_warm_up)
     plain, flag, *rest = wanted_peers(built, options)
@@ -135,38 +137,51 @@ def report(log: Mapping[str, Any], output: Path) -> list[str]:
         if any(point["seconds"] for point in found["points"]):
             title = f"{found['title']}, {found['dtype']}"
             output.with_name(f"{output.stem}-{name}.svg").write_text(picture(title, found["points"]))
-    output.with_suffix(".md").write_text(page(log, lines))
+    output.with_suffix(".md").write_text(page(log, lines, output.stem))
     return lines
 
 
-def main() -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    options = parse()
-    known = {**WORKLOADS, **QUICK}
-    if options.quick:
-        options.workload, options.no_compile = list(QUICK), True
-        options.minutes, options.points = options.minutes or 1.0, min(options.points, 3)
-    names: list[str] = options.workload or list(WORKLOADS)
-    log = read(options.output)
+def drive(
+    known: Mapping[str, Workload], options: argparse.Namespace, device: torch.device, layers: int | None = None
+) -> None:
+    """Run what is missing of the workloads asked for, report all of them, print what holds."""
+    names: list[str] = options.workload or list(known)
     if len(names) == 1:
         (name,) = names
-        if name not in log["workloads"] or options.again:
-            found = run_workload(known[name], options, torch.device("cpu"))
+        if name not in read(options.output)["workloads"] or options.again:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # peers warn of much that is not the matter here
+                found = run_workload(known[name], options, device, layers)
             log = read(options.output)
             log["workloads"][name] = found
-            log["conditions"] = conditions(torch.device("cpu"))
+            log["conditions"] = conditions(device)
             write(options.output, log)
     else:
         for name in names:  # a process each, so that no memory is left from one to the next
             done = subprocess.run([sys.executable, *sys.argv, "--workload", name], check=False, stdout=sys.stderr)
             if done.returncode:
                 say(f"{name}: ended with {done.returncode}")
-        log = read(options.output)
-    for line in report(log, options.output):
+    for line in report(read(options.output), options.output):
         print(line)
 
 
+def quieten() -> None:
+    """Have profiler and bitsandbytes not say at every start what they are doing."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "runs/frontier.json", [*WORKLOADS, *QUICK])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, and no compilation")
+    options = parser.parse_args()
+    if options.quick:
+        options.workload, options.no_compile = list(QUICK), True
+        options.minutes, options.points = options.minutes or 1.0, min(options.points, 3)
+    chosen = {name: {**WORKLOADS, **QUICK}[name] for name in options.workload or WORKLOADS}
+    drive(chosen, options, torch.device("cpu"))
+
+
 if __name__ == "__main__":
+    quieten()
     main()

@@ -4,20 +4,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 INTRO = """One forward and backward, every way of stepping measured in one process, in turns. Peaks are allocated bytes
-above weights and batch; ratios are to the plain step and to Hugging Face's flag in the same run. "exact": every gradient
-is bit for bit the plain step's; otherwise the largest relative difference. Predicted: by the planner, before it ran."""
+above weights and batch; ratios are to the plain step and to Hugging Face's flag in the same run. "exact": every
+gradient is bit for bit the plain step's; otherwise the largest relative difference. Predicted: by the planner, before
+it ran."""
 HEAD = (
     "| way | peak MiB | to plain | to HF flag | seconds | to plain | to HF flag | peak off | time off | gradients |",
     "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
 )
 
 
-def page(log: Mapping[str, Any], lines: Sequence[str]) -> str:
+def page(log: Mapping[str, Any], lines: Sequence[str], stem: str) -> str:
     """The whole page.
 
     Args:
         log: What `frontier.py` writes.
         lines: What holds, one line each.
+        stem: What the names of the pictures begin with.
     """
     parts = ["# Frontier", "", INTRO, ""]
     parts += [f"- {name}: {value}" for name, value in log.get("conditions", {}).items()]
@@ -29,7 +31,7 @@ def page(log: Mapping[str, Any], lines: Sequence[str]) -> str:
         )
         parts += [f"{found['dtype']}; weights: {found['weights']}; {found['rounds']} rounds; {took}.", ""]
         if any(point["seconds"] for point in found["points"]):
-            parts += [f"![peak and time]({log.get('stem', 'frontier')}-{name}.svg)", ""]
+            parts += [f"![peak and time]({stem}-{name}.svg)", ""]
         parts += [*HEAD, *(_row(point) for point in found["points"] if not point["error"])]
         failed = [point for point in found["points"] if point["error"]]
         if failed:

@@ -7,13 +7,14 @@ made of nothing but recomputed blocks.
 from collections.abc import Collection, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import rematree
 from peers import Way
+from workloads import Built, Loss, plain_loss
+
+import rematree
 from rematree.execute.input_grads import as_leaves
 from rematree.planning import LEVERS, Planner
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.units import MIB
-from workloads import Built, Loss, plain_loss
 
 
 def make_planner(built: Built, forbid: Collection[str]) -> Planner:

@@ -49,7 +49,7 @@ def plain() -> Generator[Loss]:
     yield plain_loss
 
 
-# -- flags of the libraries ---------------------------------------------------------------------------------------------
+# -- flags of the libraries
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def sac(built: Built) -> AbstractContextManager[Loss]:
     return around_blocks(built.layers, functools.partial(checkpoint, use_reentrant=False, context_fn=contexts))
 
 
-# -- blocks, by hand ----------------------------------------------------------------------------------------------------
+# -- blocks, by hand
 
 
 @contextmanager
@@ -183,7 +183,7 @@ class CompiledBlocks:
             yield plain_loss
 
 
-# -- the loss, by hand --------------------------------------------------------------------------------------------------
+# -- the loss, by hand
 
 
 class _ChunkedLoss(torch.autograd.Function):

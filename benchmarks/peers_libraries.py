@@ -21,7 +21,7 @@ from workloads import Built, Loss, plain_loss
 
 from rematree.measure import storage_bytes
 
-# -- torch_remat --------------------------------------------------------------------------------------------------------
+# -- torch_remat
 
 
 class _DeviceRandom:
@@ -77,7 +77,7 @@ def remat_regions(built: Built, saved: frozenset[str]) -> Generator[Loss]:
         yield plain_loss
 
 
-# -- ckptplan -----------------------------------------------------------------------------------------------------------
+# -- ckptplan
 
 
 class _Bound(nn.Module):
@@ -168,7 +168,7 @@ class _CkptPlan:
         return around_blocks(self._chosen, functools.partial(checkpoint, use_reentrant=False))
 
 
-# -- rockmate -----------------------------------------------------------------------------------------------------------
+# -- rockmate
 
 
 class _Rockmate:

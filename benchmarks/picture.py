@@ -1,4 +1,4 @@
-"""A picture of points and our frontier as SVG, written by hand: shapes and labels carry the meaning, colour only helps."""
+"""A picture of points and our frontier as SVG, written by hand: shapes and labels tell, colour only helps."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

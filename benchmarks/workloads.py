@@ -170,7 +170,7 @@ def _base(workload: Workload, device: torch.device, dtype: torch.dtype, layers: 
 
     shape = dict(SHAPES[workload.shape]) | ({} if layers is None else {"num_hidden_layers": layers})
     config = transformers.LlamaConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    with torch.device(device if workload.mode != "nf4" else "cpu"):
+    with torch.device(device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -180,9 +180,11 @@ def _base(workload: Workload, device: torch.device, dtype: torch.dtype, layers: 
     if workload.mode == "nf4":
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
+            kind = type(model)
+            del model
             place = {"device_map": {"": device}} if device.type == "cuda" else {}
             packing = quantisation_config(Quantisation(4), compute_dtype=dtype)
-            model = type(model).from_pretrained(folder, quantization_config=packing, dtype=dtype, **place)
+            model = kind.from_pretrained(folder, quantization_config=packing, dtype=dtype, **place)
     return model, why
 
 
