@@ -119,7 +119,7 @@ def test_a_parameter_that_is_exchanged_is_put_back_for_the_rerun() -> None:
 def test_an_adapter_that_is_added_and_deleted_later() -> None:
     from peft import LoraConfig
 
-    model = with_lora(build("llama", layers=2))
+    model: Any = with_lora(build("llama", layers=2))
     batch = batch_for(model)
     with by_plan(model, batch, dict.fromkeys(find_chain(model).blocks, AGAIN)):
         step(model, batch)

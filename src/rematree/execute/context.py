@@ -296,5 +296,5 @@ class World:
                 present = item.read()
                 undo.callback(item.write, present)
                 item.write(value)
-            undo.enter_context(self._state.restored(region))
+            self._state.restore(region, undo)
             yield

@@ -10,7 +10,7 @@ of tensors that stand for several (DTensor, quantised subclasses), and of weight
 """
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -88,46 +88,35 @@ class ModuleState:
         if own:
             self._marks = [item for item in self._marks if id(item[0]) not in own]
 
-    @contextlib.contextmanager
-    def restored(self, region: str) -> Generator[None]:
-        """The forward's buffers inside, the present ones again after.
+    def restore(self, region: str, undo: contextlib.ExitStack) -> None:
+        """Put the forward's weights and buffers back until `undo` closes, then the present ones again.
 
         Raises:
             RecomputeMismatchError: a weight or a fixed buffer was written to or replaced since the forward.
         """
         for tensor, mark in self._marks:
             if _mark(tensor) != mark:
-                region = self._modules[0]
-                named = (*region.named_parameters(), *region.named_buffers())
+                root = self._modules[0]
+                named = (*root.named_parameters(), *root.named_buffers())
                 name = next((name for name, other in named if other is tensor), "a weight")
                 raise RecomputeMismatchError(
                     f"{region}.{name} was modified in place or replaced between forward and backward; gradients "
                     "through the recomputation would belong to other weights",
                     remedies=["call backward before the optimizer's step and before loading or merging weights"],
                 )
-        with contextlib.ExitStack() as undo:
-            for place, then in self._places:  # a tensor that was assigned since: autograd keeps the old one as well
-                if place.keys() != then.keys() or any(place[name] is not then[name] for name in then):
-                    replace_entries(place, then, undo)
-            undo.enter_context(self._values_restored())
-            yield
+        for place, then in self._places:  # a tensor that was assigned since: autograd keeps the old one as well
+            if place.keys() != then.keys() or any(place[name] is not then[name] for name in then):
+                replace_entries(place, then, undo)
+        if self._before:
+            # `.data` has a version of its own: what autograd saved of a buffer is not called modified.
+            undo.callback(_write, [(buffer, buffer.detach().clone()) for buffer, _ in self._before.values()])
+            _write(self._before.values())
 
-    @contextlib.contextmanager
-    def _values_restored(self) -> Generator[None]:
-        if not self._before:
-            yield
-            return
-        # `.data` has a version of its own: what autograd saved of a buffer is not called modified.
-        present = [(buffer, buffer.detach().clone()) for buffer, _ in self._before.values()]
-        with torch.no_grad():
-            for buffer, value in self._before.values():
-                buffer.data.copy_(value)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in present:
-                    buffer.data.copy_(value)
+
+def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in values:
+            buffer.data.copy_(value)
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:

@@ -89,16 +89,18 @@ class AdapterCheck:
 
     def forward_begins(self) -> None:
         """A training forward begins: report on the step before it, if there was one."""
-        if self._model is None:
+        if self._model is not None:
+            with self._lock:
+                self._look()
+
+    def _look(self) -> None:
+        if self._model is None:  # another thread has reported
             return
-        with self._lock:
-            if self._model is None:
-                return
-            if self._complete():
-                self._report()
-            else:
-                self._ended_inside = False
-                self._watch()
+        if self._complete():
+            self._report()
+        else:
+            self._ended_inside = False
+            self._watch()
 
     def remove(self) -> None:
         """Report if a step has been seen, and stop watching. Does nothing the second time."""
