@@ -8,8 +8,9 @@ Writes --output (JSON), and beside it a table (.md) and one picture for each wor
 process for each workload. A workload that is in the output is not run again; --again does. Times need a quiet machine,
 peaks do not. The step is forward and backward. Peers with packages of their own: `requirements-peers.txt`.
 
-A workload takes its ways once for peaks and gradients, then in rounds for times; no round begins that would end after
---minutes. At the defaults: 7 minutes for smollm2, which meets every peer, 3.5 for each other one.
+A workload takes its ways once for peaks and gradients, compilation included, then in rounds for times. At least one
+round is made, and none begins that would end after --minutes; at the defaults 8 minutes for smollm2, which meets every
+peer, 4.5 for wide, 3 for each other one. --peers, --points and --no-compile make it shorter or longer.
 """
 
 import argparse
@@ -35,17 +36,18 @@ from peers_libraries import library_peers
 from picture import picture
 from workloads import QUICK, WORKLOADS, Built, Workload, build, default_dtype
 
-MINUTES, MINUTES_EVERY_PEER = 3.5, 7.0
+PEERS = ("none", "few", "main", "all")
+MINUTES = {"few": 3.0, "main": 4.5, "all": 8.0}
 
 
 def make_parser(description: str | None, output: str, names: Iterable[str]) -> argparse.ArgumentParser:
     """The options of this benchmark and of the one for a GPU."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", action="append", choices=[*names], help="only this one; repeatable")
+    parser.add_argument("--workload", nargs="+", choices=[*names], help="only these")
     parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every way, at most")
     parser.add_argument("--minutes", type=float, default=None, help="for one workload, all included")
-    parser.add_argument("--points", type=int, default=8, help="plans of each of our series")
+    parser.add_argument("--points", type=int, default=None, help="budgets of each of our series, at most")
     parser.add_argument(
         "--peers", choices=["all", "main", "none"], default=None, help="which; default: as the workload"
     )
@@ -76,16 +78,15 @@ def write(output: Path, log: Mapping[str, Any]) -> None:
 
 def wanted_peers(built: Built, options: argparse.Namespace) -> list[Way]:
     """Plain step and HF's flag first, then the peers this run is about."""
-    which = options.peers or ("all" if built.workload.every_peer else "main")
+    which = PEERS.index(options.peers or built.workload.peers)
     first, flag, *rest = own_peers(built)
-    rest = [*rest, *library_peers(built)] if which != "none" else []
     return [
         first,
         flag,
         *(
             way
-            for way in rest
-            if (which == "all" or not way.minor)
+            for way in [*rest, *library_peers(built)]
+            if PEERS.index(way.among) <= which
             and not (way.compiles and options.no_compile)
             and (options.only is None or options.only in way.name)
         ),
@@ -108,14 +109,15 @@ def run_workload(
         way.predicted = predicted.get(way.name)
         run.add(way)
     hf_peak = run.points[1].peak_bytes
-    ours = our_ways(built, planner, options.points, hf_peak, compiled=False)
+    points = min(workload.points, options.points or workload.points)
+    ours = our_ways(built, planner, points, hf_peak, compiled=False)
     if not options.no_compile:
-        ours += our_ways(built, make_planner(built, []), options.points, hf_peak, compiled=True)
+        ours += our_ways(built, make_planner(built, []), points, hf_peak, compiled=True)
     for way in [*(way for way in ours if options.only is None or options.only in way.name), *rest]:
         way.predicted = way.predicted or predicted.get(way.name)
         run.add(way)
     prepared = time.perf_counter() - started
-    minutes = options.minutes or (MINUTES_EVERY_PEER if workload.every_peer else MINUTES)
+    minutes = options.minutes or MINUTES[workload.peers]
     rounds = run.rounds(options.rounds, started + 60 * minutes)
     return {
         "title": workload.title,
@@ -177,7 +179,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.workload, options.no_compile = list(QUICK), True
-        options.minutes, options.points = options.minutes or 1.0, min(options.points, 3)
+        options.minutes = options.minutes or 1.0
     chosen = {name: {**WORKLOADS, **QUICK}[name] for name in options.workload or WORKLOADS}
     drive(chosen, options, torch.device("cpu"))
 

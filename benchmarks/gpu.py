@@ -25,7 +25,7 @@ MINUTES, MINUTES_OTHER = 3.5, 1.7
 
 def gpu_workloads(shape: str = "8b", short: int = SHORT, long: int = LONG) -> Mapping[str, Workload]:
     """The four workloads, or the two that need no bitsandbytes."""
-    found = [Workload(FIRST, shape, "lora", 1, short), Workload("8b-16k", shape, "lora", 1, long)]
+    found = [Workload(FIRST, shape, "lora", 1, short, peers="main"), Workload("8b-16k", shape, "lora", 1, long)]
     if importlib.util.find_spec("bitsandbytes") is not None:
         found += [Workload("8b-nf4-4k", shape, "nf4", 1, short), Workload("8b-nf4-16k", shape, "nf4", 1, long)]
     return {workload.name: workload for workload in found}
@@ -40,7 +40,7 @@ def main() -> None:
     device = torch.device("cuda")
     if options.dry_run:
         device, known = torch.device("cpu"), gpu_workloads("tiny", 32, 64)
-        options.layers, options.no_compile, options.points = 2, True, min(options.points, 2)
+        options.layers, options.no_compile, options.points = 2, True, 2
     elif not torch.cuda.is_available():
         sys.exit("no CUDA device; --dry-run runs the same code without one")
     names: list[str] = options.workload or list(known)

@@ -32,7 +32,7 @@ class Way:
         around: A context in which the model steps this way; what it yields computes the loss.
         compiles: Blocks are compiled.
         predicted: (peak bytes, seconds) that rematree's planner predicts, if it can.
-        minor: Left out of runs that are short of time.
+        among: The smallest set of peers it is in: "few", "main" or "all".
     """
 
     name: str
@@ -41,7 +41,7 @@ class Way:
     around: Callable[[], AbstractContextManager[Loss]]
     compiles: bool = False
     predicted: tuple[int, float] | None = None
-    minor: bool = False
+    among: str = "main"
 
 
 @contextmanager
@@ -240,30 +240,39 @@ def every_nth(built: Built, n: int) -> AbstractContextManager[Loss]:
 def own_peers(built: Built) -> list[Way]:
     """Every way that needs no library beside those of a usual fine-tuning environment; the plain step first."""
     found = [
-        Way("plain", "plain", "nothing", plain),
-        Way("HF flag", "peer", "gradient_checkpointing_enable(), every layer", lambda: hf_flag(built)),
-        Way("HF every 2", "peer", "every_n_layers=2", lambda: hf_options(built, every_n_layers=2)),
-        Way("HF offload", "peer", "offload=True", lambda: hf_options(built, offload=True), minor=True),
+        Way("plain", "plain", "nothing", plain, among="few"),
+        Way("HF flag", "peer", "gradient_checkpointing_enable(), every layer", lambda: hf_flag(built), among="few"),
+        Way("HF every 2", "peer", "every_n_layers=2", lambda: hf_options(built, every_n_layers=2), among="few"),
+        Way("HF offload", "peer", "offload=True", lambda: hf_options(built, offload=True), among="all"),
         Way("TRL selective", "peer", "attention kept", lambda: trl_selective(built)),
-        Way("TRL offload", "peer", "activation_offloading", lambda: trl_offload(built, flag=False), minor=True),
-        Way("TRL offload + flag", "peer", "with the flag", lambda: trl_offload(built, flag=True), minor=True),
+        Way("TRL offload", "peer", "activation_offloading", lambda: trl_offload(built, flag=False), among="all"),
+        Way("TRL offload + flag", "peer", "with the flag", lambda: trl_offload(built, flag=True), among="all"),
         Way("torch SAC", "peer", "matmuls and attention kept, each block", lambda: sac(built)),
-        Way("by hand: chunked loss", "peer", f"{CHUNK_ROWS} rows, gradient in forward", chunked),
+        Way("by hand: chunked loss", "peer", f"{CHUNK_ROWS} rows, gradient in forward", chunked, among="few"),
     ]
     for n, which in ((1, "every block"), (2, "every 2nd block"), (3, "every 3rd block")):
         again = functools.partial(chunked, functools.partial(every_nth, built, n))
-        found.append(Way(f"by hand: chunked, {which}", "peer", f"chunked loss, {which} recomputed", again))
+        found.append(Way(f"by hand: chunked, {which}", "peer", f"chunked loss, {which} recomputed", again, among="few"))
     for budget in (1.0, 0.5, 0.1, 0.0):
         way = CompiledBlocks(built, budget)
-        minor = budget in (0.5, 0.0)
+        among = "main" if budget in (1.0, 0.1) else "all"
         found.append(
-            Way(f"compiled {budget}", "peer", f"activation_memory_budget={budget}", way.around, True, minor=minor)
+            Way(f"compiled {budget}", "peer", f"activation_memory_budget={budget}", way.around, True, among=among)
         )
     for budget in (1.0, 0.3, 0.0):
         way = CompiledBlocks(built, budget)
         name = f"by hand: chunked, compiled {budget}"
         settings = f"chunked loss, activation_memory_budget={budget}"
-        found.append(Way(name, "peer", settings, functools.partial(chunked, way.around), True, minor=budget == 0.3))
+        found.append(
+            Way(
+                name,
+                "peer",
+                settings,
+                functools.partial(chunked, way.around),
+                True,
+                among="all" if budget == 0.3 else "main",
+            )
+        )
     way = CompiledBlocks(built, 1.0)
     again = functools.partial(chunked, functools.partial(way.around, recomputed=True))
     found.append(Way("by hand: chunked, compiled, every block", "peer", "and every block recomputed", again, True))

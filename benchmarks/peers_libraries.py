@@ -202,12 +202,26 @@ def library_peers(built: Built) -> list[Way]:
         ("torch_remat, README", frozenset({"attention", "mlp"}), "attention and mlp regions with recompute=False"),
     ]
     found = [
-        Way(name, "peer", settings, functools.partial(remat_regions, built, saved), minor=saved != {"attention"})
+        Way(
+            name,
+            "peer",
+            settings,
+            functools.partial(remat_regions, built, saved),
+            among="main" if saved == {"attention"} else "all",
+        )
         for name, saved, settings in remat
     ]
     for share in (0.5, 0.75, 1.0):
         settings = f"dynamic programming, activation_saving_fraction={share}"
-        found.append(Way(f"ckptplan {share}", "peer", settings, _CkptPlan(built, share).around, minor=share != 0.75))
+        found.append(
+            Way(
+                f"ckptplan {share}",
+                "peer",
+                settings,
+                _CkptPlan(built, share).around,
+                among="main" if share == 0.75 else "all",
+            )
+        )
     settings = "Rockmate(blocks, budget: half of the saved activations)"
-    found.append(Way("rockmate", "peer", settings, _Rockmate(built, 0.5).around))
+    found.append(Way("rockmate", "peer", settings, _Rockmate(built, 0.5).around, among="all"))
     return found

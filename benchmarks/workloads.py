@@ -80,7 +80,8 @@ class Workload:
         rows: Sequences in the batch.
         tokens: In each sequence.
         dropout: In front of the adapters.
-        every_peer: Whether all peers run, or only those that differ from each other most.
+        peers: Which take part: "all", "main" or "few"; those left out are near to others that stay.
+        points: Budgets of each of our series.
     """
 
     name: str
@@ -89,7 +90,8 @@ class Workload:
     rows: int
     tokens: int
     dropout: float = 0.0
-    every_peer: bool = False
+    peers: str = "few"
+    points: int = 5
 
     @property
     def title(self) -> str:
@@ -101,15 +103,15 @@ class Workload:
 WORKLOADS: Mapping[str, Workload] = {
     workload.name: workload
     for workload in (
-        Workload("smollm2", "smollm2", "lora", 2, 512, every_peer=True),
+        Workload("smollm2", "smollm2", "lora", 2, 512, peers="all", points=8),
         Workload("smollm2-dropout", "smollm2", "lora", 2, 512, dropout=0.05),
         Workload("smollm2-nf4", "smollm2", "nf4", 2, 512, dropout=0.05),
-        Workload("wide", "wide", "lora", 2, 512),
+        Workload("wide", "wide", "lora", 2, 512, peers="main"),
         Workload("smollm2-full", "smollm2", "full", 2, 512),
-        Workload("smollm2-4096", "smollm2", "lora", 1, 4096),
+        Workload("smollm2-4096", "smollm2", "lora", 1, 4096, points=4),
     )
 }
-QUICK: Mapping[str, Workload] = {"tiny": Workload("tiny", "tiny", "lora", 2, 64, dropout=0.05, every_peer=True)}
+QUICK: Mapping[str, Workload] = {"tiny": Workload("tiny", "tiny", "lora", 2, 64, dropout=0.05, peers="all", points=3)}
 
 
 @dataclass(frozen=True)
