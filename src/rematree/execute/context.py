@@ -4,8 +4,9 @@ Design rules R4 and R5. Autocast is restored by `torch.utils.checkpoint` itself.
 """
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -53,7 +54,8 @@ class RandomState:
     @classmethod
     def now(cls, draws: int | None = None) -> "RandomState | None":
         """The present state. Under fake tensors a stand-in if `draws`, their number so far, is known, else None."""
-        if detect_fake_mode() is None:
+        # The search for a fake mode costs more than the state; without any mode there is none to find.
+        if not torch._C._len_torch_dispatch_stack() or detect_fake_mode() is None:
             return cls()
         return None if draws is None else cls(draws)
 
@@ -82,6 +84,8 @@ def builds_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether calling `module` now records anything for backward; if not, there is nothing to recompute (R6, R7)."""
     if not torch.is_grad_enabled():
         return False
+    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+        return True
     if tree_any(lambda x: isinstance(x, torch.Tensor) and x.requires_grad, (args, kwargs)):
         return True
     return any(p.requires_grad for p in module.parameters())
@@ -92,13 +96,13 @@ class _Adapters:
 
     __slots__ = ("_active", "_disabled", "_layer", "_merged", "_names", "_scaling")
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, holders: tuple[Any, ...]) -> None:
         self._layer = layer
         self._active: Any = _copied(layer._active_adapter)
         self._disabled: bool = layer._disable_adapters
         self._merged = tuple(getattr(layer, "merged_adapters", ()))
         self._scaling: dict[str, Any] = dict(getattr(layer, "scaling", {}))
-        self._names = _names_of(layer)
+        self._names = frozenset(itertools.chain.from_iterable(holders))
 
     def restore(self, region: str, undo: contextlib.ExitStack) -> None:
         """Put it back until `undo` closes.
@@ -114,7 +118,7 @@ class _Adapters:
                 "gradients through the recomputation would belong to other weights",
                 remedies=["call backward before merging or unmerging adapters"],
             )
-        if gone := sorted(self._names - _names_of(layer)):
+        if gone := sorted(self._names.difference(*_holders_of(layer))):
             raise RecomputeMismatchError(
                 f"{region}: adapter {gone[0]!r} was deleted between forward and backward",
                 remedies=["call backward before deleting adapters"],
@@ -133,16 +137,23 @@ def _copied(value: Any) -> Any:
     return list(cast("list[str]", value)) if isinstance(value, list) else value
 
 
-def _names_of(layer: Any) -> frozenset[str]:
-    return frozenset(name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, ()))
+def _holders_of(layer: Any) -> tuple[Any, ...]:
+    """The containers of a PEFT layer's adapters; their keys are the adapters' names."""
+    return tuple(getattr(layer, attribute, ()) for attribute in layer.adapter_layer_names)
 
 
-def _adapters_of(modules: list[nn.Module]) -> list[_Adapters]:
+def _adapter_layers(modules: Iterable[nn.Module]) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
+    """Every PEFT layer among `modules`, with its containers if those are its children: then they are known with it."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None:
-        return []
+        return ()
     kinds = (tuners.BaseTunerLayer, sys.modules["peft.utils.other"].AuxiliaryTrainingWrapper)  # modules_to_save
-    return [_Adapters(m) for m in modules if isinstance(m, kinds)]
+    found: list[tuple[Any, tuple[Any, ...]]] = []
+    for module in modules:
+        if isinstance(module, kinds):
+            holders = _holders_of(module)
+            found.append((module, holders if all(isinstance(each, nn.Module) for each in holders) else ()))
+    return tuple(found)
 
 
 class _Hooks:
@@ -150,10 +161,10 @@ class _Hooks:
 
     __slots__ = ("_kept",)
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._kept = [(m, [dict(getattr(m, name)) for name in _HOOKS]) for m in modules if _has_hooks(m)]
 
-    def restore(self, modules: list[nn.Module], undo: contextlib.ExitStack) -> None:
+    def restore(self, modules: Sequence[nn.Module], undo: contextlib.ExitStack) -> None:
         """Put the hooks of then in the place of those of now, until `undo` closes."""
         then = {id(module): kept for module, kept in self._kept}
         for module in modules:
@@ -170,8 +181,39 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
+class _Contents:
+    """The modules inside a region, walked once. Not the region itself, which may be the weak key of what holds this.
+
+    Attributes:
+        parts: They, in the order of `named_modules()`.
+        paths: Their paths within the region.
+        adapters: Those of them that are PEFT layers, each with the containers of its adapters.
+        own: The same of the region itself; the layer is left to be put in.
+    """
+
+    __slots__ = ("_children", "adapters", "own", "parts", "paths")
+
+    def __init__(self, module: nn.Module) -> None:
+        (_, *named) = module.named_modules()
+        self.paths = tuple(path for path, _ in named)
+        self.parts = tuple(part for _, part in named)
+        self.adapters = _adapter_layers(self.parts)
+        self.own = tuple(holders for _, holders in _adapter_layers([module]))
+        self._children = _children(module, self.parts)
+
+    def still_there(self, module: nn.Module) -> bool:
+        """Whether no module was put in, taken out or replaced since. Cost: a microsecond for ten modules."""
+        return _children(module, self.parts) == self._children
+
+
+def _children(module: nn.Module, parts: Sequence[nn.Module]) -> list[int]:
+    """Identities of all children; they are those of living modules as long as `parts` are held."""
+    held: list[Mapping[str, Any]] = [module._modules, *[part._modules for part in parts]]
+    return [id(child) for children in held if children for child in children.values()]
+
+
 class Known:
-    """What does not change from call to call of a region.
+    """What does not change from call to call of a region, as long as the modules in it are the same.
 
     Attributes:
         routes: It chooses experts.
@@ -179,8 +221,21 @@ class Known:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.routes = has_router(module)
+        self.routes = False
         self.buffers = ChangingBuffers()
+        self._contents: _Contents | None = None
+        self.contents(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_contents": None}  # a copy belongs to copied modules
+
+    def contents(self, module: nn.Module) -> _Contents:
+        """The modules inside `module`, the region, as they are now."""
+        known = self._contents
+        if known is None or not known.still_there(module):
+            known = self._contents = _Contents(module)
+            self.routes = has_router(module)
+        return known
 
 
 class World:
@@ -189,18 +244,28 @@ class World:
     Args:
         module: The region.
         captured: What the user asked to be restored.
-        changing: What is known of the region's buffers.
+        known: What is known of the region.
+    Cost:
+        A pass over the region's modules and parameters; no walk down the tree unless a module was exchanged.
     """
 
     __slots__ = ("_adapters", "_captured", "_hooks", "_modules", "_requires_grad", "_state", "_training")
 
-    def __init__(self, module: nn.Module, captured: list[Captured], changing: ChangingBuffers) -> None:
-        self._modules = modules = list(module.modules())
-        self._training = [(m, m.training) for m in modules]
-        self._requires_grad = [(p, p.requires_grad) for p in module.parameters()]
-        self._adapters = _adapters_of(modules)
-        self._hooks = _Hooks(modules[1:])  # the region's own hooks run around it, and once
-        self._state = ModuleState(module, changing)
+    def __init__(self, module: nn.Module, captured: list[Captured], known: Known) -> None:
+        contents = known.contents(module)
+        self._modules = modules = (module, *contents.parts)
+        self._training = [part.training for part in modules]
+        self._requires_grad = [
+            (p, p.requires_grad)
+            for part in modules
+            if part._parameters
+            for p in part._parameters.values()
+            if p is not None
+        ]
+        layers = [*((module, holders) for holders in contents.own), *contents.adapters]
+        self._adapters = [_Adapters(layer, holders or _holders_of(layer)) for layer, holders in layers]
+        self._hooks = _Hooks(contents.parts)  # the region's own hooks run around it, and once
+        self._state = ModuleState(modules, ("", *contents.paths), known.buffers)
         self._captured = [(item, item.read()) for item in captured]
 
     def settle(self) -> None:
@@ -216,7 +281,7 @@ class World:
                 deleted, or weights were written to: what the forward used no longer exists.
         """
         with contextlib.ExitStack() as undo:
-            for module, training in self._training:
+            for module, training in zip(self._modules, self._training, strict=True):
                 if module.training != training:
                     undo.callback(setattr, module, "training", module.training)
                     module.training = training
@@ -231,5 +296,5 @@ class World:
                 present = item.read()
                 undo.callback(item.write, present)
                 item.write(value)
-            undo.enter_context(self._state.restored(region))
+            self._state.restore(region, undo)
             yield

@@ -157,9 +157,8 @@ class LayerCheckpoint:
         known = self._known.get(module)
         if known is None:
             known = self._known[module] = Known(module)
-        call = _Call(
-            function, self.region, World(module, [], known.buffers), keeps_random=not self.options.preserve_rng_state
-        )
+        world = World(module, [], known)
+        call = _Call(function, self.region, world, keeps_random=not self.options.preserve_rng_state)
         if known.routes:
             call.routing = Routing()
         if self.options.use_reentrant:

@@ -10,7 +10,7 @@ of tensors that stand for several (DTensor, quantised subclasses), and of weight
 """
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rematree.errors import RecomputeMismatchError
+from rematree.regions import join_path
 
 _SMALL: Final = 4096  # elements; such a buffer is copied at every call, since it may change for the first time
+_ONE_STORAGE: Final = frozenset({Tensor, nn.Parameter})
 _STATISTICS: Final = nn.modules.batchnorm._NormBase  # pyright: ignore[reportPrivateUsage]
 
 
@@ -35,90 +37,95 @@ class ModuleState:
     """Versions of a region's weights, and values of its changing buffers, as one forward finds them.
 
     Args:
-        module: The region.
+        modules: The region and every module inside it.
+        paths: Their paths within the region.
         changing: What earlier calls have shown; filled in by the first.
     Cost:
-        A walk over parameters and buffers; the first call copies every buffer for its own duration.
+        A pass over parameters and buffers; the first call copies every buffer for its own duration.
     """
 
-    __slots__ = ("_before", "_changing", "_marks", "_module", "_places")
+    __slots__ = ("_before", "_changing", "_marks", "_modules", "_paths", "_places")
 
-    def __init__(self, module: nn.Module, changing: ChangingBuffers) -> None:
-        self._module = module
+    def __init__(self, modules: Sequence[nn.Module], paths: Sequence[str], changing: ChangingBuffers) -> None:
+        self._modules = modules
+        self._paths = paths
         self._changing = changing
-        buffers = list(module.named_buffers())
+        buffers = self._named_buffers()
         if changing.names is not None:
             buffers = [(name, buffer) for name, buffer in buffers if name in changing.names or buffer.numel() <= _SMALL]
         self._before: dict[str, tuple[Tensor, Tensor]] = {name: (b, b.detach().clone()) for name, b in buffers}
-        held: list[dict[str, Any]] = [d for part in module.modules() for d in (part._parameters, part._buffers)]
-        self._places = [(place, dict(place)) for place in held if place]
+        held: list[dict[str, Any]] = [d for part in modules for d in (part._parameters, part._buffers) if d]
+        self._places = [(place, dict(place)) for place in held]
         tensors = {id(t): t for _, then in self._places for t in then.values() if t is not None}
         self._marks = [(tensor, _mark(tensor)) for tensor in tensors.values()]
+
+    def _named_buffers(self) -> list[tuple[str, Tensor]]:
+        """As `named_buffers()` of the region."""
+        found: dict[int, tuple[str, Tensor]] = {}
+        for path, part in zip(self._paths, self._modules, strict=True):
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    found.setdefault(id(buffer), (join_path(path, name), buffer))
+        return list(found.values())
 
     def settle(self) -> None:
         """The forward is over: whatever it changed by itself is no reason to refuse the rerun."""
         if self._changing.names is None:
-            statistics = {
-                f"{path}.{name}" if path else name
-                for path, part in self._module.named_modules()
+            self._changing.names = frozenset(
+                join_path(path, name)
+                for path, part in zip(self._paths, self._modules, strict=True)
                 if isinstance(part, _STATISTICS) and part.track_running_stats
-                for name, _ in part.named_buffers(recurse=False)
-            }
-            self._changing.names = frozenset(statistics)
+                for name in part._buffers
+            )
         changed = {id(tensor) for tensor, mark in self._marks if _mark(tensor) != mark}
-        self._changing.names |= {name for name, buffer in self._module.named_buffers() if id(buffer) in changed}
-        self._before = {name: kept for name, kept in self._before.items() if name in self._changing.names}
-        # A parameter that its own forward writes to: PEFT puts adapters on expert weights by a parametrisation.
+        if changed:
+            self._changing.names |= {name for name, buffer in self._named_buffers() if id(buffer) in changed}
+        if self._before:
+            self._before = {name: kept for name, kept in self._before.items() if name in self._changing.names}
         own = {id(buffer) for buffer, _ in self._before.values()}
-        own |= changed & {id(parameter) for parameter in self._module.parameters()}
-        self._marks = [item for item in self._marks if id(item[0]) not in own]
+        if changed:  # a parameter its own forward writes to: PEFT puts adapters on expert weights by a parametrisation
+            own |= changed & {id(parameter) for part in self._modules for parameter in part._parameters.values()}
+        if own:
+            self._marks = [item for item in self._marks if id(item[0]) not in own]
 
-    @contextlib.contextmanager
-    def restored(self, region: str) -> Generator[None]:
-        """The forward's buffers inside, the present ones again after.
+    def restore(self, region: str, undo: contextlib.ExitStack) -> None:
+        """Put the forward's weights and buffers back until `undo` closes, then the present ones again.
 
         Raises:
             RecomputeMismatchError: a weight or a fixed buffer was written to or replaced since the forward.
         """
         for tensor, mark in self._marks:
             if _mark(tensor) != mark:
-                named = (*self._module.named_parameters(), *self._module.named_buffers())
+                root = self._modules[0]
+                named = (*root.named_parameters(), *root.named_buffers())
                 name = next((name for name, other in named if other is tensor), "a weight")
                 raise RecomputeMismatchError(
                     f"{region}.{name} was modified in place or replaced between forward and backward; gradients "
                     "through the recomputation would belong to other weights",
                     remedies=["call backward before the optimizer's step and before loading or merging weights"],
                 )
-        with contextlib.ExitStack() as undo:
-            for place, then in self._places:  # a tensor that was assigned since: autograd keeps the old one as well
-                if place.keys() != then.keys() or any(place[name] is not then[name] for name in then):
-                    replace_entries(place, then, undo)
-            undo.enter_context(self._values_restored())
-            yield
+        for place, then in self._places:  # a tensor that was assigned since: autograd keeps the old one as well
+            if place.keys() != then.keys() or any(place[name] is not then[name] for name in then):
+                replace_entries(place, then, undo)
+        if self._before:
+            # `.data` has a version of its own: what autograd saved of a buffer is not called modified.
+            undo.callback(_write, [(buffer, buffer.detach().clone()) for buffer, _ in self._before.values()])
+            _write(self._before.values())
 
-    @contextlib.contextmanager
-    def _values_restored(self) -> Generator[None]:
-        if not self._before:
-            yield
-            return
-        # `.data` has a version of its own: what autograd saved of a buffer is not called modified.
-        present = [(buffer, buffer.detach().clone()) for buffer, _ in self._before.values()]
-        with torch.no_grad():
-            for buffer, value in self._before.values():
-                buffer.data.copy_(value)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in present:
-                    buffer.data.copy_(value)
+
+def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in values:
+            buffer.data.copy_(value)
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Differs after a write that autograd counts, and after the tensor was given another storage."""
     if tensor.is_inference():  # no version counts, and nothing writes to it where gradients are recorded
         return 0, 0
-    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "ds_id"):
+    # The exact types first: the general question costs as much as all the others.
+    one_storage = type(tensor) in _ONE_STORAGE or not is_traceable_wrapper_subclass(tensor)
+    if not one_storage or tensor.layout is not torch.strided or "ds_id" in tensor.__dict__:
         return tensor._version, 0
     return tensor._version, tensor.untyped_storage()._cdata
 

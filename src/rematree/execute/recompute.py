@@ -197,7 +197,7 @@ class Executor:
             known = self._known[region] = Known(module)
         frame = _Frame(
             region,
-            World(module, self.captured, known.buffers),
+            World(module, self.captured, known),
             Arguments(region, args, kwargs),
             Routing() if known.routes else None,
             self._random_now(),

@@ -10,6 +10,7 @@ device, and ends with the report.
 """
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class AdapterCheck:
         self._task = -1  # the backward that last reached a parameter
         self._ended = self._ended_inside = False  # a backward came to its end; one inside a reentrant checkpoint did
         self._unsure = 0
+        self._lock = threading.Lock()  # a model may be run in several threads, and one of them reports
         self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,7 +89,12 @@ class AdapterCheck:
 
     def forward_begins(self) -> None:
         """A training forward begins: report on the step before it, if there was one."""
-        if self._model is None:
+        if self._model is not None:
+            with self._lock:
+                self._look()
+
+    def _look(self) -> None:
+        if self._model is None:  # another thread has reported
             return
         if self._complete():
             self._report()

@@ -1,0 +1,96 @@
+"""Our points of the frontier benchmark: plans spread over the frontier, and one at the peak of Hugging Face's flag.
+
+Two series: without compilation, and with it where the planner has it. The same planner predicts the peers whose step is
+made of nothing but recomputed blocks.
+"""
+
+from collections.abc import Collection, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from peers import Way
+from workloads import Built, Loss, plain_loss
+
+import rematree
+from rematree.execute.input_grads import as_leaves
+from rematree.planning import LEVERS, Planner
+from rematree.plans import Action, Decision, Levers, Plan
+from rematree.units import MIB
+
+
+def make_planner(built: Built, forbid: Collection[str]) -> Planner:
+    """A planner for the workload's step, which has no optimizer. Levers this version does not know are left out."""
+    return Planner(built.model, built.batch, optimizer="none", forbid=sorted(set(forbid) & LEVERS))
+
+
+@contextmanager
+def applied(built: Built, plan: Plan) -> Generator[Loss]:
+    with rematree.apply(plan, built.model):
+        yield plain_loss
+
+
+def predictions(planner: Planner) -> dict[str, tuple[int, float]]:
+    """(peak bytes, seconds) of the ways by hand and by flag that the referee can run."""
+    blocks = planner.survey.chain.blocks
+    return {
+        "plain": planner.plain_step(),
+        "HF flag": planner.every_layer_step(),
+        "HF every 2": _recomputed(planner, blocks[::2], as_leaves(planner._twin.model)),
+        "torch_remat": _recomputed(planner, blocks, nullcontext()),
+    }
+
+
+def _recomputed(planner: Planner, blocks: Sequence[str], around: AbstractContextManager[object]) -> tuple[int, float]:
+    with around:
+        result = planner._referee.run(Levers({path: Decision(Action.RECOMPUTE) for path in blocks}))
+    return planner._search.peak(result), result.seconds
+
+
+def describe(plan: Plan) -> str:
+    """What a plan does, in one line."""
+    parts = []
+    if plan.loss_chunk_rows is not None:
+        parts.append(f"loss in chunks of {plan.loss_chunk_rows} rows")
+    kinds: dict[str, int] = {}
+    for row in plan.rows:
+        kinds[row.option] = kinds.get(row.option, 0) + 1
+    parts += [f"{count} x {option}" for option, count in kinds.items()]
+    for name, found in (("lean layers", plan.lean), ("compiled blocks", plan.compiled), ("groups", plan.groups)):
+        if found:
+            parts.append(f"{len(found)} {name}")
+    return "; ".join(parts)
+
+
+def _way(built: Built, plan: Plan, series: str, what: str) -> Way:
+    name = f"{series}, {what}"
+    predicted = (plan.predicted_peak_bytes, plan.predicted_step_seconds)
+    return Way(name, series, describe(plan), lambda: applied(built, plan), bool(plan.compiled), predicted)
+
+
+def our_ways(built: Built, planner: Planner, points: int, hf_peak: int | None, *, compiled: bool) -> list[Way]:
+    """Plans over the whole frontier of `planner`, fewest bytes first, and the fastest one within the flag's peak.
+
+    Args:
+        built: The workload.
+        planner: Made for it.
+        points: How many budgets, from the smallest peak to the fastest step's.
+        hf_peak: Bytes at the peak of the step under HF's flag, weights included.
+        compiled: These are the series with compiled blocks; without any such plan there is no series.
+    """
+    series = "ours compiled" if compiled else "ours"
+    low, high = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
+    # Closer together near the smallest peak, where the frontier is steep and peers are many.
+    shares = [(index / max(1, points - 1)) ** 2 for index in range(points)]
+    budgets = [int(low + share * (high - low)) for share in shares]
+    names = [f"budget {budget / MIB:.1f} MiB" for budget in budgets]
+    if hf_peak is not None and hf_peak >= low:
+        budgets.append(hf_peak)
+        names.append("budget HF flag's peak")
+    found = list(zip(names, planner.plans(budgets), strict=True))
+    kept: dict[tuple[object, ...], tuple[str, Plan]] = {}
+    for what, plan in found:
+        if compiled and not plan.compiled:
+            continue  # the series without compilation has it
+        levers = plan.levers
+        key = (str(levers.decisions), levers.loss_chunk_rows, levers.lean, str(levers.compiled), levers.groups)
+        kept.setdefault(key, (what, plan))
+    return [_way(built, plan, series, what) for what, plan in kept.values()]
