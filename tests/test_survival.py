@@ -84,7 +84,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_five_failures_leave_no_trace_in_the_numbers(tmp_path: Path, accumulate: int) -> None:
-    settings = {"gradient_accumulation_steps": accumulate, "max_steps": 8 // accumulate}
+    settings: dict[str, Any] = {"gradient_accumulation_steps": accumulate, "max_steps": 8 // accumulate}
     plain, expected, _ = run(tmp_path / "plain", {}, **settings)
     # Counted in calls of the layer; under a tighter plan a recomputation is one, too.
     places = {2: "forward", 4: "backward", 5: "forward", 8: "backward", 9: "forward", 12: "forward", 15: "forward"}
