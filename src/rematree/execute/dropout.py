@@ -36,6 +36,17 @@ def scale(x: torch.Tensor, drawn: torch.Tensor, p: float) -> torch.Tensor:
     return x * drawn.div_(1 - p)
 
 
+def draw_bits(like: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a mask in the memory of `like`, contiguous: its bits, as `pack` gives them, and what dropout multiplies by.
+
+    Args:
+        like: Overwritten; its shape and dtype are the mask's.
+        p: Probability of a zero.
+    """
+    drawn = like.bernoulli_(1 - p)
+    return pack(drawn), drawn.div_(1 - p)
+
+
 def packed_bytes(num_elements: int) -> int:
     """Bytes of `pack`'s result."""
     return -(-num_elements // _BITS)
