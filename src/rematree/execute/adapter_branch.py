@@ -133,11 +133,10 @@ def _drop(
     `owned`: `mask` may be overwritten.
     """
     dropped, drawn = x.to(how.cast), None
-    if mask is not None:
-        if not owned and dropped is x:
-            dropped = x * mask
-        else:
-            dropped = mask.mul_(dropped) if owned else dropped.mul_(mask)
+    if mask is not None and dropped is x and not owned:
+        dropped = x * mask
+    elif mask is not None:
+        dropped = mask.mul_(dropped) if owned else dropped.mul_(mask)
     elif branch.p:
         dropped, drawn = torch.native_dropout(dropped, branch.p, True)
     return _rows(dropped.to(how.compute)), drawn

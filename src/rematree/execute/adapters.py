@@ -79,7 +79,7 @@ def _odd_part(first: nn.Module, second: nn.Module, dropout: nn.Module) -> str | 
     for part in (first, second):
         if type(part) is not nn.Linear:
             return f"{type(part).__qualname__} in place of a linear layer"
-        if part.bias is not None:
+        if getattr(part, "bias", None) is not None:
             return "lora_bias"
     if first.weight.dtype != second.weight.dtype:
         return "A and B have different dtypes"
