@@ -28,11 +28,13 @@ from torch.nn.modules import module as modules
 
 from rematree.execute.adapter_branch import Branch, Branches, add_adapters
 from rematree.execute.dropout import draw_bits
+from rematree.regions import DRAW_SUFFIX
 
 # Layer classes by where PEFT defines them: it need not be imported, and what inherits from them may differ.
 _LAYER: Final = ("peft.tuners.lora.layer", "Linear")
 _PACKED: Final = {("peft.tuners.lora.bnb", "Linear4bit"), ("peft.tuners.lora.bnb", "Linear8bitLt")}
-_PARTS: Final = ("lora_A", "lora_B", "lora_dropout")
+_DROPOUT: Final = "lora_dropout"
+_PARTS: Final = ("lora_A", "lora_B", _DROPOUT)
 
 DrawBits = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
@@ -64,6 +66,26 @@ def why_not(module: nn.Module) -> str | None:
 def lean_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Path and module of every layer of `model` that can run lean."""
     return [(path, module) for path, module in model.named_modules() if why_not(module) is None]
+
+
+def dropouts_of(path: str, layer: nn.Module) -> list[tuple[str, str]]:
+    """Adapter name and region that draws its mask, for each adapter of the LoRA layer at `path` that has dropout."""
+    dropouts: Any = layer.lora_dropout
+    return [
+        (name, f"{path}.{_DROPOUT}.{name}{DRAW_SUFFIX}")
+        for name, dropout in dropouts.items()
+        if isinstance(dropout, nn.Dropout)
+    ]
+
+
+def adapted_layer(path: str) -> str:
+    """Path of the LoRA layer that the dropout at `path` belongs to."""
+    return path.rpartition(f".{_DROPOUT}.")[0]
+
+
+def is_part(path: str, layer: str) -> bool:
+    """Whether `path` is a region inside the LoRA layer at `layer` that does not run when the layer is lean."""
+    return any(path.startswith(f"{layer}.{part}.") for part in _PARTS)
 
 
 def _active(layer: Any) -> list[str]:
