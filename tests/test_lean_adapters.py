@@ -342,6 +342,35 @@ def test_any_shape_and_dtype(
     assert all(found[name].dtype == tensor.dtype for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_mask_that_is_made_in_pieces(base: torch.dtype) -> None:
+    """More than 2^20 elements, rows of an odd width: pieces must begin at whole bytes of the bits."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], lora_dropout=0.1)
+    linear = nn.Sequential(nn.Linear(1001, 3)).to(base)
+    model: Any = get_peft_model(linear, config).train()  # pyright: ignore[reportArgumentType]
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+    start = torch.randn(3, 367, 1001, dtype=base, requires_grad=True)
+    assert start.numel() > 1 << 20
+
+    def step() -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        model.zero_grad(set_to_none=True)
+        start.grad = None
+        out = model(start * 1)
+        out.square().sum().backward()
+        assert start.grad is not None
+        return {
+            "out": out.detach(),
+            "x": start.grad,
+            **{n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        }
+
+    expected = step()
+    with lean(model):
+        assert_same(expected, step())
+
+
 # -- what is not lean -------------------------------------------------------------------------------------------------
 
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rematree.execute.dropout import unpack
+from rematree.execute.dropout import packed_bytes, unpack
 
 _PER_BRANCH: Final = 3  # tensors: A, B, bits
+_PIECES: Final = 4  # in which a mask is made and used
+_SMALL: Final = 1 << 20  # elements of a mask that is one piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class _AddAdapters(torch.autograd.Function):
             first, second, _ = tensors[index * _PER_BRANCH : (index + 1) * _PER_BRANCH]
             assert first is not None
             assert second is not None
-            dropped, _ = _drop(x, how, branch, masks.pop(0), owned=True)
+            dropped, _ = _dropped(x, how, branch, masks.pop(0))
             delta = dropped.mm(first.t())
             del dropped
             delta = delta.mm(second.t()).view(*x.shape[:-1], second.shape[0]).mul_(branch.scaling)
@@ -125,33 +127,60 @@ class _AddAdapters(torch.autograd.Function):
         return None, None, grad.to(ctx.result_dtype) if needs[2] else None, of_input, *of_tensors
 
 
-def _drop(
-    x: Tensor, how: Branches, branch: Branch, mask: Tensor | None, *, owned: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """[T, I] in the dtype of the products: the input, cast and dropped out; on CUDA also the mask that was drawn.
+def _dropped(x: Tensor, how: Branches, branch: Branch, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """[T, I] in the dtype of the products: the input, cast and dropped out; on CUDA also the mask drawn here.
 
-    `owned`: `mask` may be overwritten.
+    `mask` is overwritten.
     """
-    dropped, drawn = x.to(how.cast), None
-    if mask is not None and dropped is x and not owned:
-        dropped = x * mask
-    elif mask is not None:
-        dropped = mask.mul_(dropped) if owned else dropped.mul_(mask)
-    elif branch.p:
-        dropped, drawn = torch.native_dropout(dropped, branch.p, True)
-    return _rows(dropped.to(how.compute)), drawn
+    drawn = None
+    if mask is not None:
+        rows, wide = _rows(mask), _rows(x)
+        for part in _pieces(rows):
+            rows[part].mul_(wide[part].to(how.cast))
+    else:
+        rows = x.to(how.cast)
+        if branch.p:
+            rows, drawn = torch.native_dropout(rows, branch.p, True)
+        rows = _rows(rows)
+    return rows.to(how.compute), drawn
 
 
-def _redraw(x: Tensor, how: Branches, branch: Branch) -> tuple[Tensor, Tensor | None]:
-    """`_drop` on CUDA, as it was in forward."""
+def _dropped_again(x: Tensor, how: Branches, branch: Branch, bits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`_dropped` in backward: the mask of then from its bits, or drawn again."""
+    if bits is not None:
+        wide = _rows(x)
+        rows = torch.empty_like(wide, dtype=how.cast)
+        for part in _pieces(rows):
+            rows[part].copy_(wide[part])
+        _mask(rows, branch, bits)
+        return rows.to(how.compute), None
     if branch.random is None:
-        return _drop(x, how, branch, None)
+        return _dropped(x, how, branch, None)
     present = torch.cuda.get_rng_state(x.device)
     torch.cuda.set_rng_state(branch.random, x.device)
     try:
-        return _drop(x, how, branch, None)
+        return _dropped(x, how, branch, None)
     finally:
         torch.cuda.set_rng_state(present, x.device)
+
+
+def _mask(rows: Tensor, branch: Branch, bits: Tensor) -> None:
+    """Multiply [T, I] by the mask of `bits`, in place; the mask is never there as a whole."""
+    width = rows.shape[1]
+    for part in _pieces(rows):
+        piece = rows[part]
+        start = part.start * width // 8
+        own = bits[start : start + packed_bytes(piece.numel())]
+        piece.mul_(unpack(own, piece.shape, rows.dtype, branch.p))
+
+
+def _pieces(rows: Tensor) -> list[slice]:
+    """Cuts of [T, I], each at a whole byte of the bits."""
+    count = rows.shape[0]
+    if rows.numel() < _SMALL:
+        return [slice(0, count)]
+    step = -(-count // (8 * _PIECES)) * 8
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _branch_grads(
@@ -167,8 +196,7 @@ def _branch_grads(
     """Gradients of one adapter's branch: of the input [..., I] in dtype `how.cast`, of A, of B; None if unwanted."""
     needs_input, needs_first, needs_second = wanted
     of_input = of_first = of_second = None
-    mask = None if bits is None else unpack(bits, x.shape, how.cast, branch.p)
-    dropped, drawn = _drop(x, how, branch, mask) if mask is not None else _redraw(x, how, branch)
+    dropped, drawn = _dropped_again(x, how, branch, bits)
     product = dropped.mm(first.t())  # again
     scaled = grad.to(how.compute)
     scaled = _rows(scaled * branch.scaling if scaled is grad else scaled.mul_(branch.scaling))
@@ -182,10 +210,12 @@ def _branch_grads(
         if needs_input:
             of_dropped = _grad_of_left(of_product, dropped, first.t())
             del dropped
-            of_input = of_dropped.reshape(x.shape).to(how.cast)
-            if mask is not None:
-                of_input.mul_(mask)
-            elif drawn is not None:
+            of_rows = of_dropped.to(how.cast)
+            del of_dropped
+            if bits is not None:
+                _mask(of_rows, branch, bits)
+            of_input = of_rows.reshape(x.shape)
+            if drawn is not None:
                 of_input = torch.ops.aten.native_dropout_backward(of_input, drawn, 1.0 / (1.0 - branch.p))
     return of_input, of_first, of_second
 
