@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from rematree.observe import RegionStack, Twin
 from rematree.plans import Action, Decision, Levers
 from rematree.quantised import hidden_tensors
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, inner_regions, join_path
-from rematree.solve.block import BlockOption, pareto
+from rematree.solve.block import BlockOption
 from rematree.trace import BlockTrace, TraceOp, TraceSave
+
+_WORTH: Final = 0.99  # lean adapters must keep less than this share of what a block keeps
 
 
 def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -> BlockTrace:
@@ -82,18 +84,21 @@ def _draws_in(region: str, stack: Callable[[], RegionStack]) -> DrawBits:
     return lambda like, p: stack().run(region, draw_bits, like, p)
 
 
-def merged(plain: Sequence[BlockOption], lean: Sequence[BlockOption], beside: float, limit: int) -> list[BlockOption]:
-    """At most `limit` options of those with and without lean adapters; the last one saves all and is not lean.
+def merged(plain: Sequence[BlockOption], lean: Sequence[BlockOption], beside: float) -> list[BlockOption]:
+    """Options without and with lean adapters; the last one saves all and is not lean.
+
+    Lean ones stay where they keep no less and take longer, as when everything is recomputed: they also need less while
+    the block runs backward, which only the referee can say.
 
     Args:
         plain: Options without, as `enumerate_options` gives them.
         lean: Options with.
         beside: Seconds that lean adapters add to the step beside any rerun.
-        limit: At least 2.
     """
+    if lean[-1].kept_bytes > _WORTH * plain[-1].kept_bytes:
+        return list(plain)
     priced = [replace(option, lean=True, rerun_seconds=option.rerun_seconds + max(0.0, beside)) for option in lean]
-    front = pareto([*plain[:-1], *priced], key_limit=limit - 1)
-    return [*front, plain[-1]]
+    return [*plain[:-1], *priced, plain[-1]]
 
 
 def levers_of(

@@ -143,11 +143,11 @@ def _enumerate(
 ) -> list[BlockOption]:
     """Options of the block at `path`: those without lean adapters, and those with, `beside` seconds dearer."""
     limit = _OPTIONS_OF_MANY if many else _OPTIONS_PER_KIND
-    plain = enumerate_options(observe_block(referee.twin, path, referee.cost), limit)
     if beside is None:
-        return plain
-    lean = enumerate_options(observe_block(referee.twin, path, referee.cost, layers[path]), limit)
-    return merged(plain, lean, beside, limit)
+        return enumerate_options(observe_block(referee.twin, path, referee.cost), limit)
+    plain = enumerate_options(observe_block(referee.twin, path, referee.cost), limit - limit // 4)
+    lean = enumerate_options(observe_block(referee.twin, path, referee.cost, layers[path]), limit // 2)
+    return merged(plain, lean, beside)
 
 
 def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:

@@ -9,7 +9,7 @@ Letters: T tokens (all leading dimensions), I and O features in and out, r rank.
 Source: peft/tuners/lora/layer.py and bnb.py, 0.21.2; torch/csrc/autograd/FunctionsManual.cpp, 2.13.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rematree.execute.dropout import packed_bytes, unpack
+from rematree.execute.dropout import byte_table, look_up, packed_bytes
 
 _PER_BRANCH: Final = 3  # tensors: A, B, bits
 _PIECES: Final = 4  # in which a mask is made and used
@@ -145,14 +145,15 @@ def _dropped(x: Tensor, how: Branches, branch: Branch, mask: Tensor | None) -> t
     return rows.to(how.compute), drawn
 
 
-def _dropped_again(x: Tensor, how: Branches, branch: Branch, bits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _dropped_again(
+    x: Tensor, how: Branches, branch: Branch, bits: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """`_dropped` in backward: the mask of then from its bits, or drawn again."""
-    if bits is not None:
+    if bits is not None and table is not None:
         wide = _rows(x)
         rows = torch.empty_like(wide, dtype=how.cast)
-        for part in _pieces(rows):
-            rows[part].copy_(wide[part])
-        _mask(rows, branch, bits)
+        for part, mask in _mask(rows, bits, table):
+            torch.mul(mask, wide[part].to(how.cast), out=rows[part])
         return rows.to(how.compute), None
     if branch.random is None:
         return _dropped(x, how, branch, None)
@@ -164,14 +165,13 @@ def _dropped_again(x: Tensor, how: Branches, branch: Branch, bits: Tensor | None
         torch.cuda.set_rng_state(present, x.device)
 
 
-def _mask(rows: Tensor, branch: Branch, bits: Tensor) -> None:
-    """Multiply [T, I] by the mask of `bits`, in place; the mask is never there as a whole."""
+def _mask(rows: Tensor, bits: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """What dropout multiplies [T, I] by, piece by piece, in its dtype; the mask is never there as a whole."""
     width = rows.shape[1]
     for part in _pieces(rows):
-        piece = rows[part]
+        shape = rows[part].shape
         start = part.start * width // 8
-        own = bits[start : start + packed_bytes(piece.numel())]
-        piece.mul_(unpack(own, piece.shape, rows.dtype, branch.p))
+        yield part, look_up(bits[start : start + packed_bytes(shape.numel())], shape, table)
 
 
 def _pieces(rows: Tensor) -> list[slice]:
@@ -196,7 +196,8 @@ def _branch_grads(
     """Gradients of one adapter's branch: of the input [..., I] in dtype `how.cast`, of A, of B; None if unwanted."""
     needs_input, needs_first, needs_second = wanted
     of_input = of_first = of_second = None
-    dropped, drawn = _dropped_again(x, how, branch, bits)
+    table = None if bits is None else byte_table(how.cast, branch.p, bits.device)
+    dropped, drawn = _dropped_again(x, how, branch, bits, table)
     product = dropped.mm(first.t())  # again
     scaled = grad.to(how.compute)
     scaled = _rows(scaled * branch.scaling if scaled is grad else scaled.mul_(branch.scaling))
@@ -212,8 +213,9 @@ def _branch_grads(
             del dropped
             of_rows = of_dropped.to(how.cast)
             del of_dropped
-            if bits is not None:
-                _mask(of_rows, branch, bits)
+            if bits is not None and table is not None:
+                for part, mask in _mask(of_rows, bits, table):
+                    of_rows[part].mul_(mask)
             of_input = of_rows.reshape(x.shape)
             if drawn is not None:
                 of_input = torch.ops.aten.native_dropout_backward(of_input, drawn, 1.0 / (1.0 - branch.p))
