@@ -9,7 +9,7 @@ Letters: T tokens (all leading dimensions), I and O features in and out, r rank.
 Source: peft/tuners/lora/layer.py and bnb.py, 0.21.2; torch/csrc/autograd/FunctionsManual.cpp, 2.13.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -151,9 +151,14 @@ def _dropped_again(
     """`_dropped` in backward: the mask of then from its bits, or drawn again."""
     if bits is not None and table is not None:
         wide = _rows(x)
-        rows = torch.empty_like(wide, dtype=how.cast)
-        for part, mask in _mask(rows, bits, table):
-            torch.mul(mask, wide[part].to(how.cast), out=rows[part])
+        pieces = _pieces(wide)
+        rows = torch.empty_like(wide, dtype=how.cast) if len(pieces) > 1 else None
+        for part in pieces:
+            dropped = _mask(wide[part].shape, part.start * wide.shape[1], bits, table).mul_(wide[part].to(how.cast))
+            if rows is None:
+                return dropped.to(how.compute), None
+            rows[part].copy_(dropped)
+        assert rows is not None
         return rows.to(how.compute), None
     if branch.random is None:
         return _dropped(x, how, branch, None)
@@ -165,17 +170,13 @@ def _dropped_again(
         torch.cuda.set_rng_state(present, x.device)
 
 
-def _mask(rows: Tensor, bits: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """What dropout multiplies [T, I] by, piece by piece, in its dtype; the mask is never there as a whole."""
-    width = rows.shape[1]
-    for part in _pieces(rows):
-        shape = rows[part].shape
-        start = part.start * width // 8
-        yield part, look_up(bits[start : start + packed_bytes(shape.numel())], shape, table)
+def _mask(shape: torch.Size, start: int, bits: Tensor, table: Tensor) -> Tensor:
+    """What dropout multiplies by, from element number `start` on, which is at a whole byte of `bits`."""
+    return look_up(bits[start // 8 : start // 8 + packed_bytes(shape.numel())], shape, table)
 
 
 def _pieces(rows: Tensor) -> list[slice]:
-    """Cuts of [T, I], each at a whole byte of the bits."""
+    """Cuts of [T, I], each at a whole byte of the bits: a large mask is never there as a whole."""
     count = rows.shape[0]
     if rows.numel() < _SMALL:
         return [slice(0, count)]
@@ -214,8 +215,9 @@ def _branch_grads(
             of_rows = of_dropped.to(how.cast)
             del of_dropped
             if bits is not None and table is not None:
-                for part, mask in _mask(of_rows, bits, table):
-                    of_rows[part].mul_(mask)
+                for part in _pieces(of_rows):
+                    piece = of_rows[part]
+                    piece.mul_(_mask(piece.shape, part.start * of_rows.shape[1], bits, table))
             of_input = of_rows.reshape(x.shape)
             if drawn is not None:
                 of_input = torch.ops.aten.native_dropout_backward(of_input, drawn, 1.0 / (1.0 - branch.p))
