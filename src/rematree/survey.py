@@ -132,7 +132,7 @@ def _beside_lean(
     lean = short.run(levers_of([(path, option) for path in short.blocks if path in layers], lean=layers))
     plain = short.run(Levers())
     return {
-        index: _block_seconds(lean, index) - _block_seconds(plain, index)
+        index: lean.block_seconds(index) - plain.block_seconds(index)
         for index in representatives
         if short.blocks[index] in layers
     }
