@@ -291,6 +291,10 @@ class RegionStack:
     def path(self) -> str:
         return self._stack[-1]
 
+    def run(self, path: str, inner: Callable[..., Any], *args: Any) -> Any:
+        """Call `inner` as the region `path`, which is neither a module nor an attention core."""
+        return self._around(path)(inner, *args)
+
     def _around(self, path: str) -> Callable[..., Any]:
         def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self.calls[path] = self.calls.get(path, 0) + 1

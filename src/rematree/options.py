@@ -1,15 +1,18 @@
 """The ways to run one block: read off a trace of it, turned into levers, and put into words."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rematree.cost import Cost
+from rematree.execute.adapters import DrawBits, dropouts_of, is_part, lean_forward
 from rematree.execute.attention import attention_modules
-from rematree.execute.dropout import packed_bytes
+from rematree.execute.dropout import draw_bits, packed_bytes
 from rematree.execute.override import ForwardOverride
 from rematree.ledger import Ledger, OpRecord
 from rematree.observe import RegionStack, Twin
@@ -19,12 +22,19 @@ from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, inner_regions, join_
 from rematree.solve.block import BlockOption
 from rematree.trace import BlockTrace, TraceOp, TraceSave
 
+_WORTH: Final = 0.99  # lean adapters must keep less than this share of what a block keeps
 
-def observe_block(twin: Twin, path: str, cost: Cost) -> BlockTrace:
-    """Trace of one forward of the block at `path`."""
+
+def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -> BlockTrace:
+    """Trace of one forward of the block at `path`, with the adapter layers at `lean`, inside it, run lean."""
     block = twin.model.get_submodule(path)
     ledger = Ledger(cost, twin.device.type)
-    inner = dict(inner_regions(block))
+    layers = {name.removeprefix(f"{path}."): twin.model.get_submodule(name) for name in lean}
+    inner = {name: m for name, m in inner_regions(block) if not any(is_part(name, layer) for layer in layers)}
+    overrides: list[ForwardOverride] = []
+    for name, layer in layers.items():  # innermost, and so before the regions
+        draws = {adapter: _draws_in(region, lambda: stack) for adapter, region in dropouts_of(name, layer)}
+        overrides.append(ForwardOverride(layer, functools.partial(lean_forward, layer, draws)))
     stack = RegionStack(
         inner,
         {f"{name}{ATTENTION_SUFFIX}": module for name, module in attention_modules(block)},
@@ -55,26 +65,56 @@ def observe_block(twin: Twin, path: str, cost: Cost) -> BlockTrace:
             ledger.listener = None
         return out
 
-    override = ForwardOverride(block, around)
+    overrides.append(ForwardOverride(block, around))
     try:
         with twin.mode:
             ledger.adopt([*twin.model.parameters(), *twin.model.buffers(), *hidden_tensors(twin.model)], "weights")
             with ledger:
                 twin.loss()
     finally:
-        override.remove()
         stack.remove()
+        for override in reversed(overrides):
+            override.remove()
     regions = tuple(region for region in stack.calls if region)
     packed = {region: packed_bytes(count) for region, count in stack.drawn.items()}
     return BlockTrace(tuple(ops), tuple(saves), {k: v for k, v in sizes.items() if k not in before}, regions, packed)
 
 
-def levers_of(chosen: Iterable[tuple[str, BlockOption]], loss_chunk_rows: int | None = None) -> Levers:
-    """What realises an option for each of some blocks."""
+def _draws_in(region: str, stack: Callable[[], RegionStack]) -> DrawBits:
+    return lambda like, p: stack().run(region, draw_bits, like, p)
+
+
+def merged(plain: Sequence[BlockOption], lean: Sequence[BlockOption], beside: float) -> list[BlockOption]:
+    """Options without and with lean adapters; the last one saves all and is not lean.
+
+    Lean ones stay where they keep no less and take longer, as when everything is recomputed: they also need less while
+    the block runs backward, which only the referee can say.
+
+    Args:
+        plain: Options without, as `enumerate_options` gives them.
+        lean: Options with.
+        beside: Seconds that lean adapters add to the step beside any rerun.
+    """
+    if lean[-1].kept_bytes > _WORTH * plain[-1].kept_bytes:
+        return list(plain)
+    priced = [replace(option, lean=True, rerun_seconds=option.rerun_seconds + max(0.0, beside)) for option in lean]
+    return [*plain[:-1], *priced, plain[-1]]
+
+
+def levers_of(
+    chosen: Iterable[tuple[str, BlockOption]],
+    loss_chunk_rows: int | None = None,
+    *,
+    lean: Mapping[str, tuple[str, ...]] | None = None,
+) -> Levers:
+    """What realises an option for each of some blocks; `lean`: the adapter layers of each that can be lean."""
     decisions: dict[str, Decision] = {}
+    layers: list[str] = []
     for path, option in chosen:
         decisions.update(_decide(path, option))
-    return Levers(decisions, loss_chunk_rows)
+        if option.lean:
+            layers += (lean or {})[path]
+    return Levers(decisions, loss_chunk_rows, lean=tuple(layers))
 
 
 def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
@@ -88,11 +128,12 @@ def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
 
 def describe_option(option: BlockOption) -> str:
     """One phrase for the table: what is saved inside the recomputed block."""
+    start = "lean adapters, " if option.lean else ""
     if option.saves_all:
-        return "save all"
+        return f"{start}save all"
     if not option.saved:
-        return "recompute all"
-    return "recompute, save " + ", ".join(_fold(option.saved))
+        return f"{start}recompute all"
+    return f"{start}recompute, save " + ", ".join(_fold(option.saved))
 
 
 def _fold(regions: Sequence[str]) -> list[str]:

@@ -106,7 +106,7 @@ class Planner:
         if isinstance(self._cost, Measured) and is_live(model, self._twin.device):
             self._referee.pace = self._paces(model)
         chunk = "chunked_loss" not in self._forbid and loss is None
-        self.survey: Survey = survey(self._referee, chain, chunk=chunk)
+        self.survey: Survey = survey(self._referee, chain, chunk=chunk, lean="lean_adapters" not in self._forbid)
         self._search = Search(self.survey, self._referee, self._fixed)
 
     def _paces(self, model: nn.Module) -> dict[int, float]:
@@ -224,6 +224,8 @@ class Planner:
         released = len(frozen_int8_linears(self._twin.model))
         if released:
             notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")
+        if levers.lean:
+            notes.append(f"{len(levers.lean)} LoRA layers are lean: one input, shared and in its own dtype; exact")
         if levers.loss_chunk_rows is not None:
             said = f"chunked loss, {levers.loss_chunk_rows} rows at a time: changes rounding"
             notes.append(f"{said}; forbid with 'chunked_loss'")

@@ -93,6 +93,7 @@ class Roofline:
         price = self._prices.get(key)
         if price is None:
             work = work_of(func, args, kwargs, outputs)
-            hidden = num_bytes(outputs) + work.hidden_bytes
+            allocated = 0 if func._schema.is_mutable else num_bytes(outputs)  # what is written to was there before
+            hidden = allocated + work.hidden_bytes
             price = self._prices[key] = OpPrice(self.rates.seconds(work), hidden)
         return price

@@ -6,16 +6,17 @@ the solver adds up are bytes the executor really allocates.
 """
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import nn
 
+from rematree.execute.adapters import lean_layers
 from rematree.execute.loss import find_head
 from rematree.folding import shortened
-from rematree.options import levers_of, observe_block
+from rematree.options import levers_of, merged, observe_block
 from rematree.plans import Levers
 from rematree.regions import Chain, join_path
 from rematree.simulate import Referee, Simulation
@@ -42,6 +43,7 @@ class Survey:
         problem: The same in numbers.
         plain: One step without any lever.
         fixed_seconds: Seconds of the step that no choice changes.
+        lean: Paths of the adapter layers of each block that can be lean.
     """
 
     chain: Chain
@@ -51,6 +53,7 @@ class Survey:
     problem: ChainProblem
     plain: Simulation
     fixed_seconds: float
+    lean: Mapping[str, tuple[str, ...]]
 
     def levers(self, choice: ChainChoice) -> Levers:
         """What realises one option a block and one of the head."""
@@ -58,16 +61,17 @@ class Survey:
             (path, self.options[kind][index])
             for path, kind, index in zip(self.chain.blocks, self.kinds, choice.blocks, strict=True)
         ]
-        return levers_of(chosen, self.rows[choice.head])
+        return levers_of(chosen, self.rows[choice.head], lean=self.lean)
 
 
-def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
+def survey(referee: Referee, chain: Chain, *, chunk: bool, lean: bool = False) -> Survey:
     """Survey the twin of `referee`.
 
     Args:
         referee: Runs the whole step.
         chain: Its blocks.
         chunk: Whether chunked loss may be used.
+        lean: Whether adapter layers may be lean.
     Cost:
         About 25 simulated steps of a few blocks; seconds for a model of any size.
     """
@@ -75,18 +79,17 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
     plain = referee.run(Levers())
     kinds, representatives = _kinds(referee, plain)
     length = min(len(chain.blocks), max(representatives) + 2) if chain.container else len(chain.blocks)
+    layers = _lean_layers(twin.model, chain) if lean else {}
     with _shortened(twin.model, chain, range(length)) as blocks:
         short = Referee(twin, blocks, cost, "none", accumulate, kinds=referee.kinds[:length], pace=referee.pace)
+        beside = _beside_lean(short, representatives, layers)
         options = [
-            enumerate_options(
-                observe_block(twin, blocks[index], cost),
-                _OPTIONS_OF_MANY if kinds.count(kind) >= _MANY else _OPTIONS_PER_KIND,
-            )
+            _enumerate(referee, blocks[index], layers, beside.get(index), kinds.count(kind) >= _MANY)
             if plain.graph[index][1]
             else [_SAVE_ALL]
             for kind, index in enumerate(representatives)
         ]
-        stages, options = _measure_options(short, kinds[:length], representatives, options)
+        stages, options = _measure_options(short, kinds[:length], representatives, options, layers)
     few = _smallest(twin.model, chain, length)
     with _shortened(twin.model, chain, few) as blocks:
         smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=[referee.kinds[index] for index in few])
@@ -106,7 +109,45 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool) -> Survey:
         problem,
         plain,
         plain.seconds - plain.head.seconds,
+        layers,
     )
+
+
+def _lean_layers(model: nn.Module, chain: Chain) -> dict[str, tuple[str, ...]]:
+    """Paths of the adapter layers inside each block that can be lean, for blocks that have any."""
+    found = {
+        block: tuple(f"{block}.{path}" for path, _ in lean_layers(model.get_submodule(block))) for block in chain.blocks
+    }
+    return {block: paths for block, paths in found.items() if paths}
+
+
+def _beside_lean(
+    short: Referee, representatives: Sequence[int], layers: Mapping[str, tuple[str, ...]]
+) -> dict[int, float]:
+    """Seconds that lean adapters add to each block to be measured, which saves all otherwise."""
+    chosen = [short.blocks[index] for index in representatives if short.blocks[index] in layers]
+    if not chosen:
+        return {}
+    option = replace(_SAVE_ALL, lean=True)
+    lean = short.run(levers_of([(path, option) for path in short.blocks if path in layers], lean=layers))
+    plain = short.run(Levers())
+    return {
+        index: lean.block_seconds(index) - plain.block_seconds(index)
+        for index in representatives
+        if short.blocks[index] in layers
+    }
+
+
+def _enumerate(
+    referee: Referee, path: str, layers: Mapping[str, tuple[str, ...]], beside: float | None, many: bool
+) -> list[BlockOption]:
+    """Options of the block at `path`: those without lean adapters, and those with, `beside` seconds dearer."""
+    limit = _OPTIONS_OF_MANY if many else _OPTIONS_PER_KIND
+    if beside is None:
+        return enumerate_options(observe_block(referee.twin, path, referee.cost), limit)
+    plain = enumerate_options(observe_block(referee.twin, path, referee.cost), limit - limit // 4)
+    lean = enumerate_options(observe_block(referee.twin, path, referee.cost, layers[path]), limit // 2)
+    return merged(plain, lean, beside)
 
 
 def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:
@@ -139,7 +180,11 @@ def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator
 
 
 def _measure_options(
-    short: Referee, kinds: Sequence[int], representatives: Sequence[int], options: Sequence[Sequence[BlockOption]]
+    short: Referee,
+    kinds: Sequence[int],
+    representatives: Sequence[int],
+    options: Sequence[Sequence[BlockOption]],
+    lean: Mapping[str, tuple[str, ...]],
 ) -> tuple[list[list[StageOption]], list[list[BlockOption]]]:
     """Run every option on the short chain; options of different kinds share a run."""
     final = [list(each) for each in options]
@@ -149,8 +194,11 @@ def _measure_options(
         while True:
             result = short.run(
                 levers_of(
-                    (path, final[kind][min(turn, len(final[kind]) - 1)])
-                    for path, kind in zip(short.blocks, kinds, strict=True)
+                    (
+                        (path, final[kind][min(turn, len(final[kind]) - 1)])
+                        for path, kind in zip(short.blocks, kinds, strict=True)
+                    ),
+                    lean=lean,
                 )
             )
             if not result.misread and not result.written:

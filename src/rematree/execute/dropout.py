@@ -36,6 +36,17 @@ def scale(x: torch.Tensor, drawn: torch.Tensor, p: float) -> torch.Tensor:
     return x * drawn.div_(1 - p)
 
 
+def draw_bits(like: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a mask in the memory of `like`, contiguous: its bits, as `pack` gives them, and what dropout multiplies by.
+
+    Args:
+        like: Overwritten; its shape and dtype are the mask's.
+        p: Probability of a zero.
+    """
+    drawn = like.bernoulli_(1 - p)
+    return pack(drawn), drawn.div_(1 - p)
+
+
 def packed_bytes(num_elements: int) -> int:
     """Bytes of `pack`'s result."""
     return -(-num_elements // _BITS)
@@ -54,12 +65,21 @@ def pack(drawn: torch.Tensor) -> torch.Tensor:
     return torch.mv(flat.view(-1, _BITS).float(), weights).to(torch.uint8)
 
 
-def unpack(bits: torch.Tensor, shape: torch.Size, dtype: torch.dtype, p: float) -> torch.Tensor:
-    """What dropout multiplies by, from what `pack` was given: zeros and 1 / (1 - p).
+def byte_table(dtype: torch.dtype, p: float, device: torch.device) -> torch.Tensor:
+    """[256, 8]: what dropout multiplies eight elements by, zeros and 1 / (1 - p), for every byte of bits.
 
-    A table of the 256 bytes, looked up; the division is done once in it, not for every element.
+    The division is done once in it, not for every element.
     """
-    powers = torch.arange(_BITS, device=bits.device)
-    table = (torch.arange(1 << _BITS, device=bits.device).unsqueeze(1) >> powers & 1).to(dtype).div_(1 - p)
+    powers = torch.arange(_BITS, device=device)
+    return (torch.arange(1 << _BITS, device=device).unsqueeze(1) >> powers & 1).to(dtype).div_(1 - p)
+
+
+def look_up(bits: torch.Tensor, shape: torch.Size, table: torch.Tensor) -> torch.Tensor:
+    """What dropout multiplies by, from what `pack` was given, with the `byte_table` of its dtype and probability."""
     rows = torch.nn.functional.embedding(bits.int(), table)
     return rows.view(-1)[: shape.numel()].view(shape)
+
+
+def unpack(bits: torch.Tensor, shape: torch.Size, dtype: torch.dtype, p: float) -> torch.Tensor:
+    """What dropout multiplies by, from what `pack` was given."""
+    return look_up(bits, shape, byte_table(dtype, p, bits.device))

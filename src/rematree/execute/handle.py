@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rematree.errors import PlanMismatchError, UsageError
+from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
 from rematree.execute.context import Captured
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
@@ -66,11 +67,16 @@ class Handle:
             self._overrides.append(ForwardOverride(layer, functools.partial(keep_no_input, layer)))
         for path, layer in four_bit_linears(self._model):
             self._overrides.append(ForwardOverride(layer, functools.partial(watch_weight, path, layer)))
+        lean = {path: find_module(self._model, path) for path in self.plan.lean}
+        for path, layer in lean.items():
+            self._overrides.append(ForwardOverride(layer, self._lean(path, layer)))
         attention: list[tuple[nn.Module, Callable[..., Any]]] = []
         for path, decision in self.plan.decisions.items():
             if decision.action is effective_action(self.plan.decisions, parent_path(path)):
                 continue
             module_path, function = split_function(path)
+            if function == DRAW_SUFFIX and adapted_layer(module_path) in lean:
+                continue  # it draws for itself
             module = find_module(self._model, module_path)
             if function == DRAW_SUFFIX:
                 around = functools.partial(self._executor.keep_mask, path, module)
@@ -94,6 +100,20 @@ class Handle:
         if self.plan.recomputes and "use_cache" in inspect.signature(base.forward).parameters:
             self._overrides.append(ForwardOverride(base, self._without_cache))
         self._overrides.append(ForwardOverride(self._model, self._outermost))
+
+    def _lean(self, path: str, layer: nn.Module) -> Callable[..., Any]:
+        """What runs the adapter layer at `path` lean."""
+        reason = why_not(layer)
+        if reason is not None:
+            raise PlanMismatchError(
+                f"the plan runs {path} lean, which it cannot: {reason}",
+                remedies=["plan again with forbid=['lean_adapters']"],
+            )
+        draws: dict[str, DrawBits] = {}
+        for name, region in dropouts_of(path, layer):
+            if region in self.plan.decisions and effective_action(self.plan.decisions, path) is Action.RECOMPUTE:
+                draws[name] = functools.partial(self._executor.keep_bits, region)
+        return functools.partial(lean_forward, layer, draws)
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and unwrap(self._model).training

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.arguments import Arguments
 from rematree.execute.context import Captured, Known, RandomState, World, builds_graph
-from rematree.execute.dropout import draw, mask_can_be_kept, pack, scale, unpack
+from rematree.execute.dropout import draw, draw_bits, mask_can_be_kept, pack, scale, unpack
 from rematree.execute.routing import Routing
 
 _ONE: Final = tree_structure(0)
@@ -274,6 +274,18 @@ class Executor:
         drawn = draw(x, p)
         around.skipped(_Call(region, [pack(drawn)], _ONE, None), before, self._random_now())
         return scale(x, drawn, p)
+
+    def keep_bits(self, region: str, like: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """`draw_bits` whose bits the recomputation around it does not draw again."""
+        around = self._innermost()
+        if isinstance(around, _Rerun):
+            (bits,) = self._next_call(region, around).leaves
+            return bits, unpack(bits, like.shape, like.dtype, p)
+        before = self._random_now()
+        bits, mask = draw_bits(like, p)
+        if isinstance(around, _Frame):
+            around.skipped(_Call(region, [bits], _ONE, None), before, self._random_now())
+        return bits, mask
 
     def _replay(self, region: str, rerun: _Rerun) -> Any:
         call = self._next_call(region, rerun)
