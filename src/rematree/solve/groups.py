@@ -1,0 +1,388 @@
+"""Groups: runs of blocks of which only the first one's input is kept, recomputed as one, and nested in each other.
+
+One kept input a block is not the least a step can do with. A group keeps one for a run of blocks; when backward
+reaches its end, the run is computed again from there, and what was said of the whole chain can be said of it: each of
+its blocks takes one of its options, or some of them form a smaller group. By then everything behind the group is freed,
+so the same bytes are worth more there; and the price is one more forward of its blocks for every level of nesting.
+
+With P(i, j, m) the least seconds of running blocks i to j again and through backward within m bytes, and f the seconds
+of a forward,
+    P(i, j, m) = min over options o of i:           f(i) + seconds(o) + P(i + 1, j, m - kept(o))
+                 min over groups i to k - 1, k <= j: f(i..k-1) + P(i, k - 1, m) + P(k, j, m - output(k - 1))
+    P(j, j, m) = min over options o of j:           fill(o) + seconds(o)
+where every term is infinite unless its forward and its backward fit into m; the last block's forward only has to bring
+back what it keeps. This is the recursion of rotor (Beaumont, Eyraud-Dubois, Hermann, Joly, Shilova 2019, arXiv
+1911.13214) with several options a stage; with one option that keeps its input only, and blocks that are all alike, it
+is that of Revolve (Griewank and Walther 2000), whose operation counts it reproduces (`treeverse_advances`); Siskind and
+Pearlmutter 2018 prove the latter for programs in general.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from rematree.solve.chain import Advance, ChainChoice, ChainProblem, position_peak
+
+_STATES: Final = 3000  # of the tables, at most: limits above that are counted in coarser quanta
+_INFINITY: Final = float("inf")
+
+Floats = npt.NDArray[np.float64]
+Group = tuple[int, int]
+
+
+def square_root_groups(count: int) -> tuple[Group, ...]:
+    """`count` blocks in about sqrt(count) groups of about equal size.
+
+    Source:
+        Chen, Xu, Zhang, Guestrin 2016, section 4.1.
+    """
+    parts = max(1, math.isqrt(count))
+    ends = [count * part // parts for part in range(parts + 1)]
+    return tuple((a, b) for a, b in zip(ends, ends[1:], strict=False) if b - a > 1)
+
+
+def treeverse_advances(steps: int, slots: int) -> int:
+    """Least number of forward steps that bring back every state of a homogeneous chain in reverse order.
+
+    Args:
+        steps: Of the chain.
+        slots: States that can be kept at once, the first one included.
+    Returns:
+        Forward steps without the one that backward of each step needs itself: r * steps - C(slots + r, slots + 1),
+        with r the smallest repetition number for which C(slots + r, slots) >= steps.
+    Source:
+        Griewank 1992; Griewank and Walther 2000, proposition 1.
+    """
+    repetitions = 0
+    while math.comb(slots + repetitions, slots) < steps:
+        repetitions += 1
+    return repetitions * steps - math.comb(slots + repetitions, slots + 1)
+
+
+# -- what a choice with groups takes ----------------------------------------------------------------------------------
+
+
+def grouped_step(problem: ChainProblem, blocks: Sequence[int], head: int, groups: Sequence[Group]) -> tuple[int, float]:
+    """(largest bytes at any position, seconds) of one choice of options and groups, head included.
+
+    The step is walked through as the executor does it; nothing here is shared with the dynamic program.
+    """
+    walk = _Walk(problem, blocks, sorted(groups, key=lambda g: (g[0], -g[1])))
+    walk.run(0, len(blocks), problem.base, None)
+    head_option = problem.heads[head]
+    return max(walk.peak, walk.end + head_option.peak), walk.seconds + head_option.seconds
+
+
+@dataclass
+class _Walk:
+    problem: ChainProblem
+    blocks: Sequence[int]
+    groups: Sequence[Group]
+    peak: int = 0
+    seconds: float = 0.0
+    end: int = 0
+
+    def later(self, block: int) -> int:
+        """Gradients of the parameters of blocks behind `block`."""
+        return sum(self.problem.gradients[block + 1 :])
+
+    def advance(self, block: int) -> Advance:
+        found = self.problem.advances[block]
+        assert found is not None
+        return found
+
+    def parts(self, start: int, stop: int, again: Group | None) -> Iterator[Group]:
+        """Blocks start..stop-1 as single blocks and the largest groups inside, `again` itself left out."""
+        at = start
+        while at < stop:
+            inner = [g for g in self.groups if g[0] == at and g[1] <= stop and g != again]
+            part = max(inner, key=lambda g: g[1], default=(at, at + 1))
+            yield part
+            at = part[1]
+
+    def run(self, start: int, stop: int, live: int, again: Group | None) -> None:
+        """Forward and backward of blocks start..stop-1; `again` is the group that is being run again, if it is."""
+        beside = 0 if again is None else self.advance(stop - 1).gradient + self.later(stop - 1)
+        self.peak = max(self.peak, live)
+        for part_start, part_stop in self.parts(start, stop, again):
+            last = again is not None and part_stop == stop
+            if part_stop - part_start == 1:
+                option = self.problem.stages[part_start][self.blocks[part_start]]
+                if not last or option.fill:
+                    self.peak = max(self.peak, live + option.forward + beside)
+                if again is not None:
+                    self.seconds += option.fill if last else self.advance(part_start).seconds
+                self.seconds += option.seconds
+                self.peak = max(self.peak, live + option.backward + self.later(part_start))
+                live += option.kept
+                continue
+            members = range(part_start, part_stop)
+            if not last:
+                for member in members:
+                    taken = 0 if member == part_start else self.advance(member - 1).output
+                    self.peak = max(self.peak, live + taken + self.advance(member).forward + beside)
+                    if again is not None:
+                        self.seconds += self.advance(member).seconds
+            self.run(part_start, part_stop, live, (part_start, part_stop))
+            live += self.advance(part_stop - 1).output
+        self.end = live
+
+
+# -- the tables -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """P of one run of blocks, for every number of quanta.
+
+    Attributes:
+        seconds: Least seconds by quanta available.
+        pick: What the first block does: an option, or minus the number of blocks of the group it begins.
+    """
+
+    seconds: Floats
+    pick: npt.NDArray[np.int16]
+
+
+class Tables:
+    """P(i, j, m) for every run of blocks, made when asked for; runs of equal blocks share one.
+
+    Args:
+        problem: With advances.
+        quantum: Bytes of one state.
+        states: Number of states.
+        optimistic: What blocks keep is rounded down to quanta and what is available up, so that no choice takes less
+            than the table says. Else the other way round: the table's choices fit.
+    """
+
+    def __init__(self, problem: ChainProblem, quantum: int, states: int, *, optimistic: bool = False) -> None:
+        self.problem = problem
+        self.quantum = quantum
+        self.states = states
+        self._optimistic = optimistic
+        numbers: dict[object, int] = {}
+        keys = zip(problem.stages, problem.gradients, problem.advances, strict=False)  # no advances: no group is asked for
+        self._ids = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+        self._tables: dict[tuple[int, ...], _Table] = {}
+        self._places = np.arange(states)
+
+    def group(self, start: int, stop: int) -> _Table:
+        """P of blocks start..stop-1."""
+        key = self._ids[start:stop]
+        if key not in self._tables:
+            self._tables[key] = self._single(start) if stop - start == 1 else self._run(start, stop)
+        return self._tables[key]
+
+    def forward_peak(self, start: int, stop: int) -> int:
+        """Largest bytes while blocks start..stop-1 run and nothing is kept."""
+        advances = [_known(self.problem.advances[block]) for block in range(start, stop)]
+        later = (before.output + one.forward for before, one in zip(advances, advances[1:], strict=False))
+        return max(advances[0].forward, *later)
+
+    def shifted(self, seconds: Floats, kept: int, need: int) -> Floats:
+        """`seconds` behind something that keeps `kept` bytes, infinite where fewer than `need` are available."""
+        step = kept // self.quantum if self._optimistic else -(-kept // self.quantum)
+        out = np.full(self.states, _INFINITY)
+        first = max(0, -(-need // self.quantum), step)
+        if first < self.states:
+            source = self._places[first:] - step
+            np.minimum(source, self.states - 1, out=source)
+            out[first:] = seconds[source]
+        if self._optimistic:
+            out[-1] = seconds[-1]  # the last state stands for any number of bytes
+        return out
+
+    def _single(self, block: int) -> _Table:
+        gradient = _known(self.problem.advances[block]).gradient
+        best, pick = self._empty()
+        for index, option in enumerate(self.problem.stages[block]):
+            need = max(option.backward, option.forward + gradient if option.fill else 0)
+            cost = self.shifted(np.zeros(self.states), 0, need) + (option.fill + option.seconds)
+            _keep_better(best, pick, cost, index)
+        return _Table(best, pick)
+
+    def _run(self, start: int, stop: int) -> _Table:
+        problem = self.problem
+        beside = _known(problem.advances[stop - 1]).gradient
+        best, pick = self._empty()
+        rest = self.group(start + 1, stop).seconds
+        later = sum(problem.gradients[start + 1 : stop])
+        own = _known(problem.advances[start]).seconds
+        for index, option in enumerate(problem.stages[start]):
+            need = max(option.forward + beside, option.backward + later)
+            _keep_better(best, pick, self.shifted(rest, option.kept, need) + (own + option.seconds), index)
+        seconds = own
+        for middle in range(start + 2, stop):
+            last = _known(problem.advances[middle - 1])
+            seconds += last.seconds
+            inner = self.shifted(self.group(start, middle).seconds, sum(problem.gradients[middle:stop]), 0)
+            outer = self.shifted(
+                self.group(middle, stop).seconds, last.output, self.forward_peak(start, middle) + beside
+            )
+            _keep_better(best, pick, inner + outer + seconds, start - middle)
+        return _Table(best, pick)
+
+    def _empty(self) -> tuple[Floats, npt.NDArray[np.int16]]:
+        return np.full(self.states, _INFINITY), np.zeros(self.states, dtype=np.int16)
+
+    def choose(self, start: int, stop: int, state: int, blocks: list[int], groups: list[Group]) -> None:
+        """Write the choice behind P of blocks start..stop-1 at `state` into `blocks` and `groups`."""
+        problem = self.problem
+        while start < stop:
+            picked = int(self.group(start, stop).pick[state])
+            if picked >= 0:
+                blocks[start] = picked
+                kept, start = problem.stages[start][picked].kept, start + 1
+            else:
+                middle = start - picked
+                groups.append((start, middle))
+                inside = state + -sum(problem.gradients[middle:stop]) // self.quantum
+                self.choose(start, middle, inside, blocks, groups)
+                kept, start = _known(problem.advances[middle - 1]).output, middle
+            state = min(state - -(-kept // self.quantum), self.states - 1)
+
+
+def _known(advance: Advance | None) -> Advance:
+    assert advance is not None
+    return advance
+
+
+def _keep_better(best: Floats, pick: npt.NDArray[np.int16], cost: Floats, index: int) -> None:
+    better = cost < best
+    np.copyto(best, cost, where=better)
+    pick[better] = index
+
+
+# -- the whole chain --------------------------------------------------------------------------------------------------
+
+
+def runs_of(problem: ChainProblem) -> Iterator[Group]:
+    """Every run of at least two blocks that can be a group."""
+    for start in range(len(problem.advances)):
+        stop = start
+        while stop < len(problem.advances) and problem.advances[stop] is not None:
+            stop += 1
+            if stop - start > 1:
+                yield start, stop
+
+
+def quantum_for(problem: ChainProblem, limit: int, quantum: int) -> int:
+    """`quantum`, doubled until the tables up to `limit` are small."""
+    while (limit - problem.base) // quantum + 1 > _STATES:
+        quantum *= 2
+    return quantum
+
+
+def solve_groups(problem: ChainProblem, limit: int, quantum: int) -> ChainChoice | None:
+    """The fastest choice of options and nested groups whose every position stays within `limit` bytes, or None.
+
+    As `rematree.solve.chain.solve_chain`, with groups as further steps from block to block: what a group takes in
+    backward depends on what is live when it begins, which is the state of that dynamic program.
+
+    Args:
+        problem: With advances for the blocks that groups may hold.
+        limit: Bytes.
+        quantum: Bytes of one state. What is kept is rounded up to it, so that a choice is within the limit exactly.
+
+    Cost:
+        O(runs * blocks * states) with `runs` the number of different runs of blocks: as many as there are blocks if
+        they are all alike, at most their square.
+    Source:
+        As in the module's description.
+    """
+    if limit < problem.base:
+        return None
+    count, room = len(problem.stages), limit - problem.base
+    tables = Tables(problem, quantum, room // quantum + 1)
+    states = tables.states
+    later = [sum(problem.gradients[block + 1 :]) for block in range(count)]
+    best = [np.full(states, _INFINITY) for _ in range(count + 1)]
+    # Where the best way to each state comes from: block, option (or -1: a group), state.
+    came: list[npt.NDArray[np.int32]] = [np.full((3, states), -1, dtype=np.int32) for _ in range(count + 1)]
+    best[0][0] = 0.0
+    spans: dict[int, list[int]] = {}
+    for start, stop in runs_of(problem):
+        spans.setdefault(start, []).append(stop)
+
+    def go(start: int, stop: int, index: int, seconds: Floats, kept: int, need: int) -> None:
+        """One way on from block `start`; `seconds` by state there."""
+        fit = min(states, (room - need) // quantum + 1) if need <= room else 0
+        step = -(-kept // quantum)
+        low, high = max(0, -step), min(fit, states - max(step, 0))
+        if high <= low:
+            return
+        cost = seconds[low:high]
+        target = slice(low + step, high + step)
+        better = cost < best[stop][target]
+        np.copyto(best[stop][target], cost, where=better)
+        origin = came[stop][:, target]
+        origin[0][better], origin[1][better] = start, index
+        origin[2][better] = np.arange(low, high)[better]
+
+    for start, stage in enumerate(problem.stages):
+        here = best[start]
+        if not np.isfinite(here).any():
+            continue
+        for index, option in enumerate(stage):
+            need = max(option.forward, option.backward + later[start])
+            go(start, start + 1, index, here + option.seconds, option.kept, need)
+        for stop in spans.get(start, ()):
+            inside = tables.group(start, stop).seconds
+            available = (room - later[stop - 1]) // quantum - np.arange(states)
+            rerun = np.where(available >= 0, inside[np.maximum(available, 0)], _INFINITY)
+            output = _known(problem.advances[stop - 1]).output
+            go(start, stop, -1, here + rerun, output, tables.forward_peak(start, stop))
+    choice: ChainChoice | None = None
+    state = -1
+    for index, head in enumerate(problem.heads):
+        if head.peak > room:
+            continue
+        reachable = best[count][: (room - head.peak) // quantum + 1]
+        at = int(np.argmin(reachable))
+        seconds = float(reachable[at]) + head.seconds
+        if np.isfinite(seconds) and (choice is None or seconds < choice.seconds):
+            choice, state = ChainChoice((), index, seconds), at
+    if choice is None:
+        return None
+    blocks, groups = [0] * count, list[Group]()
+    stop = count
+    while stop > 0:
+        start, index, before = (int(value) for value in came[stop][:, state])
+        if index >= 0:
+            blocks[start] = index
+        else:
+            groups.append((start, stop))
+            available = (room - later[stop - 1]) // quantum - before
+            tables.choose(start, stop, available, blocks, groups)
+        stop, state = start, before
+    groups.sort(key=lambda group: (group[0], -group[1]))
+    return ChainChoice(tuple(blocks), choice.head, choice.seconds, tuple(groups))
+
+
+def least_grouped_peak(problem: ChainProblem, quantum: int, high: int) -> int:
+    """Smallest limit, to within `quantum` and the coarser one used there, at which `solve_groups` finds a choice.
+
+    Args:
+        problem: With advances.
+        quantum: Bytes.
+        high: A limit at which there is a choice.
+    """
+    low = problem.base - 1
+    while high - low > quantum:
+        middle = (low + high) // 2
+        if solve_groups(problem, middle, quantum_for(problem, middle, quantum)) is None:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def choice_peak(problem: ChainProblem, choice: ChainChoice) -> int:
+    """Largest bytes at any position of `choice`, with or without groups."""
+    if not choice.groups:
+        return position_peak(problem, choice.blocks, choice.head)
+    return grouped_step(problem, choice.blocks, choice.head, choice.groups)[0]
