@@ -108,14 +108,16 @@ def test_the_least_peak_is_the_smallest_feasible_limit() -> None:
 
 
 def revolve_problem(steps: int) -> ChainProblem:
-    """A chain as Revolve has it: a state takes one slot, everything else takes nothing.
+    """A chain as Revolve has it: a state takes one byte, everything else takes nothing.
 
-    A step's one option keeps its input, which is the output of the step before; the state at the end of the chain is
-    not counted, nor is the one that is being computed. The first state is `base`, so `slots` are a limit of slots - 1.
+    Revolve counts the states it has put aside, the first one included, and not the one it computes on. Here the first
+    one is `base`, and the input of the block whose backward runs counts: so `slots` of Revolve are a limit of `slots`.
+    The state at the end of the chain counts for neither.
     """
-    stage = (StageOption(kept=1, forward=0, backward=0, seconds=1.0),)
-    advance = Advance(output=1, forward=-1, gradient=0, seconds=1.0)
-    return ChainProblem(0, (stage,) * steps, (0,) * steps, (HeadOption(-1, 0.0),), (advance,) * steps)
+    kept = [1] * (steps - 1) + [0]
+    stages = tuple((StageOption(kept=slots, forward=0, backward=0, seconds=1.0),) for slots in kept)
+    advances = tuple(Advance(output=slots, forward=-1, gradient=0, seconds=1.0) for slots in kept)
+    return ChainProblem(0, stages, (0,) * steps, (HeadOption(0, 0.0),), advances)
 
 
 # Griewank and Walther 2000: t(l, s) for s slots. Spot values from r * l - C(s + r, s + 1), worked out by hand:
@@ -137,7 +139,7 @@ def test_the_program_reproduces_treeverse(steps: int, slots: int) -> None:
     Revolve's count has the first pass, but for its last step, and not the steps before a backward: between forward and
     backward of our last block there is a head. So seconds = advances - (steps - 1) + steps.
     """
-    found = solve_groups(revolve_problem(steps), slots - 1, 1)
+    found = solve_groups(revolve_problem(steps), slots, 1)
     assert found is not None
     assert found.seconds == treeverse_advances(steps, slots) + 1
 
@@ -151,7 +153,7 @@ def test_one_slot_for_every_step_recomputes_each_step_once() -> None:
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_treeverse_is_what_trying_everything_finds(steps: int, slots: int) -> None:
-    best = solve_exhaustively(revolve_problem(steps), slots - 1)
+    best = solve_exhaustively(revolve_problem(steps), slots)
     assert best is not None
     assert best.seconds == treeverse_advances(steps, slots) + 1
 
