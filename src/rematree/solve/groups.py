@@ -165,7 +165,9 @@ class Tables:
         self.states = states
         self._optimistic = optimistic
         numbers: dict[object, int] = {}
-        keys = zip(problem.stages, problem.gradients, problem.advances, strict=False)  # no advances: no group is asked for
+        keys = zip(
+            problem.stages, problem.gradients, problem.advances, strict=False
+        )  # no advances: no group is asked for
         self._ids = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
         self._tables: dict[tuple[int, ...], _Table] = {}
         self._places = np.arange(states)
