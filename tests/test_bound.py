@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chain_problems import alike, layers, problems
 from rematree.solve import bound
 from rematree.solve.bound import lower_bound
 from rematree.solve.chain import ChainProblem, least_peak, solve_chain
 from rematree.solve.exhaustive import solve_exhaustively
 from rematree.solve.groups import choice_peak, quantum_for, solve_groups
-from tests.test_group_solver import alike, layers, problems
 
 
 @settings(max_examples=80, deadline=None)

@@ -17,6 +17,7 @@ is that of Revolve (Griewank and Walther 2000), whose operation counts it reprod
 Pearlmutter 2018 prove the latter for programs in general.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def square_root_groups(count: int) -> tuple[Group, ...]:
     """
     parts = max(1, math.isqrt(count))
     ends = [count * part // parts for part in range(parts + 1)]
-    return tuple((a, b) for a, b in zip(ends, ends[1:], strict=False) if b - a > 1)
+    return tuple((a, b) for a, b in itertools.pairwise(ends) if b - a > 1)
 
 
 def treeverse_advances(steps: int, slots: int) -> int:
@@ -182,7 +183,7 @@ class Tables:
     def forward_peak(self, start: int, stop: int) -> int:
         """Largest bytes while blocks start..stop-1 run and nothing is kept."""
         advances = [_known(self.problem.advances[block]) for block in range(start, stop)]
-        later = (before.output + one.forward for before, one in zip(advances, advances[1:], strict=False))
+        later = (before.output + one.forward for before, one in itertools.pairwise(advances))
         return max(advances[0].forward, *later)
 
     def shifted(self, seconds: Floats, kept: int, need: int) -> Floats:
