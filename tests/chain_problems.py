@@ -13,7 +13,12 @@ def _stage_option(kept: int, forward: int, backward: int, seconds: int, fill: in
 
 _option = st.builds(_stage_option, _small, _small, st.integers(0, 25), _small, st.sampled_from((0, 0, 1, 5)))
 _advance = st.builds(
-    lambda o, f, g, s: Advance(o, f, g, float(s)), st.integers(0, 6), _small, st.integers(0, 3), _small
+    lambda o, f, g, s, b: Advance(o, f, g, float(s), b),
+    st.integers(0, 6),
+    _small,
+    st.integers(0, 3),
+    _small,
+    st.sampled_from((0, 0, 1)),
 )
 _head = st.builds(lambda peak, seconds: HeadOption(peak, float(seconds)), st.integers(0, 20), _small)
 

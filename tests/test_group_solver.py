@@ -21,6 +21,7 @@ from rematree.solve.groups import (
     treeverse_advances,
 )
 
+
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(problems(), alike()), st.integers(0, 90))
 def test_groups_are_optimal(problem: ChainProblem, limit: int) -> None:

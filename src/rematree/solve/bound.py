@@ -22,7 +22,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from rematree.solve.chain import ChainProblem
-from rematree.solve.groups import Tables, runs_of
+from rematree.solve.groups import Tables, beside_of, runs_of
 
 _ROUNDS: Final = 12  # of column generation
 _CLOSE: Final = 1e-4  # of the bound: closer to the LP's value it cannot get by more groups
@@ -114,8 +114,9 @@ class _Groups:
                 corners[id(table)] = _corners(table, quantum)
             advance = problem.advances[stop - 1]
             assert advance is not None
-            peak = tables.forward_peak(start, stop)
-            rows += [(start, stop, advance.output, peak, n + later[stop - 1], s) for n, s in corners[id(table)]]
+            peak, beside = tables.forward_peak(start, stop), beside_of(problem, start, stop)
+            more = beside + later[stop - 1]
+            rows += [(start, stop, advance.output + beside, peak, n + more, s) for n, s in corners[id(table)]]
         array = np.array(rows, dtype=np.float64).reshape(-1, 6)
         self._spans = rows
         self.start, self.stop = array[:, 0].astype(np.int64), array[:, 1].astype(np.int64)

@@ -44,12 +44,15 @@ class Advance:
         forward: Largest during its forward, above what is live when it begins, its input included there.
         gradient: Bytes of the gradient of its output, live while a group that ends with it is run again.
         seconds: Of its forward.
+        beside: Bytes that stay all the same, from its forward to the backward of the outermost group around it: random
+            state, choices of experts.
     """
 
     output: int
     forward: int
     gradient: int
     seconds: float
+    beside: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,20 +72,28 @@ def grouped_step(problem: ChainProblem, blocks: Sequence[int], head: int, groups
 
     The step is walked through as the executor does it; nothing here is shared with the dynamic program.
     """
-    walk = _Walk(problem, blocks, sorted(groups, key=lambda g: (g[0], -g[1])))
+    walk = _Walk(problem, blocks, groups)
     walk.run(0, len(blocks), problem.base, None)
     head_option = problem.heads[head]
-    return max(walk.peak, walk.end + head_option.peak), walk.seconds + head_option.seconds
+    return max(walk.peak, walk.end + head_option.peak), sum(walk.seconds) + head_option.seconds
 
 
-@dataclass
+def by_block(problem: ChainProblem, choice: ChainChoice) -> list[tuple[int, float]]:
+    """For each block, (bytes that its forward leaves until backward, extra seconds)."""
+    walk = _Walk(problem, choice.blocks, choice.groups)
+    walk.run(0, len(choice.blocks), problem.base, None)
+    return list(zip(walk.kept, walk.seconds, strict=True))
+
+
 class _Walk:
-    problem: ChainProblem
-    blocks: Sequence[int]
-    groups: Sequence[Group]
-    peak: int = 0
-    seconds: float = 0.0
-    end: int = 0
+    def __init__(self, problem: ChainProblem, blocks: Sequence[int], groups: Sequence[Group]) -> None:
+        self.problem = problem
+        self.blocks = blocks
+        self.groups = groups
+        self.peak = 0
+        self.end = 0
+        self.kept = [0] * len(blocks)
+        self.seconds = [0.0] * len(blocks)
 
     def later(self, block: int) -> int:
         """Gradients of the parameters of blocks behind `block`."""
@@ -116,18 +124,24 @@ class _Walk:
                 if not last or option.fill:
                     self.peak = max(self.peak, live + option.forward + beside)
                 if again is not None:
-                    self.seconds += option.fill if last else self.advance(part_start).seconds
-                self.seconds += option.seconds
+                    self.seconds[part_start] += option.fill if last else self.advance(part_start).seconds
+                else:
+                    self.kept[part_start] = option.kept
+                self.seconds[part_start] += option.seconds
                 self.peak = max(self.peak, live + option.backward + self.later(part_start))
                 live += option.kept
                 continue
             members = range(part_start, part_stop)
-            if not last:
+            for member in members if not last else ():
+                taken = 0 if member == part_start else self.advance(member - 1).output
+                self.peak = max(self.peak, live + taken + self.advance(member).forward + beside)
+                if again is not None:
+                    self.seconds[member] += self.advance(member).seconds
+            if again is None:
                 for member in members:
-                    taken = 0 if member == part_start else self.advance(member - 1).output
-                    self.peak = max(self.peak, live + taken + self.advance(member).forward + beside)
-                    if again is not None:
-                        self.seconds += self.advance(member).seconds
+                    self.kept[member] = self.advance(member).beside
+                live += sum(self.kept[part_start:part_stop])
+                self.kept[part_stop - 1] += self.advance(part_stop - 1).output
             self.run(part_start, part_stop, live, (part_start, part_stop))
             live += self.advance(part_stop - 1).output
         self.end = live
@@ -249,6 +263,11 @@ class Tables:
             state = min(state - -(-kept // self.quantum), self.states - 1)
 
 
+def beside_of(problem: ChainProblem, start: int, stop: int) -> int:
+    """Bytes that a group of blocks start..stop-1 leaves beside its output."""
+    return sum(_known(problem.advances[block]).beside for block in range(start, stop))
+
+
 def _known(advance: Advance | None) -> Advance:
     assert advance is not None
     return advance
@@ -334,11 +353,11 @@ def solve_groups(problem: ChainProblem, limit: int, quantum: int) -> ChainChoice
             need = max(option.forward, option.backward + later[start])
             go(start, start + 1, index, here + option.seconds, option.kept, need)
         for stop in spans.get(start, ()):
-            inside = tables.group(start, stop).seconds
-            available = (room - later[stop - 1]) // quantum - np.arange(states)
+            inside, beside = tables.group(start, stop).seconds, beside_of(problem, start, stop)
+            available = (room - later[stop - 1] - beside) // quantum - np.arange(states)
             rerun = np.where(available >= 0, inside[np.maximum(available, 0)], _INFINITY)
             output = _known(problem.advances[stop - 1]).output
-            go(start, stop, -1, here + rerun, output, tables.forward_peak(start, stop))
+            go(start, stop, -1, here + rerun, output + beside, tables.forward_peak(start, stop))
     choice: ChainChoice | None = None
     state = -1
     for index, head in enumerate(problem.heads):
@@ -359,7 +378,7 @@ def solve_groups(problem: ChainProblem, limit: int, quantum: int) -> ChainChoice
             blocks[start] = index
         else:
             groups.append((start, stop))
-            available = (room - later[stop - 1]) // quantum - before
+            available = (room - later[stop - 1] - beside_of(problem, start, stop)) // quantum - before
             tables.choose(start, stop, available, blocks, groups)
         stop, state = start, before
     groups.sort(key=lambda group: (group[0], -group[1]))
