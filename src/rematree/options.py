@@ -86,8 +86,25 @@ def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
     return decisions
 
 
-def describe_option(option: BlockOption) -> str:
-    """One phrase for the table: what is saved inside the recomputed block."""
+def describe_groups(groups: Sequence[tuple[int, int]], count: int) -> list[str]:
+    """For each of `count` blocks the group it is in, and inner groups of that: "group 2 of 5, of it group 1 of 2"."""
+    return [", of it ".join(_names(groups, block)) for block in range(count)]
+
+
+def _names(groups: Sequence[tuple[int, int]], block: int) -> list[str]:
+    outer = [g for g in groups if not any(o != g and o[0] <= g[0] and g[1] <= o[1] for o in groups)]
+    for number, (start, stop) in enumerate(outer):
+        if start <= block < stop:
+            inside = [g for g in groups if g != (start, stop) and start <= g[0] and g[1] <= stop]
+            return [f"group {number + 1} of {len(outer)}", *_names(inside, block)]
+    return []
+
+
+def describe_option(option: BlockOption, group: str = "") -> str:
+    """One phrase for the table: what is saved inside the recomputed block, and the group it is recomputed with."""
+    if group:
+        inside = "" if option.saves_all else f"; in it {describe_option(option)}"
+        return f"recompute with {group}{inside}"
     if option.saves_all:
         return "save all"
     if not option.saved:

@@ -44,7 +44,7 @@ class RandomState:
     referee counts its bytes, and the number of draws seen so far tells two of them apart.
     """
 
-    __slots__ = ("_accelerator", "_cpu", "_draws")
+    __slots__ = ("__weakref__", "_accelerator", "_cpu", "_draws")
 
     def __init__(self, draws: int | None = None) -> None:
         self._draws = draws

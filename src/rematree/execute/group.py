@@ -22,57 +22,24 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.arguments import Arguments
 from rematree.execute.context import Autocast, Known, RandomState, World, builds_graph
+from rematree.execute.noted import Hooks, Kept, Link, check_version, is_weight, mapped, tensors_of, version_of
 from rematree.execute.recompute import Executor
 from rematree.execute.routing import Routing
 
-_Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 _OUTSIDE_BACKWARD: Final = -1  # somebody looks at a saved tensor
 
 
 class _AllBackError(BaseException):
     """The rerun has brought back the last tensor; no module's `except Exception` may take it."""
-
-
-class _Link(NamedTuple):
-    """An argument that an earlier call of the group returned."""
-
-    call: int
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """An argument that is kept: detached, because what made it may hold this group."""
-
-    packed: Any
-    unpack: Callable[[Any], Tensor] | None  # of the hooks around the group
-    version: int | None
-    requires_grad: bool
-
-    def again(self, region: str) -> Tensor:
-        """A leaf with its values.
-
-        Raises:
-            RecomputeMismatchError: it was written to since the forward.
-        """
-        tensor: Tensor = self.packed if self.unpack is None else self.unpack(self.packed)
-        if self.version is not None and _version(tensor) != self.version:
-            raise RecomputeMismatchError(
-                f"{region}: an argument of shape {tuple(tensor.shape)} was modified in place after the "
-                "forward pass; running the region again would use other values",
-                remedies=["pass a copy to the model, or write to it after backward"],
-            )
-        return tensor.detach().requires_grad_(self.requires_grad)
 
 
 @dataclass(slots=True)
@@ -116,20 +83,24 @@ class _Frame:
     owner: object  # what the group ran in: another group's forward or rerun, or nothing
     calls: list[_Call] = field(default_factory=list[_Call])
     slots: list[_Slot] = field(default_factory=list[_Slot])
-    made: "dict[int, tuple[weakref.ref[Tensor], int, _Link]]" = field(default_factory=dict[int, Any])
-    needed: dict[_Link, int] = field(default_factory=dict[_Link, int])  # number of the last call that is given it
+    made: "dict[int, tuple[weakref.ref[Tensor], int, Link]]" = field(default_factory=dict[int, Any])
+    needed: dict[Link, int] = field(default_factory=dict[Link, int])  # number of the last call that is given it
     last: int = -1  # block that ran last, by its place in the group
     done: set[int] = field(default_factory=set[int])
     lock: Any = field(default_factory=threading.RLock)
 
     # -- forward: `Around` of what runs inside ---------------------------------------------------------------------
 
-    def pack(self, tensor: Tensor) -> _Holder:
+    def pack(self, tensor: Tensor) -> _Holder | Kept:
+        if is_weight(tensor):
+            return Kept.of(tensor, None)
         holder = _Holder(self, len(self.slots))
         self.slots.append(_Slot(weakref.ref(holder), tensor.shape, tensor.dtype))
         return holder
 
-    def unpack(self, packed: _Holder) -> Tensor:
+    def unpack(self, packed: _Holder | Kept) -> Tensor:
+        if isinstance(packed, Kept):
+            return check_version(packed.packed, packed.version)
         task = torch._C._current_graph_task_id()
         with self.lock:  # backward has a thread for each device
             if task == _OUTSIDE_BACKWARD or (task in self.done and task not in packed.back):
@@ -138,31 +109,24 @@ class _Frame:
                 self._rerun(task, None)
                 self.done.add(task)
             tensor, version = packed.back.pop(task)
-        if _version(tensor) != version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"tensor of shape {tuple(tensor.shape)} is at version {tensor._version}, saved at {version}"
-            )
-        return tensor
+        return check_version(tensor, version)
 
-    def note(self, value: Any, hooks: _Hooks | None) -> Any:
+    def note(self, value: Any, hooks: Hooks | None) -> Any:
         """`value` without its tensors: each is a link or is kept, by the hooks around the group if there are any."""
         if not isinstance(value, Tensor):
-            return _mapped(value, lambda item: self.note(item, hooks))
+            return mapped(value, lambda item: self.note(item, hooks))
         made = self.made.get(id(value))
-        if made is not None and made[0]() is value and _version(value) == made[1]:
+        if made is not None and made[0]() is value and version_of(value) == made[1]:
             self.needed[made[2]] = len(self.calls)
             return made[2]
-        if hooks is None:
-            return _Kept(value.detach(), None, _version(value), value.requires_grad)
-        return _Kept(hooks[0](value.detach()), hooks[1], None, value.requires_grad)
+        return Kept.of(value, hooks)
 
     def ran(self, out: Any) -> None:
         """The call noted last has returned `out`."""
         number = len(self.calls) - 1
         self.calls[number].slots = len(self.slots)
-        for leaf, tensor in enumerate(_tensors(out)):
-            self.made[id(tensor)] = (weakref.ref(tensor), _version(tensor), _Link(number, leaf))
+        for leaf, tensor in enumerate(tensors_of(out)):
+            self.made[id(tensor)] = (weakref.ref(tensor), version_of(tensor), Link(number, leaf))
 
     # -- rerun -----------------------------------------------------------------------------------------------------
 
@@ -203,7 +167,7 @@ class _Rerun:
     def run(self) -> None:
         """Call the blocks again until everything is back."""
         frame = self._frame
-        made: dict[_Link, Tensor] = {}
+        made: dict[Link, Tensor] = {}
         for number, call in enumerate(frame.calls):
             self._region = call.region
             args, kwargs = call.arguments.again((None,) * call.count)
@@ -221,19 +185,21 @@ class _Rerun:
                 out = call.inner(*args, **kwargs)
             if self.next != call.slots:
                 raise _mismatch(call.region, f"{self.next} tensors were saved by its end, in forward {call.slots}")
-            made.update((_Link(number, leaf), tensor) for leaf, tensor in enumerate(_tensors(out)))
+            made.update((Link(number, leaf), tensor) for leaf, tensor in enumerate(tensors_of(out)))
             del args, kwargs, out
             for link in [link for link in made if frame.needed.get(link, -1) <= number]:
                 del made[link]
 
-    def _filled(self, value: Any, made: dict[_Link, Tensor]) -> Any:
-        if isinstance(value, _Link):
+    def _filled(self, value: Any, made: dict[Link, Tensor]) -> Any:
+        if isinstance(value, Link):
             return made[value]
-        if isinstance(value, _Kept):
+        if isinstance(value, Kept):
             return value.again(self._region)
-        return _mapped(value, lambda item: self._filled(item, made))
+        return mapped(value, lambda item: self._filled(item, made))
 
     def pack(self, tensor: Tensor) -> Tensor:
+        if is_weight(tensor):
+            return tensor
         index, frame = self.next, self._frame
         if index >= self.end:
             raise _AllBackError
@@ -247,7 +213,7 @@ class _Rerun:
         self.next += 1
         holder = slot.holder()
         if holder is not None and (self._only is None or self._only is holder):
-            holder.back[self._task] = tensor.detach(), _version(tensor)
+            holder.back[self._task] = tensor.detach(), version_of(tensor)
         if self.next == self.end:
             raise _AllBackError
         return tensor
@@ -286,7 +252,7 @@ class Group:
         known = self._known.get(place)
         if known is None:
             known = self._known[place] = Known(module)
-        hooks = cast("_Hooks | None", torch._C._autograd._top_saved_tensors_default_hooks(True))
+        hooks = cast("Hooks | None", torch._C._autograd._top_saved_tensors_default_hooks(True))
         before = executor.random_now()
         call = _Call(
             region,
@@ -323,26 +289,6 @@ class Group:
         if place == self._count - 1:
             del self._open[thread]
         return frame
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with its items changed, if it is a plain container; else itself."""
-    if isinstance(value, tuple):
-        items = [change(item) for item in cast("tuple[Any, ...]", value)]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if type(value) is list:
-        return [change(item) for item in cast("list[Any]", value)]
-    if type(value) is dict:
-        return {key: change(item) for key, item in cast("dict[Any, Any]", value).items()}
-    return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _mismatch(region: str, what: str) -> RecomputeMismatchError:

@@ -100,7 +100,7 @@ class Handle:
 
     def _install_groups(self) -> None:
         """Around whatever each block does by itself; smaller groups inside larger ones."""
-        for paths in sorted(self.plan.groups, key=len):
+        for paths in sorted(filter(None, self.plan.groups), key=len):
             group = Group(len(paths), self._executor)
             for place, path in enumerate(paths):
                 module = find_module(self._model, path)

@@ -12,6 +12,7 @@ the rerun are matched to those of the forward by order, and the rerun stops when
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -137,11 +138,19 @@ class Executor:
         self.captured: list[Captured] = []
         self._running: dict[int, list[_Frame | _Rerun | _Plain | Around]] = {}
         self._known: dict[str, Known] = {}
+        self._latest: dict[int, weakref.ref[RandomState]] = {}
         self.watcher = watcher
 
     def random_now(self) -> RandomState | None:
-        """State of the generators."""
-        return RandomState.now(None if self.watcher is None else self.watcher.draws)
+        """State of the generators; the same object as last time in this thread, if nothing was drawn since."""
+        now = RandomState.now(None if self.watcher is None else self.watcher.draws)
+        thread = threading.get_ident()
+        latest = self._latest.get(thread)
+        before = None if latest is None else latest()
+        if now is None or (before is not None and before.same_as(now)):
+            return None if now is None else before
+        self._latest[thread] = weakref.ref(now)
+        return now
 
     @contextlib.contextmanager
     def inside(self, what: _Frame | _Rerun | _Plain | Around) -> Generator[None]:
