@@ -198,7 +198,9 @@ class _Rerun:
         return mapped(value, lambda item: self._filled(item, made))
 
     def pack(self, tensor: Tensor) -> Tensor:
-        if is_weight(tensor):
+        weight, version = is_weight(tensor), version_of(tensor)
+        tensor = tensor.detach()  # an op that saves its own output would hold itself for ever
+        if weight:
             return tensor
         index, frame = self.next, self._frame
         if index >= self.end:
@@ -213,7 +215,7 @@ class _Rerun:
         self.next += 1
         holder = slot.holder()
         if holder is not None and (self._only is None or self._only is holder):
-            holder.back[self._task] = tensor.detach(), version_of(tensor)
+            holder.back[self._task] = tensor, version
         if self.next == self.end:
             raise _AllBackError
         return tensor
