@@ -87,17 +87,14 @@ def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
 
 
 def describe_groups(groups: Sequence[tuple[int, int]], count: int) -> list[str]:
-    """For each of `count` blocks the group it is in, and inner groups of that: "group 2 of 5, of it group 1 of 2"."""
-    return [", of it ".join(_names(groups, block)) for block in range(count)]
-
-
-def _names(groups: Sequence[tuple[int, int]], block: int) -> list[str]:
+    """For each of `count` blocks the outermost group it is in: "group 2 of 5", "group 2 of 5, 3 deep"; else ""."""
     outer = [g for g in groups if not any(o != g and o[0] <= g[0] and g[1] <= o[1] for o in groups)]
-    for number, (start, stop) in enumerate(outer):
-        if start <= block < stop:
-            inside = [g for g in groups if g != (start, stop) and start <= g[0] and g[1] <= stop]
-            return [f"group {number + 1} of {len(outer)}", *_names(inside, block)]
-    return []
+    texts: list[str] = []
+    for block in range(count):
+        depth = sum(start <= block < stop for start, stop in groups)
+        number = next((n for n, (start, stop) in enumerate(outer, 1) if start <= block < stop), 0)
+        texts.append(f"group {number} of {len(outer)}" + (f", {depth} deep" if depth > 1 else "") if number else "")
+    return texts
 
 
 def describe_option(option: BlockOption, group: str = "") -> str:

@@ -293,9 +293,12 @@ def runs_of(problem: ChainProblem) -> Iterator[Group]:
 
 
 def quantum_for(problem: ChainProblem, limit: int, quantum: int) -> int:
-    """`quantum`, doubled until the tables up to `limit` are small."""
-    while (limit - problem.base) // quantum + 1 > _STATES:
+    """`quantum`, doubled or halved until the tables up to `limit` are as fine as is quickly solved."""
+    room = max(0, limit - problem.base)
+    while room // quantum + 1 > _STATES:
         quantum *= 2
+    while quantum > 1 and room // (quantum // 2) + 1 <= _STATES:
+        quantum //= 2
     return quantum
 
 
@@ -318,71 +321,106 @@ def solve_groups(problem: ChainProblem, limit: int, quantum: int) -> ChainChoice
     """
     if limit < problem.base:
         return None
-    count, room = len(problem.stages), limit - problem.base
-    tables = Tables(problem, quantum, room // quantum + 1)
-    states = tables.states
-    later = [sum(problem.gradients[block + 1 :]) for block in range(count)]
-    best = [np.full(states, _INFINITY) for _ in range(count + 1)]
-    # Where the best way to each state comes from: block, option (or -1: a group), state.
-    came: list[npt.NDArray[np.int32]] = [np.full((3, states), -1, dtype=np.int32) for _ in range(count + 1)]
-    best[0][0] = 0.0
-    spans: dict[int, list[int]] = {}
-    for start, stop in runs_of(problem):
-        spans.setdefault(start, []).append(stop)
+    sweep = _Sweep(problem, limit, quantum, optimistic=False)
+    seconds, head, state = sweep.end()
+    if not np.isfinite(seconds):
+        return None
+    blocks, groups = sweep.choices(state)
+    return ChainChoice(tuple(blocks), head, seconds, tuple(sorted(groups, key=lambda group: (group[0], -group[1]))))
 
-    def go(start: int, stop: int, index: int, seconds: Floats, kept: int, need: int) -> None:
-        """One way on from block `start`; `seconds` by state there."""
-        fit = min(states, (room - need) // quantum + 1) if need <= room else 0
-        step = -(-kept // quantum)
+
+def seconds_at_least(problem: ChainProblem, limit: int, quantum: int) -> float:
+    """Seconds that no choice within `limit` goes below: what is kept is rounded down to quanta, what is free up.
+
+    Infinite when there is no choice.
+
+    Cost:
+        As of `solve_groups`.
+    """
+    if limit < problem.base:
+        return _INFINITY
+    return _Sweep(problem, limit, quantum, optimistic=True).end()[0]
+
+
+class _Sweep:
+    """Least seconds up to each block, by quanta live there, and how to get there."""
+
+    def __init__(self, problem: ChainProblem, limit: int, quantum: int, *, optimistic: bool) -> None:
+        self._problem, self._quantum = problem, quantum
+        self._room = limit - problem.base
+        self._up = 0 if optimistic else quantum - 1  # added before dividing what is kept
+        self._tables = Tables(problem, quantum, self._room // quantum + 1 + optimistic, optimistic=optimistic)
+        self._states = self._room // quantum + 1
+        count = len(problem.stages)
+        self._later = [sum(problem.gradients[block + 1 :]) for block in range(count)]
+        self._best = [np.full(self._states, _INFINITY) for _ in range(count + 1)]
+        # Block, option (or -1: a group) and state that the best way to each state comes from.
+        self._came = [np.full((3, self._states), -1, dtype=np.int32) for _ in range(count + 1)]
+        self._best[0][0] = 0.0
+        spans: dict[int, list[int]] = {}
+        for start, stop in runs_of(problem):
+            spans.setdefault(start, []).append(stop)
+        for start in range(count):
+            if np.isfinite(self._best[start]).any():
+                self._leave(start, spans.get(start, []))
+
+    def _leave(self, start: int, stops: Sequence[int]) -> None:
+        """All ways on from block `start`: its options, and groups that end before `stops`."""
+        problem, here = self._problem, self._best[start]
+        for index, option in enumerate(problem.stages[start]):
+            need = max(option.forward, option.backward + self._later[start])
+            self._go(start, start + 1, index, here + option.seconds, option.kept, need)
+        for stop in stops:
+            inside = self._tables.group(start, stop).seconds
+            free = self._free(start, stop) - np.arange(self._states)
+            rerun = np.where(free >= 0, inside[np.clip(free, 0, len(inside) - 1)], _INFINITY)
+            kept = _known(problem.advances[stop - 1]).output + beside_of(problem, start, stop)
+            self._go(start, stop, -1, here + rerun, kept, self._tables.forward_peak(start, stop))
+
+    def _free(self, start: int, stop: int) -> int:
+        """Quanta for the rerun of a group if nothing were live at its start."""
+        free = self._room - self._later[stop - 1] - beside_of(self._problem, start, stop)
+        return (free + self._quantum - 1 - self._up) // self._quantum
+
+    def _go(self, start: int, stop: int, index: int, seconds: Floats, kept: int, need: int) -> None:
+        """One way on; `seconds` by state at its start."""
+        states = self._states
+        fit = min(states, (self._room - need) // self._quantum + 1) if need <= self._room else 0
+        step = (kept + self._up) // self._quantum
         low, high = max(0, -step), min(fit, states - max(step, 0))
         if high <= low:
             return
         cost = seconds[low:high]
         target = slice(low + step, high + step)
-        better = cost < best[stop][target]
-        np.copyto(best[stop][target], cost, where=better)
-        origin = came[stop][:, target]
+        better = cost < self._best[stop][target]
+        np.copyto(self._best[stop][target], cost, where=better)
+        origin = self._came[stop][:, target]
         origin[0][better], origin[1][better] = start, index
         origin[2][better] = np.arange(low, high)[better]
 
-    for start, stage in enumerate(problem.stages):
-        here = best[start]
-        if not np.isfinite(here).any():
-            continue
-        for index, option in enumerate(stage):
-            need = max(option.forward, option.backward + later[start])
-            go(start, start + 1, index, here + option.seconds, option.kept, need)
-        for stop in spans.get(start, ()):
-            inside, beside = tables.group(start, stop).seconds, beside_of(problem, start, stop)
-            available = (room - later[stop - 1] - beside) // quantum - np.arange(states)
-            rerun = np.where(available >= 0, inside[np.maximum(available, 0)], _INFINITY)
-            output = _known(problem.advances[stop - 1]).output
-            go(start, stop, -1, here + rerun, output + beside, tables.forward_peak(start, stop))
-    choice: ChainChoice | None = None
-    state = -1
-    for index, head in enumerate(problem.heads):
-        if head.peak > room:
-            continue
-        reachable = best[count][: (room - head.peak) // quantum + 1]
-        at = int(np.argmin(reachable))
-        seconds = float(reachable[at]) + head.seconds
-        if np.isfinite(seconds) and (choice is None or seconds < choice.seconds):
-            choice, state = ChainChoice((), index, seconds), at
-    if choice is None:
-        return None
-    blocks, groups = [0] * count, list[Group]()
-    stop = count
-    while stop > 0:
-        start, index, before = (int(value) for value in came[stop][:, state])
-        if index >= 0:
-            blocks[start] = index
-        else:
-            groups.append((start, stop))
-            available = (room - later[stop - 1] - beside_of(problem, start, stop)) // quantum - before
-            tables.choose(start, stop, available, blocks, groups)
-        stop, state = start, before
-    groups.sort(key=lambda group: (group[0], -group[1]))
-    return ChainChoice(tuple(blocks), choice.head, choice.seconds, tuple(groups))
+    def end(self) -> tuple[float, int, int]:
+        """(least seconds with the head, its option, state behind the last block)."""
+        found = (_INFINITY, 0, 0)
+        for index, head in enumerate(self._problem.heads):
+            if head.peak <= self._room:
+                reachable = self._best[-1][: (self._room - head.peak) // self._quantum + 1]
+                at = int(np.argmin(reachable))
+                found = min(found, (float(reachable[at]) + head.seconds, index, at))
+        return found
+
+    def choices(self, state: int) -> tuple[list[int], list[Group]]:
+        """Options and groups on the way to `state` behind the last block."""
+        stop = len(self._problem.stages)
+        blocks, groups = [0] * stop, list[Group]()
+        while stop > 0:
+            start, index, before = (int(value) for value in self._came[stop][:, state])
+            if index >= 0:
+                blocks[start] = index
+            else:
+                groups.append((start, stop))
+                self._tables.choose(start, stop, self._free(start, stop) - before, blocks, groups)
+            stop, state = start, before
+        return blocks, groups
 
 
 def least_grouped_peak(problem: ChainProblem, quantum: int, high: int) -> int:
