@@ -208,7 +208,8 @@ def _measure_advances(
         kept = stage[0].kept
         output = min(max(0, saved), kept)
         forward = alone.forward(index)
-        found.append(Advance(output, stage[0].forward, kept, forward.seconds, kept - output))
+        # Before backward needs a saved tensor, it may have scaled the gradient of the output once.
+        found.append(Advance(output, stage[0].forward, 2 * kept, forward.seconds, kept - output))
     return found
 
 

@@ -42,7 +42,8 @@ class Advance:
     Attributes:
         output: Bytes of its output, which is all that is left if it is the last of its group.
         forward: Largest during its forward, above what is live when it begins, its input included there.
-        gradient: Bytes of the gradient of its output, live while a group that ends with it is run again.
+        gradient: Bytes of gradients that are live while a group that ends with it is run again: that of its output, and
+            what is computed from it before a saved tensor is needed.
         seconds: Of its forward.
         beside: Bytes that stay all the same, from its forward to the backward of the outermost group around it: random
             state, choices of experts.
