@@ -14,7 +14,8 @@ from rematree.solve import bound
 from rematree.solve.bound import lower_bound
 from rematree.solve.chain import ChainProblem, least_peak, solve_chain
 from rematree.solve.exhaustive import solve_exhaustively
-from rematree.solve.groups import choice_peak, quantum_for, solve_groups
+from rematree.solve.groups import choice_peak
+from rematree.solve.nested import quantum_for, solve_groups
 
 
 @settings(max_examples=80, deadline=None)

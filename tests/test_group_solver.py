@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 from chain_problems import alike, layers, problems
 from rematree.solve.chain import Advance, ChainProblem, HeadOption, StageOption, solve_chain
 from rematree.solve.exhaustive import nested_groups, solve_exhaustively
-from rematree.solve.groups import (
-    Tables,
-    choice_peak,
-    grouped_step,
-    least_grouped_peak,
-    quantum_for,
-    solve_groups,
-    square_root_groups,
-    treeverse_advances,
-)
+from rematree.solve.groups import choice_peak, grouped_step, square_root_groups, treeverse_advances
+from rematree.solve.nested import Tables, least_grouped_peak, quantum_for, solve_groups
 
 
 @settings(max_examples=200, deadline=None)

@@ -11,7 +11,8 @@ from rematree.errors import UnsupportedModelError
 from rematree.simulate import Referee, Simulation
 from rematree.solve.bound import lower_bound
 from rematree.solve.chain import ChainChoice, least_peak, solve_chain
-from rematree.solve.groups import Group, choice_peak, least_grouped_peak, quantum_for, solve_groups
+from rematree.solve.groups import Group, choice_peak
+from rematree.solve.nested import least_grouped_peak, quantum_for, solve_groups
 from rematree.survey import Survey
 from rematree.units import KIB
 

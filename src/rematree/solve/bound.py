@@ -25,7 +25,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from rematree.solve.chain import ChainProblem
-from rematree.solve.groups import Tables, beside_of, quantum_for, runs_of, seconds_at_least
+from rematree.solve.nested import Tables, beside_of, quantum_for, runs_of, seconds_at_least
 
 _ROUNDS: Final = 12  # of column generation
 _CLOSE: Final = 1e-4  # of the bound: closer to the LP's value it cannot get by more groups
@@ -84,7 +84,10 @@ def lower_bound(problem: ChainProblem, limit: int, quantum: int) -> float:
     ]
     groups = _Groups(problem, limit, quantum, later)
     swept = seconds_at_least(problem, limit, quantum_for(problem, limit, quantum))
-    best = swept * (1 - 8 * (len(columns) + 8) * float(np.finfo(np.float64).eps))  # a sum of fewer terms than columns
+    if not math.isfinite(swept):
+        return swept  # nothing fits
+    size = abs(swept) + sum(max(abs(o.seconds) + o.fill for o in stage) for stage in problem.stages)
+    best = swept - float((8 * len(columns) + 64) * np.finfo(np.float64).eps) * size  # a sum of fewer terms than columns
     for _ in range(_ROUNDS):
         value, prices, potentials = _relaxation(problem, columns, limit)
         found, path = _cheapest(problem, columns, groups, prices, limit)
