@@ -26,6 +26,8 @@ from rematree.observe import Twin
 from rematree.planning import Planner
 from rematree.plans import Decision, Levers, Plan
 from rematree.regions import find_chain
+from rematree.report.explanation import explain_facts, explain_text
+from rematree.report.tables import plan_facts
 from rematree.simulate import Referee
 
 COST = Roofline(5e10, 1e10)
@@ -427,6 +429,11 @@ def test_the_smallest_peak_falls(planners: Planners) -> None:
     plan = with_groups.plan(least)
     assert plan.groups
     assert "group 1 of" in str(plan)
+    text, facts = explain_text(plan), explain_facts(plan)
+    assert "Recomputed together:\n  layers.{" in text
+    assert "certified: no choice of these options takes less than" in text
+    assert facts["gap_seconds"] == plan.predicted_step_seconds - plan_facts(plan)["bound_seconds"]
+    assert facts["groups"] == [list(group) for group in plan.groups]
     assert not without.plan(without.min_peak_bytes()).groups
     assert Plan.from_json(plan.to_json()) == plan
     chunked = dataclasses.replace(plan, loss_chunk_rows=None)  # the rest of it is exact

@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -254,7 +254,8 @@ class Group:
         known = self._known.get(place)
         if known is None:
             known = self._known[place] = Known(module)
-        hooks = cast("Hooks | None", torch._C._autograd._top_saved_tensors_default_hooks(True))
+        top: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+        hooks: Hooks | None = top(True)
         before = executor.random_now()
         call = _Call(
             region,
