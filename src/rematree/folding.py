@@ -94,6 +94,29 @@ def fold(signatures: Sequence[Hashable]) -> Fold:
     return Fold(tuple(kept), tuple(images))
 
 
+def fold_groups(signatures: Sequence[Hashable], groups: Sequence[tuple[int, int]]) -> Fold:
+    """As `fold`, with blocks that are recomputed together cut out or left together.
+
+    Args:
+        signatures: One a block.
+        groups: First block and the one behind the last; they nest.
+    """
+    spans: list[tuple[int, int]] = []
+    while (at := spans[-1][1] if spans else 0) < len(signatures):
+        spans.append(max((g for g in groups if g[0] == at), key=lambda g: g[1], default=(at, at + 1)))
+    parts = [
+        (tuple(signatures[a:b]), frozenset((start - a, stop - a) for start, stop in groups if a <= start and stop <= b))
+        for a, b in spans
+    ]
+    chain = fold(parts)
+    return Fold(
+        tuple(block for part in chain.kept for block in range(*spans[part])),
+        tuple(
+            spans[image][0] + block for (a, b), image in zip(spans, chain.images, strict=True) for block in range(b - a)
+        ),
+    )
+
+
 # -- what blocks have in common ---------------------------------------------------------------------------------------
 
 

@@ -126,8 +126,22 @@ def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
     return decisions
 
 
-def describe_option(option: BlockOption) -> str:
-    """One phrase for the table: what is saved inside the recomputed block."""
+def describe_groups(groups: Sequence[tuple[int, int]], count: int) -> list[str]:
+    """For each of `count` blocks the outermost group it is in: "group 2 of 5", "group 2 of 5, 3 deep"; else ""."""
+    outer = [g for g in groups if not any(o != g and o[0] <= g[0] and g[1] <= o[1] for o in groups)]
+    texts: list[str] = []
+    for block in range(count):
+        depth = sum(start <= block < stop for start, stop in groups)
+        number = next((n for n, (start, stop) in enumerate(outer, 1) if start <= block < stop), 0)
+        texts.append(f"group {number} of {len(outer)}" + (f", {depth} deep" if depth > 1 else "") if number else "")
+    return texts
+
+
+def describe_option(option: BlockOption, group: str = "") -> str:
+    """One phrase for the table: what is saved inside the recomputed block, and the group it is recomputed with."""
+    if group:
+        inside = "" if option.saves_all else f"; in it {describe_option(option)}"
+        return f"recompute with {group}{inside}"
     start = "lean adapters, " if option.lean else ""
     if option.saves_all:
         return f"{start}save all"

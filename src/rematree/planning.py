@@ -23,7 +23,7 @@ from rematree.execute.input_grads import as_leaves
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.folding import block_kinds
 from rematree.observe import LossFunction, Twin
-from rematree.options import describe_option
+from rematree.options import describe_groups, describe_option
 from rematree.pace import is_live, measure_pace, small_enough
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Levers, Plan
 from rematree.quantised import frozen_int8_linears
@@ -32,6 +32,7 @@ from rematree.running import running_chain
 from rematree.search import Confirmed, Search
 from rematree.simulate import Optimizer, Referee
 from rematree.solve.chain import position_peak
+from rematree.solve.groups import by_block
 from rematree.survey import Survey, survey
 from rematree.units import KIB, MIB, format_bytes, parse_bytes
 
@@ -106,7 +107,13 @@ class Planner:
         if isinstance(self._cost, Measured) and is_live(model, self._twin.device):
             self._referee.pace = self._paces(model)
         chunk = "chunked_loss" not in self._forbid and loss is None
-        self.survey: Survey = survey(self._referee, chain, chunk=chunk, lean="lean_adapters" not in self._forbid)
+        self.survey: Survey = survey(
+            self._referee,
+            chain,
+            chunk=chunk,
+            lean="lean_adapters" not in self._forbid,
+            groups="groups" not in self._forbid,
+        )
         self._search = Search(self.survey, self._referee, self._fixed)
 
     def _paces(self, model: nn.Module) -> dict[int, float]:
@@ -214,11 +221,17 @@ class Planner:
 
     def _as_plan(self, entry: Confirmed, budget: int | None) -> Plan:
         known = self.survey
-        rows: list[BlockRow] = []
-        for path, kind, index in zip(known.chain.blocks, known.kinds, entry.choice.blocks, strict=True):
-            stage = known.problem.stages[len(rows)][index]
-            text = describe_option(known.options[kind][index])
-            rows.append(BlockRow(path, text, stage.kept, max(0.0, stage.seconds)))
+        told = zip(
+            known.chain.blocks,
+            (known.options[kind][index] for kind, index in zip(known.kinds, entry.choice.blocks, strict=True)),
+            describe_groups(entry.choice.groups, len(known.chain.blocks)),
+            by_block(known.problem, entry.choice),
+            strict=True,
+        )
+        rows = [
+            BlockRow(path, describe_option(option, group), kept, max(0.0, seconds))
+            for path, option, group, (kept, seconds) in told
+        ]
         levers = known.levers(entry.choice)
         notes = [known.chain.note] if known.chain.note else []
         released = len(frozen_int8_linears(self._twin.model))
@@ -235,6 +248,7 @@ class Planner:
             lean=levers.lean,
             compiled=levers.compiled,
             groups=levers.groups,
+            bound_seconds=known.fixed_seconds + self._search.bound(entry, budget),
             budget_bytes=budget,
             predicted_peak_bytes=entry.peak_bytes,
             predicted_step_seconds=known.fixed_seconds + entry.choice.seconds,

@@ -222,6 +222,11 @@ class Plan:
         return bool(self.groups) or any(item.action is Action.RECOMPUTE for item in self.decisions.values())
 
     @property
+    def gap_seconds(self) -> float | None:
+        """How much longer the predicted step is than the certified lower bound; None without one."""
+        return None if self.bound_seconds is None else max(0.0, self.predicted_step_seconds - self.bound_seconds)
+
+    @property
     def extra_seconds(self) -> float:
         """Recomputation time in the step."""
         return sum(row.extra_seconds for row in self.rows)

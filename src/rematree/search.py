@@ -9,12 +9,16 @@ from typing import Final
 
 from rematree.errors import UnsupportedModelError
 from rematree.simulate import Referee, Simulation
+from rematree.solve.bound import lower_bound
 from rematree.solve.chain import ChainChoice, least_peak, solve_chain
+from rematree.solve.groups import Group, choice_peak
+from rematree.solve.nested import least_grouped_peak, quantum_for, solve_groups
 from rematree.survey import Survey
 from rematree.units import KIB
 
 _RESOLUTION: Final = 4096  # quanta of the chain solver between the first block's start and the plain peak
 _MAX_CONFIRMATIONS: Final = 6  # simulated steps spent on one budget
+_WORTH_GROUPS: Final = 0.003  # of the step: groups that win less are left alone
 _NEAR_LEAST: Final = 3  # limits tried for the smallest peak
 
 
@@ -46,10 +50,12 @@ class Search:
         self._survey = survey
         self._referee = referee
         self._beside = beside
-        self._confirmed: dict[tuple[tuple[int, ...], int], Confirmed] = {}
+        self._confirmed: dict[tuple[tuple[int, ...], int, tuple[Group, ...]], Confirmed] = {}
         problem = survey.problem
         self._quantum = max(KIB, (survey.plain.peak_bytes - problem.base) // _RESOLUTION)
         self._least_limit = least_peak(problem, self._quantum)
+        if problem.advances:
+            self._least_limit = least_grouped_peak(problem, self._quantum, self._least_limit)
         self._top = max(survey.plain.peak_bytes, self._least_limit) * 2
 
     def peak(self, simulation: Simulation) -> int:
@@ -58,10 +64,10 @@ class Search:
 
     def _at(self, limit: int) -> Confirmed | None:
         """The solver's choice for `limit`, with what the referee says of it. None if the solver finds nothing."""
-        choice = solve_chain(self._survey.problem, limit, self._quantum)
+        choice = self._solve(limit)
         if choice is None:
             return None
-        key = (choice.blocks, choice.head)
+        key = (choice.blocks, choice.head, choice.groups)
         if key not in self._confirmed:
             result = self._referee.run(self._survey.levers(choice))
             if result.misread:
@@ -70,6 +76,29 @@ class Search:
                 )
             self._confirmed[key] = Confirmed(choice, result, self.peak(result))
         return self._confirmed[key]
+
+    def _solve(self, limit: int) -> ChainChoice | None:
+        """The fastest choice; without groups if they would win next to nothing, for the referee's sake."""
+        problem = self._survey.problem
+        alone = solve_chain(problem, limit, self._quantum)
+        if not problem.advances:
+            return alone
+        grouped = solve_groups(problem, limit, quantum_for(problem, limit, self._quantum))
+        if alone is None or grouped is None:
+            return alone or grouped
+        wins = alone.seconds - grouped.seconds
+        return grouped if wins > _WORTH_GROUPS * self._survey.plain.seconds else alone
+
+    def bound(self, entry: Confirmed, budget: int | None) -> float:
+        """Seconds that no choice goes below within `budget`, or within what `entry` takes where that is more.
+
+        It is more where the referee found less live than the solver had added up.
+        """
+        problem = self._survey.problem
+        limit = choice_peak(problem, entry.choice)
+        if budget is not None:
+            limit = max(limit, min(budget - self._beside, self._top))
+        return lower_bound(problem, limit, self._quantum)
 
     def best_within(self, budget: int | None) -> Confirmed | None:
         """The fastest of all plans confirmed so far that fit."""

@@ -25,7 +25,7 @@ from rematree.folding import (
     Neighbours,
     UnevenBlocksError,
     block_kinds,
-    fold,
+    fold_groups,
     list_of,
     relative_levers,
     shortened,
@@ -145,8 +145,12 @@ class Referee:
     def run(self, levers: Levers) -> Simulation:
         """Simulate one step under `levers`."""
         chain = whole(len(self.blocks))
-        if self._container is not None and not levers.groups:
-            chain = fold(list(zip(self.kinds, relative_levers(self._container, self.blocks, levers), strict=True)))
+        if self._container is not None:
+            place = {path: index for index, path in enumerate(self.blocks)}
+            chain = fold_groups(
+                list(zip(self.kinds, relative_levers(self._container, self.blocks, levers), strict=True)),
+                [(place[group[0]], place[group[-1]] + 1) for group in levers.groups],
+            )
             if chain.left_out:
                 here = levers.without({self.blocks[index] for index in chain.left_out})
                 try:

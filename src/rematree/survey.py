@@ -21,7 +21,7 @@ from rematree.plans import Levers
 from rematree.regions import Chain, join_path
 from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption, enumerate_options
-from rematree.solve.chain import ChainChoice, ChainProblem, HeadOption, StageOption
+from rematree.solve.chain import Advance, ChainChoice, ChainProblem, HeadOption, StageOption
 
 _OPTIONS_PER_KIND: Final = 16
 _MANY: Final = 12  # blocks of one kind, over which options are mixed so finely that the lower convex hull is enough
@@ -61,10 +61,11 @@ class Survey:
             (path, self.options[kind][index])
             for path, kind, index in zip(self.chain.blocks, self.kinds, choice.blocks, strict=True)
         ]
-        return levers_of(chosen, self.rows[choice.head], lean=self.lean)
+        groups = tuple(self.chain.blocks[start:stop] for start, stop in choice.groups)
+        return replace(levers_of(chosen, self.rows[choice.head], lean=self.lean), groups=groups)
 
 
-def survey(referee: Referee, chain: Chain, *, chunk: bool, lean: bool = False) -> Survey:
+def survey(referee: Referee, chain: Chain, *, chunk: bool, lean: bool, groups: bool) -> Survey:
     """Survey the twin of `referee`.
 
     Args:
@@ -72,13 +73,14 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool, lean: bool = False) -
         chain: Its blocks.
         chunk: Whether chunked loss may be used.
         lean: Whether adapter layers may be lean.
+        groups: Whether blocks may be recomputed in groups.
     Cost:
         About 25 simulated steps of a few blocks; seconds for a model of any size.
     """
     twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
     plain = referee.run(Levers())
     kinds, representatives = _kinds(referee, plain)
-    length = min(len(chain.blocks), max(representatives) + 2) if chain.container else len(chain.blocks)
+    length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
     layers = _lean_layers(twin.model, chain) if lean else {}
     with _shortened(twin.model, chain, range(length)) as blocks:
         short = Referee(twin, blocks, cost, "none", accumulate, kinds=referee.kinds[:length], pace=referee.pace)
@@ -90,6 +92,7 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool, lean: bool = False) -
             for kind, index in enumerate(representatives)
         ]
         stages, options = _measure_options(short, kinds[:length], representatives, options, layers)
+        advances = _measure_advances(short, kinds[:length], stages, options, layers) if groups else []
     few = _smallest(twin.model, chain, length)
     with _shortened(twin.model, chain, few) as blocks:
         smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=[referee.kinds[index] for index in few])
@@ -100,6 +103,7 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool, lean: bool = False) -
         stages=tuple(tuple(stages[kind]) for kind in kinds),
         gradients=tuple(gradients),
         heads=tuple(heads),
+        advances=tuple(advances[kind] for kind in kinds) if any(advances) else (),
     )
     return Survey(
         chain,
@@ -214,8 +218,49 @@ def _measure_options(
             if turn < len(final[kind]):
                 # A rerun is never free, whatever the difference of two sums of prices says.
                 extra = max(seconds - base[kind], final[kind][turn].rerun_seconds)
-                stages[kind].insert(0, _profile(short, result, index, extra))
+                stage = _profile(short, result, index, extra)
+                stages[kind].insert(0, replace(stage, fill=_fill(final[kind], turn, result.forward(index).seconds)))
     return stages, final
+
+
+def _fill(options: Sequence[BlockOption], index: int, forward: float) -> float:
+    """Seconds of running a block again, as the last of a group, until what option `index` keeps is back."""
+    if options[index].saves_all:
+        return options[0].rerun_seconds if options[0].kept_bytes == 0 else forward
+    return forward if options[index].kept_bytes else 0.0  # its input is all that it keeps, and comes first
+
+
+def _measure_advances(
+    short: Referee,
+    kinds: Sequence[int],
+    stages: Sequence[Sequence[StageOption]],
+    options: Sequence[Sequence[BlockOption]],
+    layers: Mapping[str, tuple[str, ...]],
+) -> list[Advance | None]:
+    """Each kind as part of a group, if what it keeps at the least is its input alone.
+
+    What a group saves is what a run of two blocks does not keep any more: the output of the first, if the model hands
+    that on as it is. The block behind them shows it; at the head's mark the model still holds the last one's input.
+    """
+    found: list[Advance | None] = []
+    bare = [each[0].kept_bytes == 0 and not each[0].saves_all for each in options]
+    for kind, stage in enumerate(stages):
+        pairs = (i for i in range(len(short.blocks) - 2) if kinds[i] == kind and bare[kinds[i + 1]])
+        index = next(pairs, None) if bare[kind] else None
+        if index is None:
+            found.append(None)
+            continue
+        chosen = [(short.blocks[block], options[kinds[block]][0]) for block in (index, index + 1)]
+        levers = levers_of(chosen, lean=layers)
+        alone = short.run(levers)
+        grouped = short.run(replace(levers, groups=(short.blocks[index : index + 2],)))
+        saved = alone.forward(index + 2).live_bytes - grouped.forward(index + 2).live_bytes
+        kept = stage[0].kept
+        output = min(max(0, saved), kept)
+        forward = alone.forward(index)
+        # Before backward needs a saved tensor, it may have scaled the gradient of the output once.
+        found.append(Advance(output, stage[0].forward, 2 * kept, forward.seconds, kept - output))
+    return found
 
 
 def _stash_more(option: BlockOption, path: str, misread: frozenset[str]) -> BlockOption:

@@ -44,7 +44,7 @@ class RandomState:
     referee counts its bytes, and the number of draws seen so far tells two of them apart.
     """
 
-    __slots__ = ("_accelerator", "_cpu", "_draws")
+    __slots__ = ("__weakref__", "_accelerator", "_cpu", "_draws")
 
     def __init__(self, draws: int | None = None) -> None:
         self._draws = draws
@@ -78,6 +78,30 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         if self._accelerator is not None:
             torch.cuda.set_rng_state(self._accelerator)
+
+
+class Autocast:
+    """Autocast as it is now, on the CPU and on the accelerator."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self) -> None:
+        devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
+        self._kept = tuple((device, *self._of(device)) for device in devices)
+
+    @staticmethod
+    def _of(device: str) -> tuple[bool, torch.dtype, bool]:
+        enabled = torch.is_autocast_enabled(device)
+        return enabled, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+
+    @contextlib.contextmanager
+    def restored(self) -> Generator[None]:
+        """Like this inside."""
+        with contextlib.ExitStack() as undo:
+            for device, enabled, dtype, caches in self._kept:
+                if (enabled, dtype, caches) != self._of(device):
+                    undo.enter_context(torch.autocast(device, dtype, enabled, caches))
+            yield
 
 
 def builds_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:

@@ -15,11 +15,13 @@ from rematree.errors import PlanMismatchError, UsageError
 from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
 from rematree.execute.context import Captured
+from rematree.execute.group import Group
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
 from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
-from rematree.execute.recompute import Executor, Watcher
+from rematree.execute.recompute import Executor
 from rematree.execute.self_check import AdapterCheck
+from rematree.execute.stash import Watcher
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.plans import Action, Decision, Plan
 from rematree.quantised import four_bit_linears, frozen_int8_linears
@@ -88,6 +90,7 @@ class Handle:
                 attention.append((module, around))
             else:
                 self._overrides.append(ForwardOverride(module, around))
+        self._install_groups()
         if attention:
             self._attention = AttentionRegions(attention)
         if self.plan.loss_chunk_rows is not None:
@@ -114,6 +117,15 @@ class Handle:
             if region in self.plan.decisions and effective_action(self.plan.decisions, path) is Action.RECOMPUTE:
                 draws[name] = functools.partial(self._executor.keep_bits, region)
         return functools.partial(lean_forward, layer, draws)
+
+    def _install_groups(self) -> None:
+        """Around whatever each block does by itself; smaller groups inside larger ones."""
+        for paths in sorted(filter(None, self.plan.groups), key=len):
+            group = Group(len(paths), self._executor)
+            for place, path in enumerate(paths):
+                module = find_module(self._model, path)
+                around = functools.partial(group.member, path, place, module)
+                self._overrides.append(ForwardOverride(module, around))
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and unwrap(self._model).training

@@ -12,9 +12,10 @@ the rerun are matched to those of the forward by order, and the rerun stops when
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -27,40 +28,9 @@ from rematree.execute.arguments import Arguments
 from rematree.execute.context import Captured, Known, RandomState, World, builds_graph
 from rematree.execute.dropout import draw, draw_bits, mask_can_be_kept, pack, scale, unpack
 from rematree.execute.routing import Routing
+from rematree.execute.stash import Around, Leaf, Watcher, hooks_within
 
 _ONE: Final = tree_structure(0)
-
-
-class Watcher(Protocol):
-    """What the referee wants to know while the executor runs on fake tensors."""
-
-    def placeholder(self, region: str, tensor: torch.Tensor) -> None:
-        """`tensor` stands in for an output of `region`; its values mean nothing."""
-
-    def recomputation(self, entered: bool) -> None:
-        """A recomputation begins or ends."""
-
-    def written(self, region: str) -> None:
-        """The recomputed region around `region`, a saved one, has written to its output."""
-
-    @property
-    def draws(self) -> int:
-        """How many ops that draw random numbers have run."""
-        ...
-
-
-@dataclass(slots=True)
-class _Leaf:
-    """One tensor of a saved region's output: the stash, or what a placeholder needs to look like it."""
-
-    stash: torch.Tensor | None
-    counter: torch.Tensor | None  # shares the output's version, not its memory; until the region around it has run
-    version: int
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-    written: bool = False
 
 
 @dataclass(slots=True)
@@ -86,6 +56,7 @@ class _Frame:
     arguments: Arguments
     routing: Routing | None
     random_before: RandomState | None
+    around: Around | None = None
     calls: list[_Call] = field(default_factory=list[_Call])
     noted: RandomState | None = None  # the state at the last such point
     noted_by: _Call | None = None  # the skipped call it is behind; None is the frame's start
@@ -117,7 +88,7 @@ class _Frame:
         self.world.settle()
         for call in self.calls:
             for leaf in call.leaves:
-                if isinstance(leaf, _Leaf) and leaf.counter is not None:
+                if isinstance(leaf, Leaf) and leaf.counter is not None:
                     leaf.written = leaf.counter._version != leaf.version
                     leaf.counter = None
                     if leaf.written:
@@ -165,15 +136,25 @@ class Executor:
 
     def __init__(self, watcher: Watcher | None = None) -> None:
         self.captured: list[Captured] = []
-        self._running: dict[int, list[_Frame | _Rerun | _Plain]] = {}
+        self._running: dict[int, list[_Frame | _Rerun | _Plain | Around]] = {}
         self._known: dict[str, Known] = {}
-        self._watcher = watcher
+        self._latest: dict[int, weakref.ref[RandomState]] = {}
+        self.watcher = watcher
 
-    def _random_now(self) -> RandomState | None:
-        return RandomState.now(None if self._watcher is None else self._watcher.draws)
+    def random_now(self) -> RandomState | None:
+        """State of the generators; the same object as last time in this thread, if nothing was drawn since."""
+        now = RandomState.now(None if self.watcher is None else self.watcher.draws)
+        thread = threading.get_ident()
+        latest = self._latest.get(thread)
+        before = None if latest is None else latest()
+        if now is None or (before is not None and before.same_as(now)):
+            return None if now is None else before
+        self._latest[thread] = weakref.ref(now)
+        return now
 
     @contextlib.contextmanager
-    def _inside(self, what: _Frame | _Rerun | _Plain) -> Generator[None]:
+    def inside(self, what: _Frame | _Rerun | _Plain | Around) -> Generator[None]:
+        """`what` is the innermost thing that runs in this thread."""
         thread = threading.get_ident()
         running = self._running.setdefault(thread, [])
         running.append(what)
@@ -184,7 +165,12 @@ class Executor:
             if not running:
                 del self._running[thread]
 
-    def _innermost(self) -> _Frame | _Rerun | _Plain | None:
+    def around(self) -> Around | None:
+        """The group whose block runs in this thread, unless a recomputed region inside does."""
+        innermost = self._innermost()
+        return None if isinstance(innermost, _Frame | _Rerun | _Plain) else innermost
+
+    def _innermost(self) -> _Frame | _Rerun | _Plain | Around | None:
         running = self._running.get(threading.get_ident())
         return running[-1] if running else None
 
@@ -200,7 +186,8 @@ class Executor:
             World(module, self.captured, known),
             Arguments(region, args, kwargs),
             Routing() if known.routes else None,
-            self._random_now(),
+            self.random_now(),
+            self.around(),
         )
 
         def body(*args: Any, **kwargs: Any) -> Any:
@@ -209,7 +196,7 @@ class Executor:
                 args, kwargs = frame.arguments.again(args)
                 with contextlib.nullcontext() if frame.routing is None else frame.routing.replayed(region):
                     return inner(*args, **kwargs)
-            with self._inside(frame), contextlib.nullcontext() if frame.routing is None else frame.routing.recorded():
+            with self.inside(frame), contextlib.nullcontext() if frame.routing is None else frame.routing.recorded():
                 return inner(*args, **kwargs)
 
         out = checkpoint(
@@ -219,26 +206,26 @@ class Executor:
             preserve_rng_state=False,  # R4: the frame restores it, and only where something was drawn
             context_fn=lambda: (contextlib.nullcontext(), _EachRerun(functools.partial(self._rerun, frame))),
         )
-        for written in frame.finish(self._random_now()):
-            if self._watcher is not None:
-                self._watcher.written(written)
+        for written in frame.finish(self.random_now()):
+            if self.watcher is not None:
+                self.watcher.written(written)
         return out
 
     @contextlib.contextmanager
     def _rerun(self, frame: _Frame) -> Generator[None]:
-        present = self._random_now() if frame.draws else None
-        if self._watcher is not None:
-            self._watcher.recomputation(entered=True)
+        present = self.random_now() if frame.draws else None
+        if self.watcher is not None:
+            self.watcher.recomputation(entered=True)
         try:
-            with frame.world.restored(frame.region), self._inside(_Rerun(frame)):
+            with frame.world.restored(frame.region), self.inside(_Rerun(frame)):
                 if frame.random_before is not None:
                     frame.random_before.restore()
                 yield
         finally:
             if present is not None:
                 present.restore()
-            if self._watcher is not None:
-                self._watcher.recomputation(entered=False)
+            if self.watcher is not None:
+                self.watcher.recomputation(entered=False)
 
     def save(self, region: str, stash: bool, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call `inner` so that the recomputation around it need not run it again. Plain when there is none."""
@@ -247,13 +234,13 @@ class Executor:
             return self._replay(region, around)
         if not isinstance(around, _Frame):
             return inner(*args, **kwargs)
-        before = self._random_now()
+        before = self.random_now()
         unrouted = contextlib.nullcontext() if around.routing is None else around.routing.paused()
-        with saved_tensors_hooks(_pack, _unpack), self._inside(_Plain()), unrouted:
+        with saved_tensors_hooks(*hooks_within(around.around)), self.inside(_Plain()), unrouted:
             out = inner(*args, **kwargs)
-        after = self._random_now()
+        after = self.random_now()
         leaves, spec = tree_flatten(out)
-        kept = [_keep(leaf, stash) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        kept = [Leaf.of(leaf, stash, around.around) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         around.skipped(_Call(region, kept, spec, None), before, after)
         return out
 
@@ -264,15 +251,20 @@ class Executor:
         if isinstance(around, _Rerun):
             # What the forward did decides, not x: here it may be a placeholder, which has another layout.
             (bits,) = self._next_call(region, around).leaves
-            return inner(x) if bits is None else x * unpack(bits, x.shape, x.dtype, p)
+            if bits is None:
+                return inner(x)
+            if around.frame.around is not None:
+                bits = around.frame.around.unpack(bits)
+            return x * unpack(bits, x.shape, x.dtype, p)
         if not isinstance(around, _Frame):
             return inner(x)
         if not mask_can_be_kept(module, x):
             around.calls.append(_Call(region, [None], _ONE, None))  # drawn again; the module may be called once more
             return inner(x)
-        before = self._random_now()
+        before = self.random_now()
         drawn = draw(x, p)
-        around.skipped(_Call(region, [pack(drawn)], _ONE, None), before, self._random_now())
+        bits = pack(drawn) if around.around is None else around.around.pack(pack(drawn))
+        around.skipped(_Call(region, [bits], _ONE, None), before, self.random_now())
         return scale(x, drawn, p)
 
     def keep_bits(self, region: str, like: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,15 +273,16 @@ class Executor:
         if isinstance(around, _Rerun):
             (bits,) = self._next_call(region, around).leaves
             return bits, unpack(bits, like.shape, like.dtype, p)
-        before = self._random_now()
+        before = self.random_now()
         bits, mask = draw_bits(like, p)
         if isinstance(around, _Frame):
-            around.skipped(_Call(region, [bits], _ONE, None), before, self._random_now())
+            around.skipped(_Call(region, [bits], _ONE, None), before, self.random_now())
         return bits, mask
 
     def _replay(self, region: str, rerun: _Rerun) -> Any:
         call = self._next_call(region, rerun)
-        leaves = [self._give_back(region, leaf) if isinstance(leaf, _Leaf) else leaf for leaf in call.leaves]
+        around = rerun.frame.around
+        leaves = [leaf.again(region, around, self.watcher) if isinstance(leaf, Leaf) else leaf for leaf in call.leaves]
         return tree_unflatten(leaves, call.spec)
 
     def _next_call(self, region: str, rerun: _Rerun) -> _Call:
@@ -305,40 +298,3 @@ class Executor:
         if call.random_after is not None:
             call.random_after.restore()
         return call
-
-    def _give_back(self, region: str, leaf: _Leaf) -> torch.Tensor:
-        if leaf.stash is not None:
-            if self._watcher is None and leaf.stash._version != leaf.version:
-                raise RecomputeMismatchError(
-                    f"{region}: its output was modified in place after the forward pass kept it; save a larger region"
-                )
-            given = leaf.stash.detach().requires_grad_(leaf.requires_grad)
-        else:
-            given = torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-            if self._watcher is not None:
-                self._watcher.placeholder(region, given)
-            given = given.requires_grad_(leaf.requires_grad)
-        return given.clone() if leaf.written else given  # what writes to it again needs memory that is no leaf's
-
-
-def _keep(tensor: torch.Tensor, stash: bool) -> _Leaf:
-    shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
-    counter = tensor.detach()
-    counter.data = torch.empty(0, dtype=dtype, device=device)
-    kept = tensor.detach() if stash else None
-    return _Leaf(kept, counter, tensor._version, shape, dtype, device, tensor.requires_grad)
-
-
-# Identity hooks switch off autograd's own check for in-place changes, so the version travels along.
-def _pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    return tensor.detach(), tensor._version
-
-
-def _unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
-    tensor, version = packed
-    if tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"tensor of shape {tuple(tensor.shape)} is at version {tensor._version}, saved at {version}"
-        )
-    return tensor

@@ -23,6 +23,7 @@ class BlockExplanation:
         recomputed: Whether the block is run again, but for `saved`.
         saved_bytes: What one block keeps until its backward.
         extra_seconds: What one block adds to the step.
+        grouped: Whether it is recomputed together with others.
     """
 
     regions: str
@@ -32,6 +33,7 @@ class BlockExplanation:
     recomputed: bool
     saved_bytes: int
     extra_seconds: float
+    grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ def explain_blocks(plan: Plan) -> list[BlockExplanation]:
     """One entry for every kind of decision among the blocks."""
     cut = len(plan.region_prefix) + 1 if plan.region_prefix else 0
     groups: dict[tuple[Any, ...], list[BlockRow]] = {}
+    together = {path for group in plan.groups for path in group}
     for row in plan.rows:
         own = plan.decisions.get(row.path)
         inner = {
@@ -65,7 +68,8 @@ def explain_blocks(plan: Plan) -> list[BlockExplanation]:
         saved = tuple(name for name, decision in inner.items() if decision.action is Action.SAVE)
         stashed = tuple(name for name in saved if inner[name].stash)
         recomputed = own is not None and own.action is Action.RECOMPUTE
-        groups.setdefault((saved, stashed, recomputed, row.saved_bytes), []).append(row)
+        key = (saved, stashed, recomputed, row.saved_bytes, row.path in together)
+        groups.setdefault(key, []).append(row)
     return [
         BlockExplanation(
             ", ".join(fold_paths([row.path[cut:] for row in rows])),
@@ -75,8 +79,9 @@ def explain_blocks(plan: Plan) -> list[BlockExplanation]:
             recomputed,
             saved_bytes,
             sum(row.extra_seconds for row in rows) / len(rows),
+            grouped,
         )
-        for (saved, stashed, recomputed, saved_bytes), rows in groups.items()
+        for (saved, stashed, recomputed, saved_bytes, grouped), rows in groups.items()
     ]
 
 
@@ -116,6 +121,8 @@ def explain_text(plan: Plan) -> str:
             f"adds {format_seconds(block.extra_seconds)}{each}"
         )
         lines += [f"    {text}" for text in _decisions(block)]
+    if plan.groups:
+        lines += ["", "Recomputed together:", *(f"  {text}" for text in _groups(plan))]
     lines += ["", "Loss:", f"  {_loss(plan)}", "", "Budget:"]
     lines += [f"  {text}" for text in _budget(plan)]
     if plan.notes:
@@ -136,6 +143,9 @@ def explain_facts(plan: Plan) -> dict[str, Any]:
         "headroom_bytes": plan.headroom_bytes,
         "predicted_step_seconds": plan.predicted_step_seconds,
         "extra_seconds": plan.extra_seconds,
+        "bound_seconds": plan.bound_seconds,
+        "gap_seconds": plan.gap_seconds,
+        "groups": [list(group) for group in plan.groups],
         "next_exchange": None if exchange is None else asdict(exchange),
         "notes": list(plan.notes),
     }
@@ -146,6 +156,12 @@ def _indented(text: str) -> list[str]:
 
 
 def _decisions(block: BlockExplanation) -> list[str]:
+    if block.grouped:
+        return ["recomputed with its group; within that " + "; ".join(_alone(block))]
+    return _alone(block)
+
+
+def _alone(block: BlockExplanation) -> list[str]:
     if not block.recomputed:
         return ["saved whole: nothing is run again"]
     if not block.saved:
@@ -155,6 +171,20 @@ def _decisions(block: BlockExplanation) -> list[str]:
     if block.stashed:
         lines.append(f"saved with their output, which the recomputation reads: {', '.join(block.stashed)}")
     return [*lines, "recomputed: everything else in the block"]
+
+
+def _groups(plan: Plan) -> list[str]:
+    """One line a group that is in no other, with how many are in it."""
+    cut = len(plan.region_prefix) + 1 if plan.region_prefix else 0
+    outer = [g for g in plan.groups if not any(set(g) < set(other) for other in plan.groups)]
+    lines: list[str] = []
+    for group in outer:
+        inner = sum(set(other) < set(group) for other in plan.groups)
+        named = ", ".join(fold_paths([path[cut:] for path in group]))
+        lines.append(
+            f"{named}: only the first one's input is kept" + (f"; {inner} smaller groups inside" if inner else "")
+        )
+    return lines
 
 
 def _loss(plan: Plan) -> str:
@@ -175,6 +205,12 @@ def _budget(plan: Plan) -> list[str]:
         f"recomputation is {format_seconds(extra)} ({share:.1%}) of the {format_seconds(step)} step; "
         "no larger budget can take off more than that from the blocks"
     )
+    if plan.bound_seconds is not None and plan.gap_seconds is not None:
+        gap = plan.gap_seconds / step if step > 0 else 0.0
+        lines.append(
+            f"certified: no choice of these options takes less than {format_seconds(plan.bound_seconds)} there; "
+            f"this plan is {format_seconds(plan.gap_seconds)} ({gap:.2%} of the step) from it"
+        )
     exchange = next_exchange(plan)
     if exchange is not None:
         lines.append(

@@ -25,12 +25,35 @@ class StageOption:
         forward: Largest during its forward.
         backward: Largest during its backward, without the gradients of later blocks.
         seconds: Extra seconds over running it without recomputation.
+        fill: Seconds of running the block again, as the last of a group, until everything is back that it keeps.
     """
 
     kept: int
     forward: int
     backward: int
     seconds: float
+    fill: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """One block run as part of a group: nothing of it is kept, not even its input.
+
+    Attributes:
+        output: Bytes of its output, which is all that is left if it is the last of its group.
+        forward: Largest during its forward, above what is live when it begins, its input included there.
+        gradient: Bytes of gradients that are live while a group that ends with it is run again: that of its output, and
+            what is computed from it before a saved tensor is needed.
+        seconds: Of its forward.
+        beside: Bytes that stay all the same, from its forward to the backward of the outermost group around it: random
+            state, choices of experts.
+    """
+
+    output: int
+    forward: int
+    gradient: int
+    seconds: float
+    beside: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +78,28 @@ class ChainProblem:
         stages: Options of each block, in chain order.
         gradients: Gradient bytes each block's backward leaves behind.
         heads: Options of the head.
+        advances: Each block as part of a group; None for one that cannot be, empty when no group may be formed.
     """
 
     base: int
     stages: tuple[tuple[StageOption, ...], ...]
     gradients: tuple[int, ...]
     heads: tuple[HeadOption, ...]
+    advances: tuple[Advance | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ChainChoice:
-    """Index of the option chosen for each block and for the head, with the predicted extra seconds (head included)."""
+    """Index of the option chosen for each block and for the head, with the predicted extra seconds (head included).
+
+    Attributes:
+        groups: Runs of blocks recomputed as one: first block and the one behind the last. They nest, outer ones first.
+    """
 
     blocks: tuple[int, ...]
     head: int
     seconds: float
+    groups: tuple[tuple[int, int], ...] = ()
 
 
 def position_peak(problem: ChainProblem, blocks: Sequence[int], head: int) -> int:

@@ -1,0 +1,287 @@
+"""A certified lower bound on the seconds of any choice within a limit.
+
+Choices are paths: a block is passed alone, under one of its options, or together with its neighbours as a group. The LP
+lets a path split into shares; a position's bytes are those of the shares that are there. What comes back from HiGHS is
+not the bound. Its multipliers, whatever their error, price a byte at every position, and with bytes priced the limits
+can be left out: the cheapest path is found exactly, and its price minus that of the bytes there are is below every
+choice within the limit (Lagrangian duality holds for any multipliers that are not negative). Only the rounding of this
+last sum is left, and what it can amount to is subtracted.
+
+Near the smallest peak shares of a path say little. There the dynamic program itself is the better witness, run a second
+time with everything rounded in favour of the choices: what it returns is below all of them as well.
+
+Groups, of which there are thousands, enter the LP only when that cheapest path takes them (column generation). What a
+group takes and costs is read off tables that round in its favour, so that the bound holds for nested ones as well.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+from scipy.optimize import linprog
+
+from rematree.solve.chain import ChainProblem
+from rematree.solve.nested import Tables, beside_of, quantum_for, runs_of, seconds_at_least
+
+_ROUNDS: Final = 12  # of column generation
+_CLOSE: Final = 1e-4  # of the bound: closer to the LP's value it cannot get by more groups
+_STATES: Final = 400  # of the tables for groups: coarser ones only lower the bound
+_PENALTY: Final = 100.0  # seconds for the whole limit once more, in units of all seconds there are
+_CHEAPEST: Final = 40  # groups taken in at a time, beside those on the cheapest path
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """One way to pass blocks start..stop-1: bytes as of `StageOption`, gradients of later blocks in `backward`."""
+
+    start: int
+    stop: int
+    kept: int
+    forward: int
+    backward: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Prices:
+    """Seconds a byte at each position.
+
+    Attributes:
+        forward: In the forward of each block.
+        backward: In its backward.
+        head: In the head.
+    """
+
+    forward: Floats
+    backward: Floats
+    head: float
+
+
+def lower_bound(problem: ChainProblem, limit: int, quantum: int) -> float:
+    """Seconds that no choice within `limit` goes below, head included: options, and groups where there are advances.
+
+    Args:
+        problem: Options, and advances if groups may be formed.
+        limit: Bytes at any position.
+        quantum: Bytes by which states are told apart; a coarser one only lowers the bound.
+    Cost:
+        A few sparse linear programs of blocks * options columns and one more run of the dynamic program; about a
+        second for 80 blocks with groups.
+    Source:
+        Dantzig and Wolfe 1960 for the column generation, Geoffrion 1974 for the bound.
+    """
+    later = [sum(problem.gradients[block + 1 :]) for block in range(len(problem.stages))]
+    columns = [
+        _Span(block, block + 1, o.kept, o.forward, o.backward + later[block], o.seconds)
+        for block, stage in enumerate(problem.stages)
+        for o in stage
+    ]
+    groups = _Groups(problem, limit, quantum, later)
+    swept = seconds_at_least(problem, limit, quantum_for(problem, limit, quantum))
+    if not math.isfinite(swept):
+        return swept  # nothing fits
+    size = abs(swept) + sum(max(abs(o.seconds) + o.fill for o in stage) for stage in problem.stages)
+    best = swept - float((8 * len(columns) + 64) * np.finfo(np.float64).eps) * size  # a sum of fewer terms than columns
+    for _ in range(_ROUNDS):
+        value, prices, potentials = _relaxation(problem, columns, limit)
+        found, path = _cheapest(problem, columns, groups, prices, limit)
+        best = max(best, found)
+        if value - best <= _CLOSE * abs(best):
+            break
+        known = {(c.start, c.stop, c.backward) for c in columns}
+        fresh = [s for s in (*path, *groups.below(prices, potentials)) if (s.start, s.stop, s.backward) not in known]
+        if not fresh:
+            break
+        columns += dict.fromkeys(fresh)
+    return best
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+class _Groups:
+    """Every group there is, each at the corners of its convex frontier of bytes and seconds, as arrays."""
+
+    def __init__(self, problem: ChainProblem, limit: int, quantum: int, later: Sequence[int]) -> None:
+        room = max(0, limit - problem.base)
+        while room // quantum + 2 > _STATES:
+            quantum *= 2
+        tables = Tables(problem, quantum, room // quantum + 2, optimistic=True) if problem.advances else None
+        rows: list[tuple[int, int, int, int, int, float]] = []
+        corners: dict[int, list[tuple[int, float]]] = {}
+        for start, stop in runs_of(problem) if tables is not None else ():
+            assert tables is not None
+            table = tables.group(start, stop).seconds
+            if id(table) not in corners:
+                corners[id(table)] = _corners(table, quantum)
+            advance = problem.advances[stop - 1]
+            assert advance is not None
+            peak, beside = tables.forward_peak(start, stop), beside_of(problem, start, stop)
+            more = beside + later[stop - 1]
+            rows += [(start, stop, advance.output + beside, peak, n + more, s) for n, s in corners[id(table)]]
+        array = np.array(rows, dtype=np.float64).reshape(-1, 6)
+        self._spans = rows
+        self.start, self.stop = array[:, 0].astype(np.int64), array[:, 1].astype(np.int64)
+        self._bytes, self._seconds = array[:, 2:5], array[:, 5]
+        self.cost: Floats = self._seconds
+
+    def priced(self, forward: Floats, backward: Floats, behind: Floats) -> Floats:
+        """Price of every group, given sums of prices up to each position and from each position on."""
+        kept, peak, need = self._bytes.T
+        inside_forward = forward[self.stop] - forward[self.start]
+        inside_backward = backward[self.stop] - backward[self.start]
+        self.cost = self._seconds + kept * behind[self.stop] + peak * inside_forward + need * inside_backward
+        return self.cost
+
+    def span(self, index: int) -> _Span:
+        """Group number `index`."""
+        return _Span(*self._spans[index])
+
+    def below(self, prices: _Prices, potentials: Floats) -> Iterable[_Span]:
+        """Those that cost least against the potentials of the LP; call after `priced` with the same `prices`."""
+        if not len(self.cost):
+            return []
+        reduced = self.cost - (potentials[self.start] - potentials[self.stop])
+        cheapest = np.argsort(reduced)[:_CHEAPEST]
+        return [self.span(int(index)) for index in cheapest if reduced[index] < 0]
+
+
+def _corners(seconds: Floats, quantum: int) -> list[tuple[int, float]]:
+    """Lower convex hull of (bytes that are not enough for less, seconds)."""
+    hull: list[tuple[int, float]] = []
+    falls = np.flatnonzero(np.isfinite(seconds) & (seconds < np.concatenate(([np.inf], seconds[:-1]))))
+    for state in falls:
+        # One quantum fewer than this state: with exactly that many bytes the seconds before still hold.
+        point = (max(0, (int(state) - 1) * quantum), float(seconds[state]))
+        while len(hull) >= 2 and _right_of(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _right_of(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+
+
+# -- the cheapest path at given prices --------------------------------------------------------------------------------
+
+
+def _cheapest(
+    problem: ChainProblem, options: Sequence[_Span], groups: _Groups, prices: _Prices, limit: int
+) -> tuple[float, list[_Span]]:
+    """The bound at `prices`, and the groups on the path behind it."""
+    count, room = len(problem.stages), limit - problem.base
+    forward = np.concatenate(([0.0], np.cumsum(prices.forward)))
+    backward = np.concatenate(([0.0], np.cumsum(prices.backward)))
+    behind = forward[-1] - forward + backward[-1] - backward + prices.head  # of what is kept from a position on
+    alone = np.full(count, np.inf)
+    for o in options:
+        if o.stop - o.start == 1:
+            paid = o.kept * behind[o.stop] + o.forward * prices.forward[o.start] + o.backward * prices.backward[o.start]
+            alone[o.start] = min(alone[o.start], o.seconds + paid)
+    cost = groups.priced(forward, backward, behind)
+    ends: list[list[int]] = [[] for _ in range(count + 1)]
+    if len(cost):
+        order = np.argsort(cost, kind="stable")
+        _, first = np.unique(groups.start[order] * (count + 1) + groups.stop[order], return_index=True)
+        for index in order[first]:
+            ends[int(groups.stop[index])].append(int(index))
+    best, came = [0.0] * (count + 1), [-1] * (count + 1)
+    for stop in range(1, count + 1):
+        best[stop] = best[stop - 1] + float(alone[stop - 1])
+        for index in ends[stop]:
+            through = best[int(groups.start[index])] + float(cost[index])
+            if through < best[stop]:
+                best[stop], came[stop] = through, index
+    path: list[_Span] = []
+    stop = count
+    while stop > 0:
+        if came[stop] >= 0:
+            path.append(groups.span(came[stop]))
+        stop = stop - 1 if came[stop] < 0 else int(groups.start[came[stop]])
+    head = min(h.seconds + h.peak * prices.head for h in problem.heads)
+    total = float(forward[-1] + backward[-1]) + prices.head
+    # Every number above is a sum of at most 4 * count + 8 terms of one sign, or a difference of two such sums.
+    error = (8 * count + 64) * np.finfo(np.float64).eps * (abs(best[count]) + abs(head) + 2 * abs(room) * total)
+    return best[count] + head - room * total - float(error), path
+
+
+# -- the linear program -----------------------------------------------------------------------------------------------
+
+
+def _relaxation(problem: ChainProblem, columns: Sequence[_Span], limit: int) -> tuple[float, _Prices, Floats]:
+    """Value of the LP over `columns`, its multipliers, and the potential of every position between blocks.
+
+    Variables: share of every column, share of every head, bytes live in front of every position, and how far the limit
+    is exceeded (so that there is always a solution). Bytes are in units of what is above the base.
+    """
+    count, room = len(problem.stages), max(1, limit - problem.base)
+    heads = problem.heads
+    first_head, first_live = len(columns), len(columns) + len(heads)
+    excess = first_live + count + 1
+    equal, most = _Rows(), _Rows()
+    for position in range(count):  # what leaves a position has arrived there
+        equal.right.append(1.0 if position == 0 else 0.0)
+    for number, c in enumerate(columns):
+        equal.put(c.start, number, 1.0)
+        if c.stop < count:
+            equal.put(c.stop, number, -1.0)
+        equal.put(count + c.stop, number, c.kept / room)
+        for block in range(c.start, c.stop):
+            most.put(2 * block, number, c.forward / room)
+            most.put(2 * block + 1, number, c.backward / room)
+    for position in range(count + 1):  # live bytes are those of before and what the columns that end here keep
+        equal.right.append(0.0)
+        equal.put(count + position, first_live + position, -1.0)
+        if position:
+            equal.put(count + position, first_live + position - 1, 1.0)
+    equal.right.append(1.0)
+    for number, head in enumerate(heads):
+        equal.put(2 * count + 1, first_head + number, 1.0)
+        most.put(2 * count, first_head + number, head.peak / room)
+    for row in range(2 * count + 1):
+        most.right.append(1.0)
+        most.put(row, first_live + row // 2, 1.0)
+        most.put(row, excess, -1.0)
+    seconds = [c.seconds for c in columns] + [h.seconds for h in heads]
+    penalty = _PENALTY * (1e-9 + sum(max((o.seconds for o in s), default=0.0) for s in problem.stages) + max(seconds))
+    bounds = [(0, None)] * first_live + [(None, None)] * (count + 1) + [(0, None)]
+    solved: Any = linprog(
+        np.array([*seconds, *[0.0] * (count + 1), penalty]),
+        A_ub=most.matrix(excess + 1),
+        b_ub=most.right,
+        A_eq=equal.matrix(excess + 1),
+        b_eq=equal.right,
+        bounds=bounds,
+        method="highs",
+    )
+    if solved.ineqlin.marginals is None or not math.isfinite(solved.fun or math.nan):
+        return math.inf, _Prices(np.zeros(count), np.zeros(count), 0.0), np.zeros(count + 1)
+    multipliers = np.maximum(0.0, -np.asarray(solved.ineqlin.marginals, dtype=np.float64)) / room
+    potentials = np.concatenate((np.asarray(solved.eqlin.marginals, dtype=np.float64)[:count], [0.0]))
+    prices = _Prices(multipliers[0:-1:2], multipliers[1:-1:2], float(multipliers[-1]))
+    return float(solved.fun), prices, potentials
+
+
+class _Rows:
+    """Sparse rows under construction."""
+
+    def __init__(self) -> None:
+        self.right: list[float] = []
+        self._entries: list[tuple[int, int, float]] = []
+
+    def put(self, row: int, column: int, value: float) -> None:
+        """Set one entry."""
+        self._entries.append((row, column, value))
+
+    def matrix(self, width: int) -> Any:
+        """All of them, with `width` columns."""
+        rows, columns, values = zip(*self._entries, strict=True)
+        return sparse.csr_matrix((values, (rows, columns)), shape=(len(self.right), width))

@@ -1,0 +1,85 @@
+"""The lower bound: below everything there is, close to what the solver finds, and certified whatever the LP returns."""
+
+import dataclasses
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chain_problems import alike, layers, problems
+from rematree.solve import bound
+from rematree.solve.bound import lower_bound
+from rematree.solve.chain import ChainProblem, least_peak, solve_chain
+from rematree.solve.exhaustive import solve_exhaustively
+from rematree.solve.groups import choice_peak
+from rematree.solve.nested import quantum_for, solve_groups
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.one_of(problems(), alike()), st.integers(0, 90), st.integers(1, 5))
+def test_no_choice_is_below_it(problem: ChainProblem, limit: int, quantum: int) -> None:
+    best = solve_exhaustively(problem, limit)
+    found = lower_bound(problem, limit, quantum)
+    if best is not None:
+        assert found <= best.seconds
+
+
+@settings(max_examples=40, deadline=None)
+@given(alike(), st.integers(0, 90), st.lists(st.floats(0, 3), min_size=13, max_size=13))
+def test_any_multipliers_give_a_bound(problem: ChainProblem, limit: int, prices: list[float]) -> None:
+    """HiGHS may be as wrong as it likes: the certificate does not trust it."""
+    best = solve_exhaustively(problem, limit)
+    count = len(problem.stages)
+    wrong = bound._Prices(np.array(prices[:count]), np.array(prices[6 : 6 + count]), prices[12])
+    with mock.patch.object(bound, "_relaxation", return_value=(0.0, wrong, np.zeros(count + 1))):
+        found = lower_bound(problem, limit, 1)
+    if best is not None:
+        assert found <= best.seconds
+
+
+def test_plenty_of_memory_costs_nothing() -> None:
+    problem = layers(12)
+    assert lower_bound(problem, 10**6, 1) == pytest.approx(5.0, abs=1e-9)
+    assert lower_bound(problem, 10**6, 1) <= 5.0
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_plan_is_within_two_percent_of_the_step(grouped: bool) -> None:
+    """D5 on a model-like chain: 24 blocks, 20 limits from the least to plenty."""
+    problem = layers(24)
+    if not grouped:
+        problem = dataclasses.replace(problem, advances=())
+    step = 24 * 3.0 + 5.0  # a forward of one second and a backward of two
+    least = least_peak(dataclasses.replace(problem, advances=()), 1)
+    for limit in np.linspace(least, 100 + 24 * 31 + 70, 20).astype(int):
+        choice = solve_groups(problem, int(limit), 1)
+        assert choice is not None
+        gap = choice.seconds - lower_bound(problem, int(limit), 1)
+        assert 0 <= gap <= 0.02 * step, (limit, gap / step)
+
+
+def test_eighty_layers_take_less_than_two_seconds() -> None:
+    """Of processor time, dynamic program and bound together, for a limit in the middle and one near the least."""
+    problem = layers(80)
+    options = problem.stages[0]
+    more = tuple(dataclasses.replace(options[1], kept=2 + 2 * i, seconds=0.8 * 0.9**i) for i in range(13))
+    problem = dataclasses.replace(problem, stages=((options[0], *more, options[2]),) * 80)
+    for limit in (210, 1200):
+        begin = time.process_time()
+        choice = solve_groups(problem, limit, quantum_for(problem, limit, 1))
+        assert choice is not None
+        assert choice_peak(problem, choice) <= limit
+        assert lower_bound(problem, limit, 1) <= choice.seconds
+        assert time.process_time() - begin < 2.0
+
+
+def test_without_groups_it_bounds_the_chain_only() -> None:
+    problem = layers(16)
+    bare = dataclasses.replace(problem, advances=())
+    limit = 190
+    chain = solve_chain(bare, limit, 1)
+    assert chain is not None
+    assert lower_bound(problem, limit, 1) <= lower_bound(bare, limit, 1) <= chain.seconds
