@@ -14,6 +14,7 @@ from torch import nn
 from rematree.errors import PlanMismatchError, UsageError
 from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
+from rematree.execute.compiled import BlockCompiler, CompiledBlocks
 from rematree.execute.context import Captured
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
@@ -36,7 +37,15 @@ class Handle:
         plan: The plan in force.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, *, watcher: Watcher | None, check_loss: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        *,
+        watcher: Watcher | None,
+        check_loss: bool,
+        compiler: BlockCompiler | None = None,
+    ) -> None:
         self.plan = plan
         self._model = model
         self._executor = Executor(watcher)
@@ -46,6 +55,7 @@ class Handle:
         self._switched_off: list[nn.Module] = []
         self._layout: TrainingLayout | None = None
         self._said_cache = False
+        self._compiler = compiler
         self._check = AdapterCheck(model) if watcher is None else None
         self._own_switch: list[tuple[nn.Module, str, Any]] = []
         try:
@@ -70,6 +80,7 @@ class Handle:
         lean = {path: find_module(self._model, path) for path in self.plan.lean}
         for path, layer in lean.items():
             self._overrides.append(ForwardOverride(layer, self._lean(path, layer)))
+        self._install_compiled()  # before any recomputation of the block, which is around it
         attention: list[tuple[nn.Module, Callable[..., Any]]] = []
         for path, decision in self.plan.decisions.items():
             if decision.action is effective_action(self.plan.decisions, parent_path(path)):
@@ -97,7 +108,7 @@ class Handle:
             if callable(getattr(base, name, None)):
                 self._own_switch.append((base, name, base.__dict__.get(name)))
                 base.__dict__[name] = functools.partial(_nothing_changes, name)
-        if self.plan.recomputes and "use_cache" in inspect.signature(base.forward).parameters:
+        if (self.plan.recomputes or self.plan.compiled) and "use_cache" in inspect.signature(base.forward).parameters:
             self._overrides.append(ForwardOverride(base, self._without_cache))
         self._overrides.append(ForwardOverride(self._model, self._outermost))
 
@@ -114,6 +125,17 @@ class Handle:
             if region in self.plan.decisions and effective_action(self.plan.decisions, path) is Action.RECOMPUTE:
                 draws[name] = functools.partial(self._executor.keep_bits, region)
         return functools.partial(lean_forward, layer, draws)
+
+    def _install_compiled(self) -> None:
+        inside = tuple(f"{path}{mark}" for path in self.plan.compiled for mark in ".#")
+        lost = next((path for path in self.plan.decisions if path.startswith(inside)), None) if inside else None
+        if lost is not None:
+            raise PlanMismatchError(f"the plan decides on {lost}, which is inside a compiled block")
+        if self.plan.compiled:
+            compiler = self._compiler or CompiledBlocks(self._model, self.plan.compiled)
+            for path in self.plan.compiled:
+                block = find_module(self._model, path)
+                self._overrides.append(ForwardOverride(block, functools.partial(compiler.run, path, block)))
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and unwrap(self._model).training
