@@ -10,6 +10,7 @@ Random numbers do not: dropout draws from torch's own generator in the order of 
 
 import time
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol, cast
 
@@ -20,7 +21,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from rematree.errors import UnsupportedModelError
 from rematree.execute.context import builds_graph
 from rematree.execute.override import ForwardOverride
-from rematree.quantised import four_bit_linears, frozen_int8_linears
 from rematree.regions import block_kind
 
 WITHOUT_COMPILER: Final = ("plan with forbid=['compile'], or --forbid compile",)
@@ -28,17 +28,8 @@ _FOREIGN: Final = "its forward is wrapped by another library"
 
 
 def why_not_compiled(block: nn.Module) -> str | None:
-    """Why `block` cannot be compiled by this library, or None.
-
-    A packed weight's kernels are called from Python code that the compiler cannot follow in one graph.
-    """
-    if four_bit_linears(block):
-        return "it has 4-bit weights, whose kernels the compiler cannot trace in one graph"
-    if frozen_int8_linears(block):
-        return "it has 8-bit weights, whose kernels the compiler cannot trace in one graph"
-    if _foreign_forward(block):
-        return _FOREIGN
-    return None
+    """Why `block` cannot be compiled by this library, as far as that shows without compiling it; else None."""
+    return _FOREIGN if _foreign_forward(block) else None
 
 
 def why_no_compiler(device: torch.device) -> str | None:
@@ -124,7 +115,7 @@ def compiled_forward(budget: float, seconds: list[float]) -> Callable[..., Any]:
     # torch keeps compiled code with the code object, and layers of all of transformers share one: a copy starts empty.
     code = _forward_of.__code__.replace(co_name="compiled_block")
     function = types.FunctionType(code, _forward_of.__globals__, "compiled_block")
-    return torch.compile(function, backend=_Compiler(budget, seconds), fullgraph=True, dynamic=True)
+    return _QuietAtFirst(torch.compile(function, backend=_Compiler(budget, seconds), fullgraph=True, dynamic=True))
 
 
 def call_compiled(
@@ -141,7 +132,8 @@ def call_compiled(
     try:
         return function(block, *args, **kwargs)
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cause = getattr(error, "inner_exception", error)  # what torch's compiler failed with
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise UnsupportedModelError(
             f"{path} cannot be compiled: {reason.strip()}", remedies=WITHOUT_COMPILER
         ) from error
@@ -149,6 +141,24 @@ def call_compiled(
 
 def _forward_of(block: Any, *args: Any, **kwargs: Any) -> Any:
     return type(block).forward(block, *args, **kwargs)
+
+
+class _QuietAtFirst:
+    """A compiled function whose first call, which compiles, does not pass on what tracing reads off its inputs."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._called = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._called:
+            return self._function(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch, of itself, while its compiler is loaded
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            out = self._function(*args, **kwargs)
+        self._called = True
+        return out
 
 
 class _Compiler:

@@ -73,9 +73,13 @@ class Handle:
                 self._switched_off.append(module)
         self._layout = TrainingLayout(self._model)
         # First, so that it is innermost: whatever saves or recomputes the layer runs it in this form.
-        for _, layer in frozen_int8_linears(self._model):
+        for path, layer in frozen_int8_linears(self._model):
+            if self.plan.levers.compiles(path):  # its partitioner decides what is kept
+                continue
             self._overrides.append(ForwardOverride(layer, functools.partial(keep_no_input, layer)))
         for path, layer in four_bit_linears(self._model):
+            if self.plan.levers.compiles(path):  # a hook on its output is none in a graph
+                continue
             self._overrides.append(ForwardOverride(layer, functools.partial(watch_weight, path, layer)))
         lean = {path: find_module(self._model, path) for path in self.plan.lean}
         for path, layer in lean.items():
@@ -127,8 +131,7 @@ class Handle:
         return functools.partial(lean_forward, layer, draws)
 
     def _install_compiled(self) -> None:
-        inside = tuple(f"{path}{mark}" for path in self.plan.compiled for mark in ".#")
-        lost = next((path for path in self.plan.decisions if path.startswith(inside)), None) if inside else None
+        lost = next((path for path in self.plan.decisions if self.plan.levers.compiles(path)), None)
         if lost is not None:
             raise PlanMismatchError(f"the plan decides on {lost}, which is inside a compiled block")
         if self.plan.compiled:
