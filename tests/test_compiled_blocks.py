@@ -168,8 +168,10 @@ def test_compiling_is_considered_only_for_long_jobs_and_never_when_forbidden(mon
     monkeypatch.setattr("rematree.planning.Profiler", Noted)
     model = with_lora(build("llama", layers=2))
     make = functools.partial(Planner, model, batch_for(model), cost=Free())
-    for options in ({}, {"steps": 20}, {"steps": 199}, {"steps": 5000, "forbid": ["compile"]}):
-        make(**options)
+    make()
+    make(steps=20)
+    make(steps=199)
+    make(steps=5000, forbid=["compile"])
     make(allow_compile=True, forbid=["compile"])
     make(steps=5000, allow_compile=False)
     assert asked == []
@@ -286,7 +288,7 @@ def test_smollm_shaped_stack_is_predicted(dtype: torch.dtype):
         head_dim=64,
         vocab_size=2048,
     )
-    model = with_lora(LlamaForCausalLM(config).to(dtype), r=8, lora_dropout=0.05)
+    model = with_lora(LlamaForCausalLM(config).to(dtype=dtype), r=8, lora_dropout=0.05)
     ids = torch.randint(3, 2048, (2, 512))
     batch = {"input_ids": ids, "labels": ids.clone()}
     for plan in Planner(model, batch, optimizer="none", allow_compile=True).frontier(3):

@@ -205,7 +205,7 @@ class _Bench:
     def _ones(self, out: Any) -> list[torch.Tensor]:
         return [torch.ones_like(leaf) for leaf in _trained_leaves(out)]
 
-    def _backward(self, out: Any, ones: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
+    def _backward(self, out: Any, ones: list[torch.Tensor] | None = None) -> tuple[torch.Tensor | None, ...]:
         wanted = [self._hidden, *self._trained]
         return torch.autograd.grad(_trained_leaves(out), wanted, ones or self._ones(out), allow_unused=True)
 
