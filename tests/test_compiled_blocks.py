@@ -288,7 +288,7 @@ def test_smollm_shaped_stack_is_predicted(dtype: torch.dtype):
         head_dim=64,
         vocab_size=2048,
     )
-    model = with_lora(LlamaForCausalLM(config).to(dtype=dtype), r=8, lora_dropout=0.05)
+    model = with_lora(cast("nn.Module", LlamaForCausalLM(config)).to(dtype), r=8, lora_dropout=0.05)
     ids = torch.randint(3, 2048, (2, 512))
     batch = {"input_ids": ids, "labels": ids.clone()}
     for plan in Planner(model, batch, optimizer="none", allow_compile=True).frontier(3):
