@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from rematree.execute.adapters import lean_layers
 from rematree.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
+from rematree.execute.adapters import lean_layers
 from rematree.execute.loss import find_head
 from rematree.folding import shortened
 from rematree.options import levers_of, merged, observe_block

@@ -131,7 +131,8 @@ class Handle:
         return functools.partial(lean_forward, layer, draws)
 
     def _install_compiled(self) -> None:
-        lost = next((path for path in self.plan.decisions if self.plan.levers.compiles(path)), None)
+        decided = (*self.plan.decisions, *self.plan.lean)
+        lost = next((path for path in decided if self.plan.levers.compiles(path)), None)
         if lost is not None:
             raise PlanMismatchError(f"the plan decides on {lost}, which is inside a compiled block")
         if self.plan.compiled:
