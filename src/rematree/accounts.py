@@ -30,6 +30,7 @@ HOST: Final = "host tensors"
 SLACK: Final = ALLOCATOR_SLACK
 LIBRARY: Final = "cuBLAS workspace"
 CONTEXT: Final = CUDA_CONTEXT
+COMPILED: Final = "kept by compiled blocks"
 _BASE: Final = "base weights"
 
 _COUNTED: Final = frozenset({STATE, BATCH, BUFFERS, ADAPTERS, TRAINED})
@@ -64,6 +65,8 @@ def how_workspaces_are_known(cost: Cost) -> str:
 def _obtained(name: str, workspace: str) -> str:
     if name in _COUNTED or name.startswith(_BASE):
         return "counted"
+    if name == COMPILED:
+        return "measured"
     if name in {WORKSPACE, DEQUANTISED}:
         return workspace
     return _ESTIMATED.get(name, "simulated")

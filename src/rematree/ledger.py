@@ -129,6 +129,12 @@ class Ledger(TorchDispatchMode):
         entry = self._entry(tensor, self.category)
         return entry.uid, entry.num_bytes
 
+    def ran(self, seconds: float, workspace_bytes: int) -> None:
+        """Count what ran without an op to show for it: its time, and its most bytes beyond what is live now."""
+        self.seconds += seconds
+        self._segment_seconds += seconds
+        self._raise_peak(workspace_bytes)
+
     def known(self) -> list[int]:
         """Uids of all live storages."""
         return [entry.uid for entry in self._entries.values()]

@@ -96,13 +96,13 @@ class PeakMeter:
         profiler, self._profiler = self._profiler, None
         profiler.__exit__(kind, error, trace)
         live = peak = self.start_bytes
-        for change in _allocation_changes(profiler):
+        for change in allocation_changes(profiler):
             live += change
             peak = max(peak, live)
         self.peak_bytes = peak
 
 
-def _allocation_changes(profiler: Any) -> list[int]:
+def allocation_changes(profiler: Any) -> list[int]:
     """Signed bytes of every CPU allocation and free, in order of time."""
     events = profiler.profiler.kineto_results.events()
     memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type().value == 0]

@@ -110,11 +110,14 @@ def levers_of(
     """What realises an option for each of some blocks; `lean`: the adapter layers of each that can be lean."""
     decisions: dict[str, Decision] = {}
     layers: list[str] = []
+    compiled: dict[str, float] = {}
     for path, option in chosen:
         decisions.update(_decide(path, option))
         if option.lean:
             layers += (lean or {})[path]
-    return Levers(decisions, loss_chunk_rows, lean=tuple(layers))
+        if option.compiled is not None:
+            compiled[path] = option.compiled
+    return Levers(decisions, loss_chunk_rows, lean=tuple(layers), compiled=compiled)
 
 
 def _decide(block: str, option: BlockOption) -> dict[str, Decision]:
@@ -143,6 +146,8 @@ def describe_option(option: BlockOption, group: str = "") -> str:
         inside = "" if option.saves_all else f"; in it {describe_option(option)}"
         return f"recompute with {group}{inside}"
     start = "lean adapters, " if option.lean else ""
+    if option.compiled is not None:
+        return f"compiled, memory budget {option.compiled:g}" + ("" if option.saves_all else ", recompute all")
     if option.saves_all:
         return f"{start}save all"
     if not option.saved:

@@ -45,8 +45,8 @@ def measure_pace(
         The time of two to six runs of each block, and a copy of its weights.
     """
     found: dict[int, float] = {}
-    for kind, (args, kwargs) in _calls(twin, blocks).items():
-        block = _copy_of(model.get_submodule(blocks[kind]))
+    for kind, (args, kwargs) in calls_of(twin, blocks).items():
+        block = copy_of(model.get_submodule(blocks[kind]))
         if block is None or plain[kind] <= 0:
             continue
         with torch.random.fork_rng(devices=[twin.device] if twin.device.type == "cuda" else []):
@@ -68,7 +68,7 @@ def small_enough(plain: Simulation, block: int) -> bool:
     return plain.forward(block).peak_bytes - plain.forward(block).live_bytes <= _LARGEST
 
 
-def _calls(twin: Twin, blocks: Mapping[int, str]) -> dict[int, tuple[Any, Any]]:
+def calls_of(twin: Twin, blocks: Mapping[int, str]) -> dict[int, tuple[Any, Any]]:
     """Arguments of the first call of each of `blocks`, fake."""
     calls: dict[int, tuple[Any, Any]] = {}
 
@@ -94,7 +94,7 @@ def _no_cache(argument: Any) -> Any:
     return None if hasattr(argument, "get_seq_length") else argument
 
 
-def _copy_of(block: nn.Module) -> nn.Module | None:
+def copy_of(block: nn.Module) -> nn.Module | None:
     """A copy that nothing of this library is installed on; None where copying fails."""
     try:
         copied = copy.deepcopy(block)
@@ -112,7 +112,7 @@ def _copy_of(block: nn.Module) -> nn.Module | None:
 
 def _seconds(block: nn.Module, args: Any, kwargs: Any, device: torch.device) -> float:
     """The fastest of some runs; the first one does not count unless it is the only one there is time for."""
-    args, kwargs = tree_map_only(FakeTensor, functools.partial(_made_up, device=device), (args, kwargs))
+    args, kwargs = tree_map_only(FakeTensor, functools.partial(made_up, device=device), (args, kwargs))
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
     wanted = [*inputs, *(p for p in block.parameters() if p.requires_grad)]
     times: list[float] = []
@@ -130,7 +130,8 @@ def _seconds(block: nn.Module, args: Any, kwargs: Any, device: torch.device) -> 
     return min(times[1:], default=times[0])
 
 
-def _made_up(fake: torch.Tensor, device: torch.device) -> torch.Tensor:
+def made_up(fake: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A real tensor on `device` laid out as `fake`."""
     real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
     if 0 in fake.stride():
         real = torch.ones((), dtype=fake.dtype, device=device).expand(fake.shape)

@@ -16,6 +16,7 @@ from torch import nn
 from rematree.absent import is_absent
 from rematree.accounts import CONTEXT, HOST, LIBRARY, SLACK, how_workspaces_are_known, ledger_lines
 from rematree.attention_kernels import Capability
+from rematree.compile_profile import Profiler
 from rematree.cost import Cost, Measured
 from rematree.devices import overhead_of
 from rematree.errors import InfeasibleBudgetError, UsageError
@@ -37,6 +38,7 @@ from rematree.survey import Survey, survey
 from rematree.units import KIB, MIB, format_bytes, parse_bytes
 
 LEVERS: Final = frozenset({"chunked_loss", "lean_adapters", "compile", "groups"})
+_WORTH_COMPILING: Final = 200  # steps from which it is worth a minute to find out
 _SLACK: Final = 256 * KIB  # small host tensors a step makes outside the model: loss sums, generator states
 
 
@@ -55,6 +57,9 @@ class Planner:
         device: Where the step will run, if not where the model is; it need not be in this machine. Then `cost` says
             what it is like.
         capability: Compute capability of that device, which decides between attention kernels.
+        steps: How many steps the job will run, if that is known: compiling blocks must pay for itself within them.
+        allow_compile: Whether blocks may be compiled, which changes rounding and takes up to minutes, now to measure
+            and again when training begins. Default: if `steps` is known to be at least 200.
     Raises:
         UsageError: unknown lever, no loss.
         UnsupportedModelError: the model cannot be observed, or its adapter is prefix tuning.
@@ -74,6 +79,8 @@ class Planner:
         loss: LossFunction | None = None,
         device: torch.device | None = None,
         capability: Capability | None = None,
+        steps: int | None = None,
+        allow_compile: bool | None = None,
     ) -> None:
         unknown = sorted(set(forbid) - LEVERS)
         if unknown:
@@ -107,12 +114,16 @@ class Planner:
         if isinstance(self._cost, Measured) and is_live(model, self._twin.device):
             self._referee.pace = self._paces(model)
         chunk = "chunked_loss" not in self._forbid and loss is None
+        if allow_compile is None:
+            allow_compile = steps is not None and steps >= _WORTH_COMPILING
+        compiler = Profiler(model, steps) if allow_compile and "compile" not in self._forbid else None
         self.survey: Survey = survey(
             self._referee,
             chain,
             chunk=chunk,
             lean="lean_adapters" not in self._forbid,
             groups="groups" not in self._forbid,
+            compiler=compiler,
         )
         self._search = Search(self.survey, self._referee, self._fixed)
 
@@ -242,6 +253,7 @@ class Planner:
         if levers.loss_chunk_rows is not None:
             said = f"chunked loss, {levers.loss_chunk_rows} rows at a time: changes rounding"
             notes.append(f"{said}; forbid with 'chunked_loss'")
+        notes += known.compiled.notes(levers.compiled, self._twin.model)
         return Plan(
             decisions=levers.decisions,
             loss_chunk_rows=levers.loss_chunk_rows,
@@ -276,6 +288,8 @@ def plan(
     loss: LossFunction | None = None,
     device: torch.device | None = None,
     capability: Capability | None = None,
+    steps: int | None = None,
+    allow_compile: bool | None = None,
 ) -> Plan:
     """The fastest training step of `model` on batches like `batch` whose peak stays within `budget`.
 
@@ -295,6 +309,8 @@ def plan(
         loss=loss,
         device=device,
         capability=capability,
+        steps=steps,
+        allow_compile=allow_compile,
     )
     return planner.plan(wanted)
 

@@ -57,6 +57,10 @@ class Levers:
     compiled: Mapping[str, float] = field(default_factory=dict[str, float])
     groups: tuple[tuple[str, ...], ...] = ()
 
+    def compiles(self, path: str) -> bool:
+        """Whether `path` is inside a compiled block."""
+        return path.startswith(tuple(f"{block}{mark}" for block in self.compiled for mark in ".#"))
+
     def without(self, blocks: Collection[str]) -> Self:
         """What is left when `blocks` (module paths) are not there."""
         inside = tuple(f"{block}{mark}" for block in blocks for mark in ".#")

@@ -19,6 +19,7 @@ from rematree.cost import Cost
 from rematree.devices import overhead_of
 from rematree.execute.handle import Handle
 from rematree.execute.override import ForwardOverride
+from rematree.execute.stand_in import Profiles, StandIns
 from rematree.folding import (
     FarReadError,
     Fold,
@@ -108,9 +109,10 @@ class Referee:
         accumulate: Gradients of an earlier micro-batch are live when the step begins.
         kinds: A number for each block; equal ones do the same under equal decisions. Default: found.
         folds: Whether blocks may be left out.
+        profiles: What compiled blocks keep and take; without one a block cannot be simulated as compiled.
         pace: What the prices of the ops of a block are multiplied by, by kind (`rematree.pace`); default 1.
     Attributes:
-        kinds, pace: As above.
+        kinds, pace, profiles: As above.
     """
 
     def __init__(
@@ -124,12 +126,14 @@ class Referee:
         kinds: Sequence[int] | None = None,
         folds: bool = True,
         pace: Mapping[int, float] | None = None,
+        profiles: Profiles | None = None,
     ) -> None:
         self.twin = twin
         self.blocks = blocks
         self.cost = cost
         self.optimizer: Optimizer = optimizer
         self.accumulate = accumulate
+        self.profiles: Profiles = profiles or {}
         self.trainable = [p for p in twin.model.parameters() if p.requires_grad]
         self._stepper: torch.optim.Optimizer | None = None
         if self.trainable:
@@ -173,7 +177,8 @@ class Referee:
                 undo.enter_context(shortened(model, self._container, chain.kept))
                 ledger.listener = self._neighbours and self._neighbours.listener(ledger, chain.kept)
             plan = Plan.of(levers, _NOBODY)
-            handle = Handle(plan, model, watcher=ledger, check_loss=False)
+            stand_ins = StandIns(self.profiles, levers.compiled, ledger)
+            handle = Handle(plan, model, watcher=ledger, check_loss=False, compiler=stand_ins)
             undo.callback(self._clear_gradients)
             undo.callback(handle.remove)
             for index in chain.kept:

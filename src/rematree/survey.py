@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from rematree.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.execute.adapters import lean_layers
 from rematree.execute.loss import find_head
 from rematree.folding import shortened
@@ -44,6 +45,7 @@ class Survey:
         plain: One step without any lever.
         fixed_seconds: Seconds of the step that no choice changes.
         lean: Paths of the adapter layers of each block that can be lean.
+        compiled: What was measured of compiled blocks, and why others are not offered.
     """
 
     chain: Chain
@@ -54,6 +56,7 @@ class Survey:
     plain: Simulation
     fixed_seconds: float
     lean: Mapping[str, tuple[str, ...]]
+    compiled: CompiledKinds = NOT_COMPILED
 
     def levers(self, choice: ChainChoice) -> Levers:
         """What realises one option a block and one of the head."""
@@ -65,7 +68,9 @@ class Survey:
         return replace(levers_of(chosen, self.rows[choice.head], lean=self.lean), groups=groups)
 
 
-def survey(referee: Referee, chain: Chain, *, chunk: bool, lean: bool, groups: bool) -> Survey:
+def survey(
+    referee: Referee, chain: Chain, *, chunk: bool, lean: bool, groups: bool, compiler: Profiler | None = None
+) -> Survey:
     """Survey the twin of `referee`.
 
     Args:
@@ -74,23 +79,34 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool, lean: bool, groups: b
         chunk: Whether chunked loss may be used.
         lean: Whether adapter layers may be lean.
         groups: Whether blocks may be recomputed in groups.
+        compiler: Compiles and measures blocks, if they may be compiled.
     Cost:
         About 25 simulated steps of a few blocks; seconds for a model of any size.
     """
     twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
     plain = referee.run(Levers())
     kinds, representatives = _kinds(referee, plain)
+    compiled = NOT_COMPILED
+    if compiler is not None:
+        compiled = compiler.measure(referee, plain, representatives)
+        referee.profiles = compiled.profiles
     length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
     layers = _lean_layers(twin.model, chain) if lean else {}
     with _shortened(twin.model, chain, range(length)) as blocks:
         short = Referee(twin, blocks, cost, "none", accumulate, kinds=referee.kinds[:length], pace=referee.pace)
         beside = _beside_lean(short, representatives, layers)
+        short.profiles = referee.profiles
         options = [
             _enumerate(referee, blocks[index], layers, beside.get(index), kinds.count(kind) >= _MANY)
             if plain.graph[index][1]
             else [_SAVE_ALL]
             for kind, index in enumerate(representatives)
         ]
+        for kind, index in enumerate(representatives):
+            if plain.graph[index][1]:
+                # The first option is the one that groups are made of, the last one saves everything.
+                first, rest = options[kind][:-1][:1], options[kind][len(options[kind][:-1][:1]) :]
+                options[kind] = [*first, *compiled.options(twin.model.get_submodule(blocks[index])), *rest]
         stages, options = _measure_options(short, kinds[:length], representatives, options, layers)
         advances = _measure_advances(short, kinds[:length], stages, options, layers) if groups else []
     few = _smallest(twin.model, chain, length)
@@ -114,6 +130,7 @@ def survey(referee: Referee, chain: Chain, *, chunk: bool, lean: bool, groups: b
         plain,
         plain.seconds - plain.head.seconds,
         layers,
+        compiled,
     )
 
 
@@ -217,7 +234,10 @@ def _measure_options(
                 base[kind] = seconds  # the last option saves everything
             if turn < len(final[kind]):
                 # A rerun is never free, whatever the difference of two sums of prices says.
-                extra = max(seconds - base[kind], final[kind][turn].rerun_seconds)
+                option = final[kind][turn]
+                extra = max(seconds - base[kind], option.rerun_seconds)
+                if option.compiled is not None:
+                    extra = seconds - base[kind] + option.rerun_seconds  # which is here its share of compiling
                 stage = _profile(short, result, index, extra)
                 stages[kind].insert(0, replace(stage, fill=_fill(final[kind], turn, result.forward(index).seconds)))
     return stages, final

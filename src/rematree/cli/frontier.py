@@ -41,6 +41,7 @@ def frontier(
     bnb_4bit_quant_type: options.QuantType = DEFAULT["bnb_4bit_quant_type"],
     bnb_4bit_use_double_quant: options.DoubleQuant = DEFAULT["bnb_4bit_use_double_quant"],
     forbid: options.Forbid = [],  # noqa: B006
+    compile: options.Compile = DEFAULT["compile"],
     as_json: options.Json = False,
 ) -> None:
     """List peak and step time, from the smallest to the largest useful budget.

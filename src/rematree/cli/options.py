@@ -117,7 +117,11 @@ LoraTargets = Annotated[
 Full = Annotated[bool, typer.Option("--full", help="Train all parameters, without adapters.", rich_help_panel=_LORA)]
 Forbid = Annotated[
     list[str],
-    typer.Option(help="Lever the plan may not use; chunked_loss changes rounding.", show_default=False),
+    typer.Option(help="Lever the plan may not use; chunked_loss and compile change rounding.", show_default=False),
+]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile blocks if that pays, also when it is not known how many steps will run."),
 ]
 Seed = Annotated[int, typer.Option(help="Of adapter initialisation, data order and dropout.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

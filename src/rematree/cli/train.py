@@ -77,6 +77,7 @@ def train(
     bnb_4bit_quant_type: options.QuantType = DEFAULT["bnb_4bit_quant_type"],
     bnb_4bit_use_double_quant: options.DoubleQuant = DEFAULT["bnb_4bit_use_double_quant"],
     forbid: options.Forbid = [],  # noqa: B006
+    compile: options.Compile = DEFAULT["compile"],
     seed: options.Seed = DEFAULT["seed"],
     as_json: options.Json = False,
 ) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from rematree.errors import PlanMismatchError, UsageError
 from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
+from rematree.execute.compiled import BlockCompiler, CompiledBlocks
 from rematree.execute.context import Captured
 from rematree.execute.group import Group
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
@@ -38,7 +39,15 @@ class Handle:
         plan: The plan in force.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, *, watcher: Watcher | None, check_loss: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        *,
+        watcher: Watcher | None,
+        check_loss: bool,
+        compiler: BlockCompiler | None = None,
+    ) -> None:
         self.plan = plan
         self._model = model
         self._executor = Executor(watcher)
@@ -48,6 +57,7 @@ class Handle:
         self._switched_off: list[nn.Module] = []
         self._layout: TrainingLayout | None = None
         self._said_cache = False
+        self._compiler = compiler
         self._check = AdapterCheck(model) if watcher is None else None
         self._own_switch: list[tuple[nn.Module, str, Any]] = []
         try:
@@ -65,13 +75,18 @@ class Handle:
                 self._switched_off.append(module)
         self._layout = TrainingLayout(self._model)
         # First, so that it is innermost: whatever saves or recomputes the layer runs it in this form.
-        for _, layer in frozen_int8_linears(self._model):
+        for path, layer in frozen_int8_linears(self._model):
+            if self.plan.levers.compiles(path):  # its partitioner decides what is kept
+                continue
             self._overrides.append(ForwardOverride(layer, functools.partial(keep_no_input, layer)))
         for path, layer in four_bit_linears(self._model):
+            if self.plan.levers.compiles(path):  # a hook on its output is none in a graph
+                continue
             self._overrides.append(ForwardOverride(layer, functools.partial(watch_weight, path, layer)))
         lean = {path: find_module(self._model, path) for path in self.plan.lean}
         for path, layer in lean.items():
             self._overrides.append(ForwardOverride(layer, self._lean(path, layer)))
+        self._install_compiled()  # before any recomputation of the block, which is around it
         attention: list[tuple[nn.Module, Callable[..., Any]]] = []
         for path, decision in self.plan.decisions.items():
             if decision.action is effective_action(self.plan.decisions, parent_path(path)):
@@ -100,7 +115,7 @@ class Handle:
             if callable(getattr(base, name, None)):
                 self._own_switch.append((base, name, base.__dict__.get(name)))
                 base.__dict__[name] = functools.partial(_nothing_changes, name)
-        if self.plan.recomputes and "use_cache" in inspect.signature(base.forward).parameters:
+        if (self.plan.recomputes or self.plan.compiled) and "use_cache" in inspect.signature(base.forward).parameters:
             self._overrides.append(ForwardOverride(base, self._without_cache))
         self._overrides.append(ForwardOverride(self._model, self._outermost))
 
@@ -126,6 +141,17 @@ class Handle:
                 module = find_module(self._model, path)
                 around = functools.partial(group.member, path, place, module)
                 self._overrides.append(ForwardOverride(module, around))
+
+    def _install_compiled(self) -> None:
+        decided = (*self.plan.decisions, *self.plan.lean)
+        lost = next((path for path in decided if self.plan.levers.compiles(path)), None)
+        if lost is not None:
+            raise PlanMismatchError(f"the plan decides on {lost}, which is inside a compiled block")
+        if self.plan.compiled:
+            compiler = self._compiler or CompiledBlocks(self._model, self.plan.compiled)
+            for path in self.plan.compiled:
+                block = find_module(self._model, path)
+                self._overrides.append(ForwardOverride(block, functools.partial(compiler.run, path, block)))
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and unwrap(self._model).training

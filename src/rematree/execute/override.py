@@ -30,6 +30,11 @@ class ForwardOverride:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._around(self._inner, *args, **kwargs)
 
+    @property
+    def inner(self) -> Forward:
+        """What `forward` was before."""
+        return self._inner
+
     def remove(self) -> None:
         """Restore what `forward` was before. Does nothing the second time."""
         current = self._module.__dict__.get("forward")

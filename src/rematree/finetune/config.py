@@ -67,6 +67,7 @@ class TrainConfig:
         lora_dropout: Dropout in front of the adapters.
         lora_target_modules: "all-linear", or names of the modules that get an adapter.
         forbid: Levers the plan may not use, by name.
+        compile: Let the plan compile blocks even if `max_steps` does not say how many steps pay for it.
         save_steps: Optimizer steps between two checkpoints.
         logging_steps: Optimizer steps between two lines of log; losses are recorded at every step.
         compare_hf: After training, time steps under checkpointing of every layer and without any, for comparison.
@@ -102,6 +103,7 @@ class TrainConfig:
     lora_dropout: float = 0.05
     lora_target_modules: str | tuple[str, ...] = "all-linear"
     forbid: tuple[str, ...] = ()
+    compile: bool = False
     save_steps: int = 50
     logging_steps: int = 1
     compare_hf: bool = False

@@ -44,6 +44,8 @@ class Engine:
                 budget=config.budget,
                 accumulation_steps=config.gradient_accumulation_steps,
                 forbid=config.forbid,
+                steps=config.max_steps if config.max_steps > 0 else None,
+                allow_compile=config.compile or None,
             )
 
         return cls(make_plan, apply, PeakMeter)

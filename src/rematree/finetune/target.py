@@ -109,7 +109,11 @@ class Target:
         from rematree.finetune.base import training_device
         from rematree.planning import Planner
 
-        options: dict[str, Any] = {"accumulation_steps": config.gradient_accumulation_steps, "forbid": config.forbid}
+        options: dict[str, Any] = {
+            "accumulation_steps": config.gradient_accumulation_steps,
+            "forbid": config.forbid,
+            "allow_compile": config.compile or None,
+        }
         if self.device is not None:
             options |= {"device": self._torch_device(), "cost": self.device.roofline()}
             if self.device.capability:
