@@ -272,11 +272,14 @@ class Executor:
         around = self._innermost()
         if isinstance(around, _Rerun):
             (bits,) = self._next_call(region, around).leaves
+            if around.frame.around is not None:
+                bits = around.frame.around.unpack(bits)
             return bits, unpack(bits, like.shape, like.dtype, p)
         before = self.random_now()
         bits, mask = draw_bits(like, p)
         if isinstance(around, _Frame):
-            around.skipped(_Call(region, [bits], _ONE, None), before, self.random_now())
+            kept = bits if around.around is None else around.around.pack(bits)
+            around.skipped(_Call(region, [kept], _ONE, None), before, self.random_now())
         return bits, mask
 
     def _replay(self, region: str, rerun: _Rerun) -> Any:
