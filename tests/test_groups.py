@@ -29,6 +29,7 @@ from rematree.regions import find_chain
 from rematree.report.explanation import explain_facts, explain_text
 from rematree.report.tables import plan_facts
 from rematree.simulate import Referee
+from rematree.solve.chain import ChainChoice
 
 COST = Roofline(5e10, 1e10)
 Group = tuple[int, int]
@@ -452,3 +453,17 @@ def test_a_plan_says_how_far_it_is_from_the_bound(planners: Planners, budgets: i
             assert plan.bound_seconds is not None
             gap = plan.predicted_step_seconds - plan.bound_seconds
             assert -1e-12 <= gap <= 0.02 * seconds, (plan.budget_bytes, gap / seconds)
+
+
+def test_every_option_of_the_survey_is_exact_in_nested_groups(planners: Planners) -> None:
+    model, batch, planner, _ = planners
+    known = planner.survey
+    expected = gradients(model, batch)
+    most = min(len(known.options[kind]) for kind in known.kinds)
+    count = len(known.kinds)
+    for first in range(most):
+        blocks = tuple((first + block) % most for block in range(count))
+        levers = known.levers(ChainChoice(blocks, 0, 0.0, ((0, count), (0, 4), (1, 3), (6, 9))))
+        plan = Plan.of(levers, plan_of(model, batch, {}).fingerprint)
+        with rematree.apply(plan, model):
+            assert_same(expected, gradients(model, batch))
