@@ -5,7 +5,7 @@ import torch
 
 from models import batch_for, build, gradients, with_lora
 from rematree import pace
-from rematree.cost import Roofline
+from rematree.cost import Measured, Roofline
 from rematree.observe import Twin
 from rematree.planning import Planner
 from rematree.plans import Action, Decision, Levers
@@ -77,7 +77,9 @@ def test_a_block_that_cannot_run_alone_is_left_at_its_prices() -> None:
 
 def test_only_where_the_weights_are_here() -> None:
     model = build("llama")
-    assert pace.is_live(model, torch.device("cpu"))
-    assert not pace.is_live(model, torch.device("cuda"))
-    assert not pace.is_live(build("llama").to("meta"), torch.device("cpu"))
+    here, measured = torch.device("cpu"), Measured(torch.device("cpu"))
+    assert pace.is_live(model, here, measured)
+    assert not pace.is_live(model, here, COST)
+    assert not pace.is_live(model, torch.device("cuda"), measured)
+    assert not pace.is_live(build("llama").to("meta"), here, measured)
     assert Planner(with_lora(model), batch_for(model), cost=COST)._referee.pace == {}  # prices of another device

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from rematree.cost import Cost, Measured
 from rematree.execute.attention import forget_attention
 from rematree.execute.override import ForwardOverride, remove_overrides
 from rematree.observe import Twin
@@ -57,8 +58,10 @@ def measure_pace(
     return found
 
 
-def is_live(model: nn.Module, device: torch.device) -> bool:
-    """Whether all weights of `model` are real and on `device`."""
+def is_live(model: nn.Module, device: torch.device, cost: Cost) -> bool:
+    """Whether all weights of `model` are real and on `device`, and `cost` measures what ops take there."""
+    if not isinstance(cost, Measured):
+        return False
     tensors = [*model.parameters(), *model.buffers()]
     return all(t.device.type == device.type and not isinstance(t, FakeTensor) for t in tensors)
 

@@ -111,7 +111,7 @@ class Planner:
             accumulation_steps > 1,
             kinds=[kinds[path] for path in chain.blocks],
         )
-        if isinstance(self._cost, Measured) and is_live(model, self._twin.device):
+        if is_live(model, self._twin.device, self._cost):
             self._referee.pace = self._paces(model)
         chunk = "chunked_loss" not in self._forbid and loss is None
         if allow_compile is None:
