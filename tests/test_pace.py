@@ -77,9 +77,10 @@ def test_a_block_that_cannot_run_alone_is_left_at_its_prices() -> None:
 
 def test_only_where_the_weights_are_here() -> None:
     model = build("llama")
-    here, measured = torch.device("cpu"), Measured(torch.device("cpu"))
-    assert pace.is_live(model, here, measured)
-    assert not pace.is_live(model, here, COST)
-    assert not pace.is_live(model, torch.device("cuda"), measured)
-    assert not pace.is_live(build("llama").to("meta"), here, measured)
+    here = torch.device("cpu")
+    assert pace.is_live(model, here)
+    assert not pace.is_live(model, torch.device("cuda"))
+    assert not pace.is_live(build("llama").to("meta"), here)
+    assert pace.is_measured(Measured(here))
+    assert not pace.is_measured(COST)
     assert Planner(with_lora(model), batch_for(model), cost=COST)._referee.pace == {}  # prices of another device

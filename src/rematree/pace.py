@@ -58,10 +58,13 @@ def measure_pace(
     return found
 
 
-def is_live(model: nn.Module, device: torch.device, cost: Cost) -> bool:
-    """Whether all weights of `model` are real and on `device`, and `cost` measures what ops take there."""
-    if not isinstance(cost, Measured):
-        return False
+def is_measured(cost: Cost) -> bool:
+    """Whether `cost` measures what ops take on the device that is here."""
+    return isinstance(cost, Measured)
+
+
+def is_live(model: nn.Module, device: torch.device) -> bool:
+    """Whether all weights of `model` are real and on `device`."""
     tensors = [*model.parameters(), *model.buffers()]
     return all(t.device.type == device.type and not isinstance(t, FakeTensor) for t in tensors)
 

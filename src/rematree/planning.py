@@ -25,7 +25,7 @@ from rematree.fingerprint import describe_batch, describe_model
 from rematree.folding import block_kinds
 from rematree.observe import LossFunction, Twin
 from rematree.options import describe_groups, describe_option
-from rematree.pace import is_live, measure_pace, small_enough
+from rematree.pace import is_live, is_measured, measure_pace, small_enough
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Levers, Plan
 from rematree.quantised import frozen_int8_linears
 from rematree.regions import find_chain
@@ -111,7 +111,7 @@ class Planner:
             accumulation_steps > 1,
             kinds=[kinds[path] for path in chain.blocks],
         )
-        if is_live(model, self._twin.device, self._cost):
+        if is_measured(self._cost) and is_live(model, self._twin.device):
             self._referee.pace = self._paces(model)
         chunk = "chunked_loss" not in self._forbid and loss is None
         if allow_compile is None:
