@@ -16,6 +16,7 @@ EXIT_CODES = {
     "UnsupportedModelError": 2,
     "PlanMismatchError": 2,
     "InfeasibleBudgetError": 3,
+    "OutOfMemoryError": 3,
     "RecomputeMismatchError": 4,
     "VerificationError": 4,
 }

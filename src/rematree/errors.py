@@ -96,7 +96,7 @@ class InfeasibleBudgetError(RematreeError):
         super().__init__(message, details=details, remedies=remedies)
 
 
-class OutOfMemoryError(RematreeError, MemoryError):
+class OutOfMemoryError(RematreeError):
     """A step ran out of memory, and no tighter plan is left."""
 
     exit_code = 3

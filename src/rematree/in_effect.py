@@ -94,6 +94,7 @@ def checkpointing_in_effect(model: nn.Module) -> CheckpointingInEffect:
     if handle is not None:
         plan = handle.plan
         active = [path for path, decision in plan.decisions.items() if decision.action is Action.RECOMPUTE]
+        active += [path for group in plan.groups for path in group]
         layers = tuple(row.path for row in plan.rows if any(_within(path, row.path) for path in active))
         budget = None if plan.budget_bytes is None else Bytes(plan.budget_bytes)
         return CheckpointingInEffect(layers, len(plan.rows), {}, "plan", budget, plan)

@@ -84,7 +84,10 @@ class Leaf:
             if watcher is not None:
                 watcher.placeholder(region, given)
             given = given.requires_grad_(self.requires_grad)
-        return given.clone() if self.written else given  # what writes to it again needs memory that is no leaf's
+        if self.written:
+            return given.clone()  # what writes to it again needs memory that is no leaf's
+        # An output that requires grad is no leaf in the forward, and autocast treats the two differently.
+        return given.view_as(given) if self.requires_grad else given
 
 
 def hooks_within(around: Around | None) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]:
