@@ -105,8 +105,8 @@ def survey(
         for kind, index in enumerate(representatives):
             if plain.graph[index][1]:
                 # The first option is the one that groups are made of, the last one saves everything.
-                first, rest = options[kind][:-1][:1], options[kind][len(options[kind][:-1][:1]) :]
-                options[kind] = [*first, *compiled.options(twin.model.get_submodule(blocks[index])), *rest]
+                place = min(1, len(options[kind]) - 1)
+                options[kind][place:place] = compiled.options(twin.model.get_submodule(blocks[index]))
         stages, options = _measure_options(short, kinds[:length], representatives, options, layers)
         advances = _measure_advances(short, kinds[:length], stages, options, layers) if groups else []
     few = _smallest(twin.model, chain, length)
