@@ -19,7 +19,8 @@ from rematree.units import MIB
 
 def make_planner(built: Built, forbid: Collection[str]) -> Planner:
     """A planner for the workload's step, which has no optimizer. Levers this version does not know are left out."""
-    return Planner(built.model, built.batch, optimizer="none", forbid=sorted(set(forbid) & LEVERS))
+    known = sorted(set(forbid) & LEVERS)
+    return Planner(built.model, built.batch, optimizer="none", forbid=known, allow_compile="compile" not in known)
 
 
 @contextmanager
