@@ -1,6 +1,7 @@
 """Compiled blocks: shared, exact up to rounding, predicted, and absent with a reason where they cannot be."""
 
 import functools
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 from torch import nn
+from torch.utils import _python_dispatch as python_dispatch
+from torch.utils._python_dispatch import BaseTorchDispatchMode, is_in_any_mode_without_ignore_compile_internals
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rematree
@@ -150,6 +153,33 @@ def test_nothing_global_is_changed():
     assert len(seconds) == 1
     assert (functorch_config.activation_memory_budget, inductor_config.fallback_random) == before
     assert inductor_config.custom_partitioner_fn is partitioner
+
+
+def test_a_mode_that_torch_remembers_and_that_is_gone_does_not_stop_compilation():
+    modes = BaseTorchDispatchMode(), BaseTorchDispatchMode()
+    inside, over = threading.Event(), threading.Event()
+
+    def other_thread() -> None:
+        with modes[1]:
+            inside.set()
+            over.wait()
+
+    thread = threading.Thread(target=other_thread)
+    with modes[0]:
+        thread.start()
+        inside.wait()
+    over.set()
+    thread.join()
+    try:
+        assert is_in_any_mode_without_ignore_compile_internals()
+        compiled = CompiledBlocks(model := nn.Sequential(nn.Linear(4, 4)), {"0": 1.0})
+        x = torch.ones(2, 4, requires_grad=True)
+        compiled.run("0", model[0], model[0].forward, x).sum().backward()
+        assert len(compiled.seconds) == 1
+    finally:
+        python_dispatch._is_in_any_mode_without_ignore_compile_internals = False
+        python_dispatch._is_in_torch_dispatch_mode = False
+        python_dispatch._is_in_non_infra_torch_dispatch_mode = False
 
 
 # -- planned ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ What is computed is what the block computes, fused: sums are rounded elsewhere, 
 Random numbers do not: dropout draws from torch's own generator in the order of the plain block (`fallback_random`).
 """
 
+import contextlib
 import time
 import types
 import warnings
@@ -16,6 +17,7 @@ from typing import Any, Final, Protocol, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rematree.errors import UnsupportedModelError
@@ -130,13 +132,27 @@ def call_compiled(
 
     args, kwargs = _all_trained(args, kwargs)
     try:
-        return function(block, *args, **kwargs)
+        with _no_mode_remembered():
+            return function(block, *args, **kwargs)
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         cause = getattr(error, "inner_exception", error)  # what torch's compiler failed with
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise UnsupportedModelError(
             f"{path} cannot be compiled: {reason.strip()}", remedies=WITHOUT_COMPILER
         ) from error
+
+
+def _no_mode_remembered() -> contextlib.AbstractContextManager[None]:
+    """Have torch look for dispatch modes where they are, on this thread's stack, if it remembers one that is not there.
+
+    torch keeps one flag for all threads. Modes that end in another order than they began, as those of two threads do,
+    leave it set for good, and then nothing is compiled any more and nobody is told.
+    """
+    if torch._C._len_torch_dispatch_stack() or not is_in_any_mode_without_ignore_compile_internals():
+        return contextlib.nullcontext()
+    from torch._dynamo import config
+
+    return config.patch(inline_torch_dispatch_torch_compile=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _forward_of(block: Any, *args: Any, **kwargs: Any) -> Any:
