@@ -93,9 +93,17 @@ def survey(
     length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
     layers = _lean_layers(twin.model, chain) if lean else {}
     with _shortened(twin.model, chain, range(length)) as blocks:
-        short = Referee(twin, blocks, cost, "none", accumulate, kinds=referee.kinds[:length], pace=referee.pace)
+        short = Referee(
+            twin,
+            blocks,
+            cost,
+            "none",
+            accumulate,
+            kinds=referee.kinds[:length],
+            pace=referee.pace,
+            profiles=compiled.profiles,
+        )
         beside = _beside_lean(short, representatives, layers)
-        short.profiles = referee.profiles
         options = [
             _enumerate(referee, blocks[index], layers, beside.get(index), kinds.count(kind) >= _MANY)
             if plain.graph[index][1]
