@@ -182,6 +182,12 @@ def test_a_mode_that_torch_remembers_and_that_is_gone_does_not_stop_compilation(
         python_dispatch._is_in_non_infra_torch_dispatch_mode = False
 
 
+def test_a_compiler_that_is_switched_off_is_an_error_not_a_slower_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(UnsupportedModelError, match="switched off by TORCHDYNAMO_DISABLE=1"):
+        CompiledBlocks(nn.Sequential(nn.Linear(4, 4)), {"0": 1.0})
+
+
 # -- planned ----------------------------------------------------------------------------------------------------------
 
 

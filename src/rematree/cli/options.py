@@ -3,6 +3,7 @@
 A parameter has the name of the field of `TrainConfig` that it sets, and the default of that field.
 """
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -23,6 +24,7 @@ DEFAULT: Final[dict[str, Any]] = {
     item.name: item.default for item in dataclasses.fields(TrainConfig) if item.default is not dataclasses.MISSING
 }
 _LISTS: Final = ("forbid", "lora_target_modules")
+_NO_COMPILER: Final = "TORCHDYNAMO_DISABLE"
 _MODEL, _SHAPE, _LORA = "Model", "Batch", "Adapters"
 
 Model = Annotated[
@@ -201,11 +203,22 @@ def planner_of(target: Target, config: TrainConfig, *, full: bool) -> "Planner":
 
 
 def plan_only() -> None:
-    """Say before torch is imported that nothing will be computed in this process.
+    """Import what planning needs, knowing that nothing will be computed in this process.
 
-    bitsandbytes compiles two functions when it is imported, which takes a second and a half of nothing else.
+    bitsandbytes compiles two functions when it is imported, which takes a second and a half of nothing else. The
+    variable that stops it is as it was afterwards: who calls a command from a process that trains wants to compile.
     """
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        # Missing, or there and broken: `--load-in-4bit` says so, and nothing else needs it.
+        with contextlib.suppress(ImportError, OSError, RuntimeError):
+            import bitsandbytes as bitsandbytes
+    finally:
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before
 
 
 def parse_budget(text: str, option: str = "--budget") -> int:

@@ -9,6 +9,7 @@ Random numbers do not: dropout draws from torch's own generator in the order of 
 """
 
 import contextlib
+import os
 import time
 import types
 import warnings
@@ -37,8 +38,11 @@ def why_not_compiled(block: nn.Module) -> str | None:
 def why_no_compiler(device: torch.device) -> str | None:
     """Why nothing can be compiled for `device` on this machine, or None.
 
-    Only what can be known without compiling: Python and platform, and a compiler for what torch generates.
+    Only what can be known without compiling: a compiler that is switched off (torch then runs the blocks uncompiled
+    and tells nobody), Python and platform, and a compiler for what torch generates.
     """
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "torch.compile is switched off by TORCHDYNAMO_DISABLE=1"
     from torch._dynamo.eval_frame import check_if_dynamo_supported
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -79,7 +83,7 @@ class CompiledBlocks:
     Attributes:
         seconds: Of every compilation so far, in the compiler behind the tracing.
     Raises:
-        UnsupportedModelError: a block cannot be compiled.
+        UnsupportedModelError: a block cannot be compiled, or nothing can here.
     """
 
     def __init__(self, model: nn.Module, budgets: Mapping[str, float]) -> None:
@@ -88,10 +92,12 @@ class CompiledBlocks:
         self._of_block: dict[str, Callable[..., Any]] = {}
         for path, budget in budgets.items():
             block = model.get_submodule(path)
+            key = (block_kind(block), budget)
             reason = why_not_compiled(block)
+            if reason is None and key not in self._shared:
+                reason = why_no_compiler(_device_of(block))
             if reason is not None:
                 raise UnsupportedModelError(f"{path} cannot be compiled: {reason}", remedies=WITHOUT_COMPILER)
-            key = (block_kind(block), budget)
             if key not in self._shared:
                 self._shared[key] = compiled_forward(budget, self.seconds)
             self._of_block[path] = self._shared[key]
@@ -224,6 +230,10 @@ def _all_trained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, A
                 leaves[place] = cast("Callable[..., Any]", _Trained.apply)(leaf, anchor)
             break
     return tree_unflatten(leaves, spec)
+
+
+def _device_of(block: nn.Module) -> torch.device:
+    return next((p.device for p in block.parameters()), torch.device("cpu"))
 
 
 def _foreign_forward(block: nn.Module) -> bool:
