@@ -25,7 +25,7 @@ def test_a_block_of_each_kind_is_run_and_nothing_is_left_of_it(family: str) -> N
     before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
     attributes = [dict(vars(module)) for module in model.modules()]
     random = torch.get_rng_state()
-    found = pace.measure_pace(model, twin, blocks, dict.fromkeys(blocks, 1.0))
+    found = pace.measure_pace(model, twin, blocks, dict.fromkeys(blocks, 1.0), 4096)
     assert found.keys() == blocks.keys()
     assert all(ratio > 0 for ratio in found.values())
     assert torch.equal(torch.get_rng_state(), random)
@@ -72,7 +72,7 @@ def test_a_block_that_cannot_run_alone_is_left_at_its_prices() -> None:
     layers[1] = Fails(layers[1])  # pyright: ignore[reportIndexIssue, reportArgumentType, reportCallIssue]
     twin = Twin(model, batch_for(model))
     paths = {0: "model.layers.0", 1: "model.layers.1"}
-    assert pace.measure_pace(model, twin, paths, {0: 1.0, 1: 1.0}).keys() == {0}
+    assert pace.measure_pace(model, twin, paths, {0: 1.0, 1: 1.0}, 4096).keys() == {0}
 
 
 def test_only_where_the_weights_are_here() -> None:

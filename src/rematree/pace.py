@@ -8,8 +8,9 @@ between keep the differences that the prices give them.
 
 import copy
 import functools
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -25,13 +26,14 @@ from rematree.simulate import Simulation
 from rematree.units import MIB
 
 _LARGEST: Final = 1024 * MIB  # saved by the block; a larger one is not run for its time
+_MOST_CACHED: Final = 256 * MIB  # bytes: more than the caches of a processor's core or of a GPU hold
 _ENOUGH_SECONDS: Final = 1.0
 _MOST_RUNS: Final = 6
 _CANNOT_RUN: Final = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError)
 
 
 def measure_pace(
-    model: nn.Module, twin: Twin, blocks: Mapping[int, str], plain: Mapping[int, float]
+    model: nn.Module, twin: Twin, blocks: Mapping[int, str], plain: Mapping[int, float], step_bytes: int
 ) -> dict[int, float]:
     """Measured over predicted seconds of one block of each kind, forward and backward.
 
@@ -40,19 +42,21 @@ def measure_pace(
         twin: The same under fake tensors; says what each block is called with.
         blocks: Path of the block to run, by kind.
         plain: Its predicted seconds, by kind.
+        step_bytes: Bytes that a whole step touches: so much lies between two runs of a block in a step.
     Returns:
         A ratio for each kind whose block could be run.
     Cost:
         The time of two to six runs of each block, and a copy of its weights.
     """
     found: dict[int, float] = {}
+    between = torch.empty(min(step_bytes, _MOST_CACHED), dtype=torch.uint8, device=twin.device)
     for kind, (args, kwargs) in calls_of(twin, blocks).items():
         block = copy_of(model.get_submodule(blocks[kind]))
         if block is None or plain[kind] <= 0:
             continue
         with torch.random.fork_rng(devices=[twin.device] if twin.device.type == "cuda" else []):
             try:
-                found[kind] = _seconds(block, args, kwargs, twin.device) / plain[kind]
+                found[kind] = _seconds(block, args, kwargs, between) / plain[kind]
             except _CANNOT_RUN:  # on made-up inputs
                 continue
     return found
@@ -116,24 +120,48 @@ def copy_of(block: nn.Module) -> nn.Module | None:
     return copied.train()
 
 
-def _seconds(block: nn.Module, args: Any, kwargs: Any, device: torch.device) -> float:
-    """The fastest of some runs; the first one does not count unless it is the only one there is time for."""
+def _seconds(block: nn.Module, args: Any, kwargs: Any, between: torch.Tensor) -> float:
+    """The median of some runs; the first one does not count unless it is the only one there is time for."""
+    device = between.device
     args, kwargs = tree_map_only(FakeTensor, functools.partial(made_up, device=device), (args, kwargs))
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
     wanted = [*inputs, *(p for p in block.parameters() if p.requires_grad)]
     times: list[float] = []
     while len(times) < _MOST_RUNS and (len(times) < 2 or sum(times) < _ENOUGH_SECONDS):
-        start = time.perf_counter()
-        outputs = [t for t in tree_leaves(block(*args, **kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
+        outputs, forward = _timed(between, lambda: _graded(block(*args, **kwargs)))
+        backward = 0.0
         if outputs and wanted:
-            torch.autograd.grad(outputs, wanted, [torch.ones_like(t) for t in outputs], allow_unused=True)
+            seeds = [torch.ones_like(t) for t in outputs]
+            grads, backward = _timed(
+                between, functools.partial(torch.autograd.grad, outputs, wanted, seeds, allow_unused=True)
+            )
+            del grads, seeds
         del outputs
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(forward + backward)
         if times[0] > 4 * _ENOUGH_SECONDS:
             break
-    return min(times[1:], default=times[0])
+    return statistics.median(times[1:] or times)
+
+
+def _graded(out: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def _timed(between: torch.Tensor, run: Callable[[], Any]) -> tuple[Any, float]:
+    """What `run` returns and its seconds, from caches that hold nothing of it.
+
+    In a step all other blocks run before this one runs again, and between its forward and its backward; writing over
+    `between` stands for them.
+    """
+    device = between.device
+    between.zero_()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    out = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return out, time.perf_counter() - start
 
 
 def made_up(fake: torch.Tensor, device: torch.device) -> torch.Tensor:

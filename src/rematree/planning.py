@@ -131,7 +131,8 @@ class Planner:
         plain = self._referee.run(Levers())
         last = {kind: index for index, kind in enumerate(self._referee.kinds) if small_enough(plain, index)}
         predicted = {kind: plain.block_seconds(index) for kind, index in last.items()}
-        return measure_pace(model, self._twin, {k: self._referee.blocks[i] for k, i in last.items()}, predicted)
+        paths = {kind: self._referee.blocks[index] for kind, index in last.items()}
+        return measure_pace(model, self._twin, paths, predicted, plain.peak_bytes)
 
     def min_peak_bytes(self) -> int:
         """Smallest confirmed peak of any plan."""
