@@ -16,7 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 META: Final = torch.device("meta")
-_PLAIN: Final = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN: Final = frozenset(
+    {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
 _NEVER: Final = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 # Their outputs' offsets are arguments; all other views begin at a fixed distance from their base.
 _ABSOLUTE: Final = frozenset({torch.ops.aten.as_strided, torch.ops.aten.as_strided_, torch.ops.aten.as_strided_copy})
@@ -64,6 +66,7 @@ class Recipes:
         self._told = told
         self._device = device
         self._known: dict[Any, Any] = {}
+        self.facts: dict[Any, Any] = {}  # what the ledger found out about an op, by key
         self._attributes: dict[torch.device, dict[str, Any]] = {}
 
     def key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]] | None:
@@ -72,7 +75,7 @@ class Recipes:
             return None
         tensors: list[torch.Tensor] = []
         try:
-            key = (func, self._part(args, tensors), self._part(kwargs, tensors) if kwargs else None)
+            key = (func, *[self._part(value, tensors) for value in args], self._part(kwargs, tensors) if kwargs else None)
         except _UnknownError:
             return None
         return (key, tensors) if tensors else None
@@ -91,6 +94,12 @@ class Recipes:
         if kind in _PLAIN:
             return kind, value
         raise _UnknownError
+
+    def device_seen(self, kwargs: Any) -> Any:
+        """`kwargs` as code in Python means them: where code below it was told another device, that is put right."""
+        if self._told is not None and kwargs and kwargs.get("device") == self._told:
+            return {**kwargs, "device": self._device}
+        return kwargs
 
     def known(self, key: Any) -> Any:
         """The recipe of `key`: None if the op has not been seen, False if it cannot be remembered."""

@@ -167,7 +167,7 @@ class Referee:
         return self._run(levers, chain)
 
     def _run(self, levers: Levers, chain: Fold) -> Simulation:
-        model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type)
+        model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type, self.twin.mode.recipes)
         marks = _BlockMarks(ledger, chain.kept)
         absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
         overrides: list[ForwardOverride] = []
