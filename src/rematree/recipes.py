@@ -75,7 +75,11 @@ class Recipes:
             return None
         tensors: list[torch.Tensor] = []
         try:
-            key = (func, *[self._part(value, tensors) for value in args], self._part(kwargs, tensors) if kwargs else None)
+            key = (
+                func,
+                *[self._part(value, tensors) for value in args],
+                self._part(kwargs, tensors) if kwargs else None,
+            )
         except _UnknownError:
             return None
         return (key, tensors) if tensors else None

@@ -6,6 +6,7 @@ the solver adds up are bytes the executor really allocates.
 """
 
 import contextlib
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -27,6 +28,8 @@ from rematree.solve.chain import Advance, ChainChoice, ChainProblem, HeadOption,
 _OPTIONS_PER_KIND: Final = 16
 _MANY: Final = 12  # blocks of one kind, over which options are mixed so finely that the lower convex hull is enough
 _OPTIONS_OF_MANY: Final = 9
+_OPTIONS_OF_FEW: Final = 4  # of a kind that is at most this share of the chain: the other blocks mix finely enough
+_FEW: Final = 1 / 12
 _CHUNK_ROWS: Final = (4096, 2048, 1024, 512, 256, 128, 64, 32)
 _MAX_CHUNKS: Final = 32  # more make the logits smaller than what else is live beside them, and the step slower
 _SAVE_ALL: Final = BlockOption(("",), frozenset(), 0, 0.0)
@@ -69,43 +72,54 @@ class Survey:
 
 
 def survey(
-    referee: Referee, chain: Chain, *, chunk: bool, lean: bool, groups: bool, compiler: Profiler | None = None
+    referee: Referee,
+    chain: Chain,
+    plain: Simulation,
+    *,
+    chunk: bool,
+    lean: bool,
+    groups: bool,
+    compiler: Profiler | None = None,
 ) -> Survey:
     """Survey the twin of `referee`.
 
     Args:
         referee: Runs the whole step.
         chain: Its blocks.
+        plain: What it says of a step without any lever.
         chunk: Whether chunked loss may be used.
         lean: Whether adapter layers may be lean.
         groups: Whether blocks may be recomputed in groups.
         compiler: Compiles and measures blocks, if they may be compiled.
     Cost:
-        About 25 simulated steps of a few blocks; seconds for a model of any size.
+        About 15 simulated steps of a few blocks; seconds for a model of any size.
     """
     twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
-    plain = referee.run(Levers())
     kinds, representatives = _kinds(referee, plain)
     compiled = NOT_COMPILED
     if compiler is not None:
         compiled = compiler.measure(referee, plain, representatives)
         referee.profiles = compiled.profiles
-    length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
     layers = _lean_layers(twin.model, chain) if lean else {}
-    with _shortened(twin.model, chain, range(length)) as blocks:
-        short = Referee(
+    gradients = tuple(0 if accumulate else _gradient_bytes(twin.model, path) for path in chain.blocks)
+
+    def referee_of(blocks: tuple[str, ...]) -> Referee:
+        return Referee(
             twin,
             blocks,
             cost,
             "none",
             accumulate,
-            kinds=referee.kinds[:length],
+            kinds=referee.kinds[: len(blocks)],
             pace=referee.pace,
             profiles=compiled.profiles,
         )
-        beside = _beside_lean(short, representatives, layers)
+
+    length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
+    with _shortened(twin.model, chain, range(length)) as blocks:
+        beside = _beside_lean(referee_of(blocks), plain, representatives, layers)
         options = [
-            _enumerate(referee, blocks[index], layers, beside.get(index), kinds.count(kind) >= _MANY)
+            _enumerate(referee, blocks[index], layers, beside.get(index), _limit(kinds, kind))
             if plain.graph[index][1]
             else [_SAVE_ALL]
             for kind, index in enumerate(representatives)
@@ -115,17 +129,21 @@ def survey(
                 # The first option is the one that groups are made of, the last one saves everything.
                 place = min(1, len(options[kind]) - 1)
                 options[kind][place:place] = compiled.options(twin.model.get_submodule(blocks[index]))
-        stages, options = _measure_options(short, kinds[:length], representatives, options, layers)
-        advances = _measure_advances(short, kinds[:length], stages, options, layers) if groups else []
+    enough = max(length, _length_for(kinds, representatives, options)) if chain.container else length
+    with _shortened(twin.model, chain, range(enough)) as blocks:
+        stages, options = _measure_options(referee_of(blocks), kinds, representatives, options, layers, gradients)
+    advances: list[Advance | None] = []
+    if groups:
+        with _shortened(twin.model, chain, range(length)) as blocks:
+            advances = _measure_advances(referee_of(blocks), kinds, stages, options, layers)
     few = _smallest(twin.model, chain, length)
     with _shortened(twin.model, chain, few) as blocks:
         smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=[referee.kinds[index] for index in few])
         rows, heads = _measure_heads(smallest, chunk)
-    gradients = [0 if accumulate else _gradient_bytes(twin.model, path) for path in chain.blocks]
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
         stages=tuple(tuple(stages[kind]) for kind in kinds),
-        gradients=tuple(gradients),
+        gradients=gradients,
         heads=tuple(heads),
         advances=tuple(advances[kind] for kind in kinds) if any(advances) else (),
     )
@@ -151,7 +169,7 @@ def _lean_layers(model: nn.Module, chain: Chain) -> dict[str, tuple[str, ...]]:
 
 
 def _beside_lean(
-    short: Referee, representatives: Sequence[int], layers: Mapping[str, tuple[str, ...]]
+    short: Referee, plain: Simulation, representatives: Sequence[int], layers: Mapping[str, tuple[str, ...]]
 ) -> dict[int, float]:
     """Seconds that lean adapters add to each block to be measured, which saves all otherwise."""
     chosen = [short.blocks[index] for index in representatives if short.blocks[index] in layers]
@@ -159,7 +177,6 @@ def _beside_lean(
         return {}
     option = replace(_SAVE_ALL, lean=True)
     lean = short.run(levers_of([(path, option) for path in short.blocks if path in layers], lean=layers))
-    plain = short.run(Levers())
     return {
         index: lean.block_seconds(index) - plain.block_seconds(index)
         for index in representatives
@@ -168,15 +185,22 @@ def _beside_lean(
 
 
 def _enumerate(
-    referee: Referee, path: str, layers: Mapping[str, tuple[str, ...]], beside: float | None, many: bool
+    referee: Referee, path: str, layers: Mapping[str, tuple[str, ...]], beside: float | None, limit: int
 ) -> list[BlockOption]:
     """Options of the block at `path`: those without lean adapters, and those with, `beside` seconds dearer."""
-    limit = _OPTIONS_OF_MANY if many else _OPTIONS_PER_KIND
     if beside is None:
         return enumerate_options(observe_block(referee.twin, path, referee.cost), limit)
     plain = enumerate_options(observe_block(referee.twin, path, referee.cost), limit - limit // 4)
     lean = enumerate_options(observe_block(referee.twin, path, referee.cost, layers[path]), limit // 2)
     return merged(plain, lean, beside)
+
+
+def _limit(kinds: Sequence[int], kind: int) -> int:
+    """How many options a kind gets."""
+    count = kinds.count(kind)
+    if count <= _FEW * len(kinds):
+        return _OPTIONS_OF_FEW
+    return _OPTIONS_OF_MANY if count >= _MANY else _OPTIONS_PER_KIND
 
 
 def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:
@@ -208,46 +232,72 @@ def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator
         yield tuple(chain.blocks[index] for index in kept)
 
 
+def _slots(kinds: Sequence[int], representative: int) -> list[int]:
+    """Blocks of a chain that stand for the kind of `representative`: it, and those after it that have one behind."""
+    kind = kinds[representative]
+    if sum(k == kind for k in kinds[: representative + 1]) == 1:
+        return [representative]
+    return [
+        i for i in range(representative, len(kinds)) if kinds[i] == kind and (i == representative or kinds[i + 1 :])
+    ]
+
+
+def _length_for(kinds: Sequence[int], representatives: Sequence[int], options: Sequence[Sequence[BlockOption]]) -> int:
+    """Blocks in front of the chain in which the fewest runs measure every option, each on a block of its own."""
+    everywhere = [len(_slots(kinds, index)) for index in representatives]
+    runs = max(math.ceil(len(each) / slots) for each, slots in zip(options, everywhere, strict=True))
+    ends: list[int] = []
+    for each, index in zip(options, representatives, strict=True):
+        ends.append(_slots(kinds, index)[math.ceil(len(each) / runs) - 1])
+    return min(len(kinds), max(ends) + 2)
+
+
 def _measure_options(
     short: Referee,
     kinds: Sequence[int],
     representatives: Sequence[int],
     options: Sequence[Sequence[BlockOption]],
     lean: Mapping[str, tuple[str, ...]],
+    gradients: Sequence[int],
 ) -> tuple[list[list[StageOption]], list[list[BlockOption]]]:
-    """Run every option on the short chain; options of different kinds share a run."""
+    """Run every option on the short chain, as many in a run as it has blocks of the kind; the others save everything.
+
+    What a block keeps and takes is read off relative to the moment it begins, so its neighbours may do otherwise.
+    """
+    kinds = kinds[: len(short.blocks)]
     final = [list(each) for each in options]
-    stages: list[list[StageOption]] = [[] for _ in final]
-    base: list[float] = [0.0] * len(final)
-    for turn in reversed(range(max(len(each) for each in final))):
-        while True:
-            result = short.run(
-                levers_of(
-                    (
-                        (path, final[kind][min(turn, len(final[kind]) - 1)])
-                        for path, kind in zip(short.blocks, kinds, strict=True)
-                    ),
-                    lean=lean,
-                )
-            )
-            if not result.misread and not result.written:
-                break
-            for path, kind in zip(short.blocks, kinds, strict=True):
-                index = min(turn, len(final[kind]) - 1)
-                option = _save_less(final[kind][index], path, result.written)
-                final[kind][index] = _stash_more(option, path, result.misread)
-        for kind, index in enumerate(representatives):
-            seconds = result.block_seconds(index)
-            if turn == len(final[kind]) - 1:
-                base[kind] = seconds  # the last option saves everything
-            if turn < len(final[kind]):
-                # A rerun is never free, whatever the difference of two sums of prices says.
-                option = final[kind][turn]
-                extra = max(seconds - base[kind], option.rerun_seconds)
-                if option.compiled is not None:
-                    extra = seconds - base[kind] + option.rerun_seconds  # which is here its share of compiling
-                stage = _profile(short, result, index, extra)
-                stages[kind].insert(0, replace(stage, fill=_fill(final[kind], turn, result.forward(index).seconds)))
+    slots = [_slots(kinds, index) for index in representatives]
+    waiting = [list(reversed(range(len(each)))) for each in final]
+    seen: dict[tuple[int, int], tuple[Simulation, int]] = {}
+    while any(waiting):
+        turns: dict[int, int] = {}
+        for kind, places in enumerate(slots):
+            now, waiting[kind] = waiting[kind][: len(places)], waiting[kind][len(places) :]
+            turns.update(zip(places, now, strict=False))
+        chosen = [(path, final[kinds[place]][turns.get(place, -1)]) for place, path in enumerate(short.blocks)]
+        result = short.run(levers_of(chosen, lean=lean))
+        for place, turn in turns.items():
+            kind, path = kinds[place], short.blocks[place]
+            option = _stash_more(_save_less(final[kind][turn], path, result.written), path, result.misread)
+            if option != final[kind][turn]:
+                final[kind][turn] = option
+                waiting[kind].append(turn)
+            else:
+                seen[kind, turn] = (result, place)
+    stages: list[list[StageOption]] = []
+    for kind, each in enumerate(final):
+        result, place = seen[kind, len(each) - 1]
+        base = result.block_seconds(place)  # the last option saves everything
+        stages.append([])
+        for turn, option in enumerate(each):
+            result, place = seen[kind, turn]
+            # A rerun is never free, whatever the difference of two sums of prices says.
+            extra = max(result.block_seconds(place) - base, option.rerun_seconds)
+            if option.compiled is not None:
+                extra = result.block_seconds(place) - base + option.rerun_seconds  # here its share of compiling
+            later = sum(gradients[place + 1 : len(short.blocks)])
+            stage = _profile(result, place, len(short.blocks), later, extra)
+            stages[kind].append(replace(stage, fill=_fill(each, turn, result.forward(place).seconds)))
     return stages, final
 
 
@@ -270,25 +320,36 @@ def _measure_advances(
     What a group saves is what a run of two blocks does not keep any more: the output of the first, if the model hands
     that on as it is. The block behind them shows it; at the head's mark the model still holds the last one's input.
     """
-    found: list[Advance | None] = []
+    kinds = kinds[: len(short.blocks)]
     bare = [each[0].kept_bytes == 0 and not each[0].saves_all for each in options]
-    for kind, stage in enumerate(stages):
-        pairs = (i for i in range(len(short.blocks) - 2) if kinds[i] == kind and bare[kinds[i + 1]])
-        index = next(pairs, None) if bare[kind] else None
-        if index is None:
-            found.append(None)
-            continue
-        chosen = [(short.blocks[block], options[kinds[block]][0]) for block in (index, index + 1)]
-        levers = levers_of(chosen, lean=layers)
+    pairs: dict[int, int] = {}
+    waiting = [kind for kind in range(len(stages)) if bare[kind]]
+    found: list[Advance | None] = [None] * len(stages)
+    while waiting:
+        pairs, after = {}, 0
+        for index in range(len(short.blocks) - 2):
+            if index >= after and kinds[index] in waiting and kinds[index] not in pairs and bare[kinds[index + 1]]:
+                pairs[kinds[index]], after = index, index + 2
+        if not pairs:
+            break
+        waiting = [kind for kind in waiting if kind not in pairs]
+        inside = [block for index in pairs.values() for block in (index, index + 1)]
+        levers = levers_of([(short.blocks[block], options[kinds[block]][0]) for block in inside], lean=layers)
         alone = short.run(levers)
-        grouped = short.run(replace(levers, groups=(short.blocks[index : index + 2],)))
-        saved = alone.forward(index + 2).live_bytes - grouped.forward(index + 2).live_bytes
-        kept = stage[0].kept
-        output = min(max(0, saved), kept)
-        forward = alone.forward(index)
-        # Before backward needs a saved tensor, it may have scaled the gradient of the output once.
-        found.append(Advance(output, stage[0].forward, 2 * kept, forward.seconds, kept - output))
+        grouped = short.run(replace(levers, groups=tuple(short.blocks[index : index + 2] for index in pairs.values())))
+        for kind, index in pairs.items():
+            saved = _left_by_two(alone, index) - _left_by_two(grouped, index)
+            kept = stages[kind][0].kept
+            output = min(max(0, saved), kept)
+            forward = alone.forward(index)
+            # Before backward needs a saved tensor, it may have scaled the gradient of the output once.
+            found[kind] = Advance(output, stages[kind][0].forward, 2 * kept, forward.seconds, kept - output)
     return found
+
+
+def _left_by_two(result: Simulation, index: int) -> int:
+    """Bytes that the forward of two blocks leaves behind."""
+    return result.forward(index + 2).live_bytes - result.forward(index).live_bytes
 
 
 def _stash_more(option: BlockOption, path: str, misread: frozenset[str]) -> BlockOption:
@@ -303,10 +364,10 @@ def _save_less(option: BlockOption, path: str, written: frozenset[str]) -> Block
     return replace(option, saved=saved, stashed=option.stashed & frozenset(saved))
 
 
-def _profile(short: Referee, result: Simulation, index: int, extra: float) -> StageOption:
+def _profile(result: Simulation, index: int, count: int, later: int, extra: float) -> StageOption:
+    """Numbers of block `index` of `count`; the gradients of those behind it are `later` bytes."""
     forward, backward = result.forward(index), result.backward(index)
-    after = result.forward(index + 1) if index + 1 < len(short.blocks) else result.head
-    later = 0 if short.accumulate else sum(_gradient_bytes(short.twin.model, p) for p in short.blocks[index + 1 :])
+    after = result.forward(index + 1) if index + 1 < count else result.head
     return StageOption(
         kept=after.live_bytes - forward.live_bytes,
         forward=forward.peak_bytes - forward.live_bytes,
