@@ -10,7 +10,7 @@ option is cheaper to hold at the end of the chain than at its start.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -172,28 +172,6 @@ def solve_chain(problem: ChainProblem, limit: int, quantum: int) -> ChainChoice 
         blocks.append(index)
         end -= -(-stage[index].kept // quantum)
     return ChainChoice(tuple(reversed(blocks)), choice.head, choice.seconds)
-
-
-def in_bands(problem: ChainProblem, choice: ChainChoice) -> ChainChoice:
-    """`choice` without groups, its options dealt anew to blocks that are alike, equal ones side by side.
-
-    It takes as long, and no more at its highest position: of two neighbours the one whose peak exceeds most what it
-    keeps goes first, which no order beats. A step in bands folds into fewer simulated blocks, and is easier to read.
-    """
-    alike: dict[object, list[int]] = {}
-    for block, key in enumerate(zip(problem.stages, problem.gradients, strict=True)):
-        alike.setdefault(key, []).append(block)
-    blocks = list(choice.blocks)
-    for members in alike.values():
-        stage = problem.stages[members[0]]
-        dealt = sorted(
-            (choice.blocks[block] for block in members),
-            key=lambda index: (stage[index].kept - max(stage[index].forward, stage[index].backward), index),
-        )
-        for block, index in zip(members, dealt, strict=True):
-            blocks[block] = index
-    before = position_peak(problem, choice.blocks, choice.head)
-    return replace(choice, blocks=tuple(blocks)) if position_peak(problem, blocks, choice.head) <= before else choice
 
 
 def least_peak(problem: ChainProblem, quantum: int) -> int:
