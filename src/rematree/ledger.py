@@ -280,14 +280,13 @@ class Ledger(TorchDispatchMode):
             return self._record(func, args, kwargs or {})
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
-        recipes, key = self._recipes, None
+        recipes, found = self._recipes, None
         if recipes is not None:
             found = recipes.key(func, args, recipes.device_seen(kwargs))
             if found is not None:
-                key, tensors = found
-                op: _Op | None = recipes.facts.get(key)
+                op: _Op | None = recipes.facts.get(found[0])
                 if op is not None:
-                    return self._repeat(op, func, args, kwargs, tensors)
+                    return self._repeat(op, func, args, kwargs, found[1])
         if func.namespace == "prim":
             return func(*args, **kwargs)
         draws = _NONDETERMINISTIC in func.tags and _draws(func, args, kwargs)
@@ -302,8 +301,12 @@ class Ledger(TorchDispatchMode):
         entries = [self._entry(t, self._line_of(func, t)) for t in outputs]
         born = self.live_bytes - before
         view = born == 0 and not mutable and all(entry.uid <= known for entry in entries)
-        if recipes is not None and key is not None and recipes.known(key):
-            recipes.facts[key] = _Op(recipes.known(key), view, draws)
+        if recipes is not None and found is not None:
+            key, tensors = found
+            if not tensors and recipes.known(key) is None:
+                recipes.learn(key, func, tensors, out)
+            if recipes.known(key):
+                recipes.facts[key] = _Op(recipes.known(key), view, draws)
         if view:
             return out  # or an op that returned what it was given
         price = self._cost.price(func, args, kwargs, outputs)
@@ -315,8 +318,12 @@ class Ledger(TorchDispatchMode):
         assert self._recipes is not None
         if op.draws:
             self.draws += 1
-        category = self.category
-        inputs = [self._entry(t, category) for t in tensors]
+        entries_known, inputs = self._entries, list[_Entry]()
+        for tensor in tensors:
+            entry = entries_known.get(tensor.untyped_storage()._cdata)
+            if entry is None or entry.reference() is None:
+                entry = self._entry(tensor, self.category)
+            inputs.append(entry)
         with torch._C._DisableTorchDispatch():  # the fake mode below is not asked
             out = self._recipes.make(op.recipe, tensors)
         if op.view:

@@ -60,6 +60,7 @@ class TwinMode(FakeTensorMode):
 
     def __init__(self, device: torch.device | None = None, capability: Capability | None = None) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.cache_enabled = False  # `recipes` remembers, at less than the price of torch's keys
         absent = device is not None and is_absent(device)
         self._device = device
         self.engine_device: torch.device | None = META if absent else None
@@ -109,7 +110,7 @@ class TwinMode(FakeTensorMode):
                     return self.engine_device if args[0].fake_device == self._device else args[0].fake_device
                 kwargs = self.recipes.device_seen(kwargs)
             found = self.recipes.key(func, args, kwargs)
-            if found is None:
+            if found is None or not found[1]:
                 return self.dispatch(func, types, args, kwargs or {})
             key, tensors = found
             recipe = self.recipes.known(key)

@@ -5,8 +5,9 @@ layers is thousands of ops, and a plan some twenty steps. Here an op is remember
 dtypes and devices. What is remembered is how to make each output: a new storage, a view of an argument, or an
 argument itself.
 
-Not remembered: ops without a tensor argument, outputs that depend on values, outputs whose storage is larger than their
-layout, anything but dense tensors of one fake mode.
+Not remembered: outputs that depend on values, outputs whose storage is larger than their layout, anything but dense
+tensors of one fake mode. What factories make is remembered where a step calls them, not where the fake mode does: its
+own kernels call them for tensors of other kinds.
 """
 
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Recipes:
         self._attributes: dict[torch.device, dict[str, Any]] = {}
 
     def key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]] | None:
-        """What the op is remembered by, and its tensor arguments; None if it is not to be remembered."""
+        """What the op is remembered by, and its tensor arguments; None if it cannot be remembered."""
         if func.overloadpacket in _ABSOLUTE:
             return None
         tensors: list[torch.Tensor] = []
@@ -82,7 +83,7 @@ class Recipes:
             )
         except _UnknownError:
             return None
-        return (key, tensors) if tensors else None
+        return key, tensors
 
     def _part(self, value: Any, tensors: list[torch.Tensor]) -> Any:
         kind = type(value)

@@ -131,11 +131,9 @@ def survey(
                 options[kind][place:place] = compiled.options(twin.model.get_submodule(blocks[index]))
     enough = max(length, _length_for(kinds, representatives, options)) if chain.container else length
     with _shortened(twin.model, chain, range(enough)) as blocks:
-        stages, options = _measure_options(referee_of(blocks), kinds, representatives, options, layers, gradients)
-    advances: list[Advance | None] = []
-    if groups:
-        with _shortened(twin.model, chain, range(length)) as blocks:
-            advances = _measure_advances(referee_of(blocks), kinds, stages, options, layers)
+        short = referee_of(blocks)
+        stages, options = _measure_options(short, kinds, representatives, options, layers, gradients)
+        advances = _measure_advances(short, kinds, stages, options, layers) if groups else []
     few = _smallest(twin.model, chain, length)
     with _shortened(twin.model, chain, few) as blocks:
         smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=[referee.kinds[index] for index in few])
