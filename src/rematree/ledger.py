@@ -18,13 +18,13 @@ from rematree.accounts import DEQUANTISED, MASKS, RECOMPUTED, ROUNDING, SAVED, W
 from rematree.allocator import CachingAllocator, rounded
 from rematree.devices import overhead_of
 from rematree.price import Cost, Free, OpPrice, tensors_in
-from rematree.recipes import Recipes
+from rematree.recipes import Recipes, draws_numbers, mutated
 from rematree.roofline import Roofline
+from rematree.trace import OpRecord, Segment
 
 # Ops that look at a tensor's shape, never at its values.
 _SHAPE_ONLY: Final = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
 _DEVICE: Final = torch.ops.prim.device.default
-_NONDETERMINISTIC: Final = torch.Tag.nondeterministic_seeded
 _BITSANDBYTES: Final = "bitsandbytes"
 _BEFORE_THE_BLOCKS: Final = "embedding"  # the mark of what runs in front of the first block
 _MASK_DIMENSIONS: Final = 4
@@ -56,37 +56,6 @@ class _Op:
     draws: bool
     price: OpPrice | None = None
     cost: Cost | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """What happened between two marks.
-
-    Attributes:
-        label: The mark that began it.
-        live_bytes: Live when it began.
-        peak_bytes: Largest live sum within it.
-        seconds: Price of the ops within it.
-        live: `live_bytes` by category.
-        at_peak: `peak_bytes` by category.
-    """
-
-    label: str
-    live_bytes: int
-    peak_bytes: int
-    seconds: float
-    live: dict[str, int]
-    at_peak: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class OpRecord:
-    """One op as the ledger saw it: storage ids read, storages written (id -> bytes), and its price."""
-
-    name: str
-    reads: frozenset[int]
-    writes: dict[int, int]
-    seconds: float
 
 
 class Ledger(TorchDispatchMode):
@@ -289,7 +258,7 @@ class Ledger(TorchDispatchMode):
                     return self._repeat(op, func, args, kwargs, found[1])
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        draws = _NONDETERMINISTIC in func.tags and _draws(func, args, kwargs)
+        draws = draws_numbers(func, args, kwargs)
         mutable = func._schema.is_mutable
         if draws:
             self.draws += 1
@@ -357,7 +326,7 @@ class Ledger(TorchDispatchMode):
             return
         writes = entries
         if func._schema.is_mutable:
-            writes = entries + [self._entry(t, self.category) for t in _mutated(func, args, kwargs)]
+            writes = entries + [self._entry(t, self.category) for t in mutated(func, args, kwargs)]
         if self._taint:
             self._follow_taint(func.__name__, inputs, writes)
         if self.listener is not None:
@@ -369,21 +338,3 @@ class Ledger(TorchDispatchMode):
                     price.seconds,
                 )
             )
-
-
-def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an op that can draw does: attention and dropout do not at a probability of zero."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name in {"dropout_p", "p"}:
-            value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
-            return value != 0
-    return True
-
-
-def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += tensors_in(value)
-    return found

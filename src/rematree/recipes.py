@@ -16,6 +16,8 @@ from typing import Any, Final
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from rematree.price import tensors_in
+
 META: Final = torch.device("meta")
 _PLAIN: Final = frozenset(
     {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
@@ -23,6 +25,7 @@ _PLAIN: Final = frozenset(
 _NEVER: Final = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 # Their outputs' offsets are arguments; all other views begin at a fixed distance from their base.
 _ABSOLUTE: Final = frozenset({torch.ops.aten.as_strided, torch.ops.aten.as_strided_, torch.ops.aten.as_strided_copy})
+_NONDETERMINISTIC: Final = torch.Tag.nondeterministic_seeded
 _VALUES: Final = (int, float, bool, type(None))
 
 
@@ -181,3 +184,24 @@ class Recipes:
         )
         vars(made).update(attributes)
         return made
+
+
+def draws_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op draws random numbers: attention and dropout do not at a probability of zero."""
+    if _NONDETERMINISTIC not in func.tags:
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name in {"dropout_p", "p"}:
+            value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+            return value != 0
+    return True
+
+
+def mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The arguments that an op writes to."""
+    found: list[torch.Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += tensors_in(value)
+    return found

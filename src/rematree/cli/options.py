@@ -221,7 +221,7 @@ def plan_only() -> None:
             import bitsandbytes as bitsandbytes
         import peft as peft
 
-        import rematree.planning as planning  # noqa: F401
+        from rematree import planning as planning
     finally:
         if cold:  # else there may be garbage of others among it
             gc.freeze()
