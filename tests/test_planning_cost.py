@@ -20,7 +20,7 @@ from rematree.simulate import Referee, Simulation
 from rematree.units import MIB
 
 COST = Roofline(5e10, 1e10)
-LAYERS = 14
+LAYERS = 24
 # Blocks that were simulated, all runs together, when this was written. To raise a number is to make planning slower.
 MOST_TO_SURVEY = 50
 MOST_TO_SEARCH = 10
