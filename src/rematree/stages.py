@@ -105,11 +105,11 @@ def measure_advances(
     """
     kinds = kinds[: len(short.blocks)]
     bare = [each[0].kept_bytes == 0 and not each[0].saves_all for each in options]
-    pairs: dict[int, int] = {}
     waiting = [kind for kind in range(len(stages)) if bare[kind]]
     found: list[Advance | None] = [None] * len(stages)
     while waiting:
-        pairs, after = {}, 0
+        pairs: dict[int, int] = {}  # first block of the pair that each kind is measured on; all of them in one run
+        after = 0
         for index in range(len(short.blocks) - 2):
             if index >= after and kinds[index] in waiting and kinds[index] not in pairs and bare[kinds[index + 1]]:
                 pairs[kinds[index]], after = index, index + 2
