@@ -17,12 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rematree.accounts import DEQUANTISED, MASKS, RECOMPUTED, ROUNDING, SAVED, WORKSPACE
 from rematree.allocator import CachingAllocator, rounded
 from rematree.devices import overhead_of
-from rematree.price import Cost, tensors_in
+from rematree.price import Cost, Free, OpPrice, tensors_in
+from rematree.recipes import Recipes, draws_numbers, mutated
+from rematree.roofline import Roofline
+from rematree.trace import OpRecord, Segment
 
 # Ops that look at a tensor's shape, never at its values.
 _SHAPE_ONLY: Final = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
 _DEVICE: Final = torch.ops.prim.device.default
-_NONDETERMINISTIC: Final = torch.Tag.nondeterministic_seeded
 _BITSANDBYTES: Final = "bitsandbytes"
 _BEFORE_THE_BLOCKS: Final = "embedding"  # the mark of what runs in front of the first block
 _MASK_DIMENSIONS: Final = 4
@@ -38,35 +40,22 @@ class _Entry:
     reference: "weakref.ref[torch.UntypedStorage]"
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """What happened between two marks.
+@dataclass(slots=True)
+class _Op:
+    """What is known of an op from the first time it ran on arguments of such layouts.
 
     Attributes:
-        label: The mark that began it.
-        live_bytes: Live when it began.
-        peak_bytes: Largest live sum within it.
-        seconds: Price of the ops within it.
-        live: `live_bytes` by category.
-        at_peak: `peak_bytes` by category.
+        recipe: How its outputs are made.
+        view: It makes and changes nothing.
+        draws: It draws random numbers.
+        price: Of `cost`, where a price depends on nothing else.
     """
 
-    label: str
-    live_bytes: int
-    peak_bytes: int
-    seconds: float
-    live: dict[str, int]
-    at_peak: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class OpRecord:
-    """One op as the ledger saw it: storage ids read, storages written (id -> bytes), and its price."""
-
-    name: str
-    reads: frozenset[int]
-    writes: dict[int, int]
-    seconds: float
+    recipe: Any
+    view: bool
+    draws: bool
+    price: OpPrice | None = None
+    cost: Cost | None = None
 
 
 class Ledger(TorchDispatchMode):
@@ -79,12 +68,16 @@ class Ledger(TorchDispatchMode):
     Args:
         cost: Prices ops.
         device_type: Only storages on such a device count ("cpu", "cuda"); others weigh nothing.
+        recipes: Those of the fake mode that stands directly below; with them, an op that was seen before is neither
+            handed down to it nor looked at again.
 
     On a GPU, here or one that `cost` stands for, sizes are rounded and segments counted as its allocator does.
     """
 
-    def __init__(self, cost: Cost, device_type: str) -> None:
+    def __init__(self, cost: Cost, device_type: str, recipes: Recipes | None = None) -> None:
         super().__init__()
+        self._recipes = recipes
+        self._keeps_price = isinstance(cost, Roofline | Free)  # others look at what is around an op
         self._allocator = CachingAllocator() if overhead_of(cost, device_type).caches else None
         self._cost = cost
         self._device_type = device_type
@@ -256,9 +249,18 @@ class Ledger(TorchDispatchMode):
             return self._record(func, args, kwargs or {})
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        recipes, found = self._recipes, None
+        if recipes is not None:
+            found = recipes.key(func, args, recipes.device_seen(kwargs))
+            if found is not None:
+                op: _Op | None = recipes.facts.get(found[0])
+                if op is not None:
+                    return self._repeat(op, func, args, kwargs, found[1])
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        if _NONDETERMINISTIC in func.tags and _draws(func, args, kwargs):
+        draws = draws_numbers(func, args, kwargs)
+        mutable = func._schema.is_mutable
+        if draws:
             self.draws += 1
         inputs = [self._entry(t, self.category) for t in tensors_in(args, kwargs)]
         known = self._next_uid
@@ -267,17 +269,64 @@ class Ledger(TorchDispatchMode):
         before = self.live_bytes
         entries = [self._entry(t, self._line_of(func, t)) for t in outputs]
         born = self.live_bytes - before
-        mutable = func._schema.is_mutable
-        if born == 0 and not mutable and all(entry.uid <= known for entry in entries):
-            return out  # a view, or an op that returned what it was given
+        view = born == 0 and not mutable and all(entry.uid <= known for entry in entries)
+        if recipes is not None and found is not None:
+            key, tensors = found
+            if not tensors and recipes.known(key) is None:
+                recipes.learn(key, func, tensors, out)
+            if recipes.known(key):
+                recipes.facts[key] = _Op(recipes.known(key), view, draws)
+        if view:
+            return out  # or an op that returned what it was given
         price = self._cost.price(func, args, kwargs, outputs)
+        self._count(func, args, kwargs, price, inputs, entries, born)
+        return out
+
+    def _repeat(self, op: "_Op", func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
+        """As `_record`, for an op of which all is known that does not depend on what is live."""
+        assert self._recipes is not None
+        if op.draws:
+            self.draws += 1
+        entries_known, inputs = self._entries, list[_Entry]()
+        for tensor in tensors:
+            entry = entries_known.get(tensor.untyped_storage()._cdata)
+            if entry is None or entry.reference() is None:
+                entry = self._entry(tensor, self.category)
+            inputs.append(entry)
+        with torch._C._DisableTorchDispatch():  # the fake mode below is not asked
+            out = self._recipes.make(op.recipe, tensors)
+        if op.view:
+            return out
+        outputs = [out] if isinstance(out, torch.Tensor) else list(tensors_in(out))
+        before = self.live_bytes
+        entries = [self._entry(t, self._line_of(func, t)) for t in outputs]
+        price = op.price
+        if price is None or op.cost is not self._cost:
+            price = self._cost.price(func, args, kwargs, outputs)
+            if self._keeps_price:
+                op.price, op.cost = price, self._cost
+        self._count(func, args, kwargs, price, inputs, entries, self.live_bytes - before)
+        return out
+
+    def _count(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        price: OpPrice,
+        inputs: list[_Entry],
+        entries: list[_Entry],
+        born: int,
+    ) -> None:
         self.seconds += price.seconds
         self._segment_seconds += price.seconds
         unpacks = func.namespace == _BITSANDBYTES and func.__name__.startswith("gemm_4bit")
         self._raise_peak(max(0, price.workspace_bytes - born), DEQUANTISED if unpacks else WORKSPACE)
+        if not self._taint and self.listener is None:
+            return
         writes = entries
-        if mutable:
-            writes = entries + [self._entry(t, self.category) for t in _mutated(func, args, kwargs)]
+        if func._schema.is_mutable:
+            writes = entries + [self._entry(t, self.category) for t in mutated(func, args, kwargs)]
         if self._taint:
             self._follow_taint(func.__name__, inputs, writes)
         if self.listener is not None:
@@ -289,22 +338,3 @@ class Ledger(TorchDispatchMode):
                     price.seconds,
                 )
             )
-        return out
-
-
-def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an op that can draw does: attention and dropout do not at a probability of zero."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name in {"dropout_p", "p"}:
-            value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
-            return value != 0
-    return True
-
-
-def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += tensors_in(value)
-    return found

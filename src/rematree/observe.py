@@ -55,16 +55,18 @@ class TwinMode(FakeTensorMode):
         capability: Its compute capability; None: that of the device that is here.
     Attributes:
         engine_device: Where code below Python believes tensors of an absent device to be; None: where they are.
+        recipes: What ops make of tensors of given layouts, remembered.
     """
 
     def __init__(self, device: torch.device | None = None, capability: Capability | None = None) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.cache_enabled = False  # `recipes` remembers, at less than the price of torch's keys
         absent = device is not None and is_absent(device)
         self._device = device
         self.engine_device: torch.device | None = META if absent else None
         self._view: DeviceView | None = None
         self._entered = 0
-        self._recipes = Recipes(self, self.engine_device, device)
+        self.recipes = Recipes(self, self.engine_device, device)
         if device is not None and (absent or capability is not None):
             self._view = DeviceView(device, capability or DEFAULT_CAPABILITY)
 
@@ -92,7 +94,7 @@ class TwinMode(FakeTensorMode):
             bare = torch.empty(0, dtype=tensor.dtype, device=META)
             bare.set_(shadow, tensor.storage_offset(), tensor.size(), tensor.stride())  # pyright: ignore[reportCallIssue, reportArgumentType]
             bare.requires_grad_(tensor.requires_grad)
-        copied = self._recipes.wrap(bare, self._device if self._device is not None else tensor.device)
+        copied = self.recipes.wrap(bare, self._device if self._device is not None else tensor.device)
         if isinstance(tensor, nn.Parameter):
             copied._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
         return copied
@@ -106,18 +108,17 @@ class TwinMode(FakeTensorMode):
             if self.engine_device is not None:
                 if func is _DEVICE and isinstance(args[0], FakeTensor):
                     return self.engine_device if args[0].fake_device == self._device else args[0].fake_device
-                if kwargs and kwargs.get("device") == META:
-                    kwargs = {**kwargs, "device": self._device}
-            found = self._recipes.key(func, args, kwargs)
-            if found is None:
+                kwargs = self.recipes.device_seen(kwargs)
+            found = self.recipes.key(func, args, kwargs)
+            if found is None or not found[1]:
                 return self.dispatch(func, types, args, kwargs or {})
             key, tensors = found
-            recipe = self._recipes.known(key)
+            recipe = self.recipes.known(key)
             if recipe:
-                return self._recipes.make(recipe, tensors)
+                return self.recipes.make(recipe, tensors)
             out = self.dispatch(func, types, args, kwargs or {})
             if recipe is None:
-                self._recipes.learn(key, func, tensors, out)
+                self.recipes.learn(key, func, tensors, out)
             return out
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

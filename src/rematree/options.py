@@ -28,7 +28,7 @@ _WORTH: Final = 0.99  # lean adapters must keep less than this share of what a b
 def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -> BlockTrace:
     """Trace of one forward of the block at `path`, with the adapter layers at `lean`, inside it, run lean."""
     block = twin.model.get_submodule(path)
-    ledger = Ledger(cost, twin.device.type)
+    ledger = Ledger(cost, twin.device.type, twin.mode.recipes)
     layers = {name.removeprefix(f"{path}."): twin.model.get_submodule(name) for name in lean}
     inner = {name: m for name, m in inner_regions(block) if not any(is_part(name, layer) for layer in layers)}
     overrides: list[ForwardOverride] = []

@@ -5,6 +5,7 @@ on the parameter (`Params4bit.quant_state`) or, after the first forward of an 8-
 (`Linear8bitLt.state`). A model can only hold such layers once the library is imported, so names are enough.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -17,7 +18,12 @@ _FOUR_BIT: Final = "Linear4bit"
 
 
 def _from_library(value: object) -> bool:
-    return any(base.__module__.partition(".")[0] == _LIBRARY for base in type(value).__mro__)
+    return _is_of_library(type(value))
+
+
+@functools.cache
+def _is_of_library(kind: type) -> bool:
+    return any(base.__module__.partition(".")[0] == _LIBRARY for base in kind.__mro__)
 
 
 def _has_base(module: nn.Module, name: str) -> bool:

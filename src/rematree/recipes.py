@@ -5,8 +5,9 @@ layers is thousands of ops, and a plan some twenty steps. Here an op is remember
 dtypes and devices. What is remembered is how to make each output: a new storage, a view of an argument, or an
 argument itself.
 
-Not remembered: ops without a tensor argument, outputs that depend on values, outputs whose storage is larger than their
-layout, anything but dense tensors of one fake mode.
+Not remembered: outputs that depend on values, outputs whose storage is larger than their layout, anything but dense
+tensors of one fake mode. What factories make is remembered where a step calls them, not where the fake mode does: its
+own kernels call them for tensors of other kinds.
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,16 @@ from typing import Any, Final
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from rematree.price import tensors_in
+
 META: Final = torch.device("meta")
-_PLAIN: Final = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN: Final = frozenset(
+    {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
 _NEVER: Final = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 # Their outputs' offsets are arguments; all other views begin at a fixed distance from their base.
 _ABSOLUTE: Final = frozenset({torch.ops.aten.as_strided, torch.ops.aten.as_strided_, torch.ops.aten.as_strided_copy})
+_NONDETERMINISTIC: Final = torch.Tag.nondeterministic_seeded
 _VALUES: Final = (int, float, bool, type(None))
 
 
@@ -64,18 +70,23 @@ class Recipes:
         self._told = told
         self._device = device
         self._known: dict[Any, Any] = {}
+        self.facts: dict[Any, Any] = {}  # what the ledger found out about an op, by key
         self._attributes: dict[torch.device, dict[str, Any]] = {}
 
     def key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]] | None:
-        """What the op is remembered by, and its tensor arguments; None if it is not to be remembered."""
+        """What the op is remembered by, and its tensor arguments; None if it cannot be remembered."""
         if func.overloadpacket in _ABSOLUTE:
             return None
         tensors: list[torch.Tensor] = []
         try:
-            key = (func, self._part(args, tensors), self._part(kwargs, tensors) if kwargs else None)
+            key = (
+                func,
+                *[self._part(value, tensors) for value in args],
+                self._part(kwargs, tensors) if kwargs else None,
+            )
         except _UnknownError:
             return None
-        return (key, tensors) if tensors else None
+        return key, tensors
 
     def _part(self, value: Any, tensors: list[torch.Tensor]) -> Any:
         kind = type(value)
@@ -91,6 +102,12 @@ class Recipes:
         if kind in _PLAIN:
             return kind, value
         raise _UnknownError
+
+    def device_seen(self, kwargs: Any) -> Any:
+        """`kwargs` as code in Python means them: where code below it was told another device, that is put right."""
+        if self._told is not None and kwargs and kwargs.get("device") == self._told:
+            return {**kwargs, "device": self._device}
+        return kwargs
 
     def known(self, key: Any) -> Any:
         """The recipe of `key`: None if the op has not been seen, False if it cannot be remembered."""
@@ -167,3 +184,24 @@ class Recipes:
         )
         vars(made).update(attributes)
         return made
+
+
+def draws_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an op draws random numbers: attention and dropout do not at a probability of zero."""
+    if _NONDETERMINISTIC not in func.tags:
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name in {"dropout_p", "p"}:
+            value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+            return value != 0
+    return True
+
+
+def mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The arguments that an op writes to."""
+    found: list[torch.Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += tensors_in(value)
+    return found

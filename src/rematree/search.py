@@ -3,6 +3,8 @@
 Everything confirmed is kept, so that a plan found for one budget also serves another.
 """
 
+import functools
+import math
 import sys
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +21,7 @@ from rematree.units import KIB
 _RESOLUTION: Final = 4096  # quanta of the chain solver between the first block's start and the plain peak
 _MAX_CONFIRMATIONS: Final = 6  # simulated steps spent on one budget
 _WORTH_GROUPS: Final = 0.003  # of the step: groups that win less are left alone
+_WORTH_SEARCHING: Final = 0.002  # of the step: when no plan in between can win more, the search for one ends
 _NEAR_LEAST: Final = 3  # limits tried for the smallest peak
 
 
@@ -53,10 +56,14 @@ class Search:
         self._confirmed: dict[tuple[tuple[int, ...], int, tuple[Group, ...]], Confirmed] = {}
         problem = survey.problem
         self._quantum = max(KIB, (survey.plain.peak_bytes - problem.base) // _RESOLUTION)
-        self._least_limit = least_peak(problem, self._quantum)
-        if problem.advances:
-            self._least_limit = least_grouped_peak(problem, self._quantum, self._least_limit)
-        self._top = max(survey.plain.peak_bytes, self._least_limit) * 2
+        self._top = 2 * survey.plain.peak_bytes
+
+    @functools.cached_property
+    def _least_limit(self) -> int:
+        """The smallest limit at which the solver finds something; asked for only where a budget comes near it."""
+        problem = self._survey.problem
+        least = least_peak(problem, self._quantum)
+        return least_grouped_peak(problem, self._quantum, least) if problem.advances else least
 
     def peak(self, simulation: Simulation) -> int:
         """All that the device must have: the sum of the ledger."""
@@ -107,28 +114,37 @@ class Search:
         return min(fitting, key=lambda e: (e.choice.seconds, e.peak_bytes), default=None)
 
     def around(self, budget: int | None) -> None:
-        """Confirm plans around `budget`: lower the solver's limit by what the referee says it was off, then refine."""
+        """Confirm plans around `budget`: lower the solver's limit by what the referee says it was off, then refine.
+
+        A larger limit never makes the solver's choice slower, so what is left to win between a plan that fits and one
+        that does not is the difference of their seconds; where that is next to nothing, it is left.
+        """
         if budget is None:
             budget = self._top + self._beside
         high = min(budget - self._beside, self._top)
         low: int | None = None
-        limit = high
+        fastest, fitting = -math.inf, math.inf  # seconds of the choices at `high` and at `low`
+        limit, floor = high, -1
         for _ in range(_MAX_CONFIRMATIONS):
-            limit = max(limit, self._least_limit)
             entry = self._at(limit)
             if entry is None:
-                return
+                limit = floor = max(limit, self._least_limit)
+                entry = self._at(limit)
+                if entry is None:
+                    return
             over = entry.peak_bytes - budget
             if over <= 0:
-                low = limit
+                low, fitting = limit, entry.choice.seconds
                 if limit == high or high - limit <= self._quantum:
                     return
                 limit = (limit + high) // 2
             else:
-                if limit == self._least_limit:
+                if limit == floor:
                     return
-                high = limit
+                high, fastest = limit, entry.choice.seconds
                 limit = limit - max(over, self._quantum) if low is None else (low + limit) // 2
+            if fitting - fastest <= _WORTH_SEARCHING * self._survey.plain.seconds:
+                return
 
     def least(self) -> Confirmed:
         """The confirmed plan of the smallest peak."""
@@ -139,8 +155,9 @@ class Search:
     def frontier(self, points: int) -> list[Confirmed]:
         """Pareto-optimal plans from the smallest peak to the fastest step, at most `points` of them."""
         low = self.least()
+        room = max(0, self._top - self._least_limit)
         for index in range(points):
-            self._at(self._least_limit + (self._top - self._least_limit) * index // max(1, points - 1))
+            self._at(self._least_limit + room * index // max(1, points - 1))
         front: list[Confirmed] = []
         for entry in sorted(self._confirmed.values(), key=lambda e: (e.peak_bytes, e.choice.seconds)):
             if not front or entry.choice.seconds < front[-1].choice.seconds:

@@ -167,7 +167,7 @@ class Referee:
         return self._run(levers, chain)
 
     def _run(self, levers: Levers, chain: Fold) -> Simulation:
-        model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type)
+        model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type, self.twin.mode.recipes)
         marks = _BlockMarks(ledger, chain.kept)
         absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
         overrides: list[ForwardOverride] = []
@@ -203,9 +203,9 @@ class Referee:
         segments = [*unfold([*step, between], chain, left)]
         if segments[-1].label == _BETWEEN:
             segments.pop()
-        segments = [self._paced(segment) for segment in (*segments, optimizer)]
+        segments.append(optimizer)
         highest = max(segments, key=lambda segment: segment.peak_bytes)
-        return Simulation(
+        result = Simulation(
             highest.peak_bytes,
             sum(segment.seconds for segment in segments),
             {name: size for name, size in highest.at_peak.items() if size},
@@ -215,6 +215,12 @@ class Referee:
             tuple(marks.graph[image] for image in chain.images),
             ledger.slack_bytes,
         )
+        return self.paced(result)
+
+    def paced(self, unpaced: Simulation) -> Simulation:
+        """`unpaced`, with the seconds of its blocks multiplied by `pace`."""
+        segments = tuple(self._paced(segment) for segment in unpaced.segments)
+        return replace(unpaced, segments=segments, seconds=sum(segment.seconds for segment in segments))
 
     def _paced(self, segment: Segment) -> Segment:
         phase, _, number = segment.label.partition(" ")

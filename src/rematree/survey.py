@@ -19,14 +19,17 @@ from rematree.execute.loss import find_head
 from rematree.folding import shortened
 from rematree.options import levers_of, merged, observe_block
 from rematree.plans import Levers
-from rematree.regions import Chain, join_path
+from rematree.regions import Chain
 from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption, enumerate_options
-from rematree.solve.chain import Advance, ChainChoice, ChainProblem, HeadOption, StageOption
+from rematree.solve.chain import ChainChoice, ChainProblem, HeadOption
+from rematree.stages import length_for, measure_advances, measure_options
 
 _OPTIONS_PER_KIND: Final = 16
 _MANY: Final = 12  # blocks of one kind, over which options are mixed so finely that the lower convex hull is enough
 _OPTIONS_OF_MANY: Final = 9
+_OPTIONS_OF_FEW: Final = 4  # of a kind that is at most this share of the chain: the other blocks mix finely enough
+_FEW: Final = 1 / 24
 _CHUNK_ROWS: Final = (4096, 2048, 1024, 512, 256, 128, 64, 32)
 _MAX_CHUNKS: Final = 32  # more make the logits smaller than what else is live beside them, and the step slower
 _SAVE_ALL: Final = BlockOption(("",), frozenset(), 0, 0.0)
@@ -69,43 +72,54 @@ class Survey:
 
 
 def survey(
-    referee: Referee, chain: Chain, *, chunk: bool, lean: bool, groups: bool, compiler: Profiler | None = None
+    referee: Referee,
+    chain: Chain,
+    plain: Simulation,
+    *,
+    chunk: bool,
+    lean: bool,
+    groups: bool,
+    compiler: Profiler | None = None,
 ) -> Survey:
     """Survey the twin of `referee`.
 
     Args:
         referee: Runs the whole step.
         chain: Its blocks.
+        plain: What it says of a step without any lever.
         chunk: Whether chunked loss may be used.
         lean: Whether adapter layers may be lean.
         groups: Whether blocks may be recomputed in groups.
         compiler: Compiles and measures blocks, if they may be compiled.
     Cost:
-        About 25 simulated steps of a few blocks; seconds for a model of any size.
+        About 15 simulated steps of a few blocks; seconds for a model of any size.
     """
     twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
-    plain = referee.run(Levers())
     kinds, representatives = _kinds(referee, plain)
     compiled = NOT_COMPILED
     if compiler is not None:
         compiled = compiler.measure(referee, plain, representatives)
         referee.profiles = compiled.profiles
-    length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
     layers = _lean_layers(twin.model, chain) if lean else {}
-    with _shortened(twin.model, chain, range(length)) as blocks:
-        short = Referee(
+    gradients = tuple(0 if accumulate else _gradient_bytes(twin.model, path) for path in chain.blocks)
+
+    def referee_of(blocks: tuple[str, ...]) -> Referee:
+        return Referee(
             twin,
             blocks,
             cost,
             "none",
             accumulate,
-            kinds=referee.kinds[:length],
+            kinds=referee.kinds[: len(blocks)],
             pace=referee.pace,
             profiles=compiled.profiles,
         )
-        beside = _beside_lean(short, representatives, layers)
+
+    length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
+    with _shortened(twin.model, chain, range(length)) as blocks:
+        beside = _beside_lean(referee_of(blocks), plain, representatives, layers)
         options = [
-            _enumerate(referee, blocks[index], layers, beside.get(index), kinds.count(kind) >= _MANY)
+            _enumerate(referee, blocks[index], layers, beside.get(index), _limit(kinds, kind))
             if plain.graph[index][1]
             else [_SAVE_ALL]
             for kind, index in enumerate(representatives)
@@ -115,17 +129,19 @@ def survey(
                 # The first option is the one that groups are made of, the last one saves everything.
                 place = min(1, len(options[kind]) - 1)
                 options[kind][place:place] = compiled.options(twin.model.get_submodule(blocks[index]))
-        stages, options = _measure_options(short, kinds[:length], representatives, options, layers)
-        advances = _measure_advances(short, kinds[:length], stages, options, layers) if groups else []
+    enough = max(length, length_for(kinds, representatives, options)) if chain.container else length
+    with _shortened(twin.model, chain, range(enough)) as blocks:
+        short = referee_of(blocks)
+        stages, options = measure_options(short, kinds, representatives, options, layers, gradients)
+        advances = measure_advances(short, kinds, stages, options, layers) if groups else []
     few = _smallest(twin.model, chain, length)
     with _shortened(twin.model, chain, few) as blocks:
         smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=[referee.kinds[index] for index in few])
         rows, heads = _measure_heads(smallest, chunk)
-    gradients = [0 if accumulate else _gradient_bytes(twin.model, path) for path in chain.blocks]
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
         stages=tuple(tuple(stages[kind]) for kind in kinds),
-        gradients=tuple(gradients),
+        gradients=gradients,
         heads=tuple(heads),
         advances=tuple(advances[kind] for kind in kinds) if any(advances) else (),
     )
@@ -151,7 +167,7 @@ def _lean_layers(model: nn.Module, chain: Chain) -> dict[str, tuple[str, ...]]:
 
 
 def _beside_lean(
-    short: Referee, representatives: Sequence[int], layers: Mapping[str, tuple[str, ...]]
+    short: Referee, plain: Simulation, representatives: Sequence[int], layers: Mapping[str, tuple[str, ...]]
 ) -> dict[int, float]:
     """Seconds that lean adapters add to each block to be measured, which saves all otherwise."""
     chosen = [short.blocks[index] for index in representatives if short.blocks[index] in layers]
@@ -159,7 +175,6 @@ def _beside_lean(
         return {}
     option = replace(_SAVE_ALL, lean=True)
     lean = short.run(levers_of([(path, option) for path in short.blocks if path in layers], lean=layers))
-    plain = short.run(Levers())
     return {
         index: lean.block_seconds(index) - plain.block_seconds(index)
         for index in representatives
@@ -168,15 +183,22 @@ def _beside_lean(
 
 
 def _enumerate(
-    referee: Referee, path: str, layers: Mapping[str, tuple[str, ...]], beside: float | None, many: bool
+    referee: Referee, path: str, layers: Mapping[str, tuple[str, ...]], beside: float | None, limit: int
 ) -> list[BlockOption]:
     """Options of the block at `path`: those without lean adapters, and those with, `beside` seconds dearer."""
-    limit = _OPTIONS_OF_MANY if many else _OPTIONS_PER_KIND
     if beside is None:
         return enumerate_options(observe_block(referee.twin, path, referee.cost), limit)
     plain = enumerate_options(observe_block(referee.twin, path, referee.cost), limit - limit // 4)
     lean = enumerate_options(observe_block(referee.twin, path, referee.cost, layers[path]), limit // 2)
     return merged(plain, lean, beside)
+
+
+def _limit(kinds: Sequence[int], kind: int) -> int:
+    """How many options a kind gets."""
+    count = kinds.count(kind)
+    if count <= _FEW * len(kinds):
+        return _OPTIONS_OF_FEW
+    return _OPTIONS_OF_MANY if count >= _MANY else _OPTIONS_PER_KIND
 
 
 def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:
@@ -206,113 +228,6 @@ def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator
         return
     with shortened(model, chain.container, kept):
         yield tuple(chain.blocks[index] for index in kept)
-
-
-def _measure_options(
-    short: Referee,
-    kinds: Sequence[int],
-    representatives: Sequence[int],
-    options: Sequence[Sequence[BlockOption]],
-    lean: Mapping[str, tuple[str, ...]],
-) -> tuple[list[list[StageOption]], list[list[BlockOption]]]:
-    """Run every option on the short chain; options of different kinds share a run."""
-    final = [list(each) for each in options]
-    stages: list[list[StageOption]] = [[] for _ in final]
-    base: list[float] = [0.0] * len(final)
-    for turn in reversed(range(max(len(each) for each in final))):
-        while True:
-            result = short.run(
-                levers_of(
-                    (
-                        (path, final[kind][min(turn, len(final[kind]) - 1)])
-                        for path, kind in zip(short.blocks, kinds, strict=True)
-                    ),
-                    lean=lean,
-                )
-            )
-            if not result.misread and not result.written:
-                break
-            for path, kind in zip(short.blocks, kinds, strict=True):
-                index = min(turn, len(final[kind]) - 1)
-                option = _save_less(final[kind][index], path, result.written)
-                final[kind][index] = _stash_more(option, path, result.misread)
-        for kind, index in enumerate(representatives):
-            seconds = result.block_seconds(index)
-            if turn == len(final[kind]) - 1:
-                base[kind] = seconds  # the last option saves everything
-            if turn < len(final[kind]):
-                # A rerun is never free, whatever the difference of two sums of prices says.
-                option = final[kind][turn]
-                extra = max(seconds - base[kind], option.rerun_seconds)
-                if option.compiled is not None:
-                    extra = seconds - base[kind] + option.rerun_seconds  # which is here its share of compiling
-                stage = _profile(short, result, index, extra)
-                stages[kind].insert(0, replace(stage, fill=_fill(final[kind], turn, result.forward(index).seconds)))
-    return stages, final
-
-
-def _fill(options: Sequence[BlockOption], index: int, forward: float) -> float:
-    """Seconds of running a block again, as the last of a group, until what option `index` keeps is back."""
-    if options[index].saves_all:
-        return options[0].rerun_seconds if options[0].kept_bytes == 0 else forward
-    return forward if options[index].kept_bytes else 0.0  # its input is all that it keeps, and comes first
-
-
-def _measure_advances(
-    short: Referee,
-    kinds: Sequence[int],
-    stages: Sequence[Sequence[StageOption]],
-    options: Sequence[Sequence[BlockOption]],
-    layers: Mapping[str, tuple[str, ...]],
-) -> list[Advance | None]:
-    """Each kind as part of a group, if what it keeps at the least is its input alone.
-
-    What a group saves is what a run of two blocks does not keep any more: the output of the first, if the model hands
-    that on as it is. The block behind them shows it; at the head's mark the model still holds the last one's input.
-    """
-    found: list[Advance | None] = []
-    bare = [each[0].kept_bytes == 0 and not each[0].saves_all for each in options]
-    for kind, stage in enumerate(stages):
-        pairs = (i for i in range(len(short.blocks) - 2) if kinds[i] == kind and bare[kinds[i + 1]])
-        index = next(pairs, None) if bare[kind] else None
-        if index is None:
-            found.append(None)
-            continue
-        chosen = [(short.blocks[block], options[kinds[block]][0]) for block in (index, index + 1)]
-        levers = levers_of(chosen, lean=layers)
-        alone = short.run(levers)
-        grouped = short.run(replace(levers, groups=(short.blocks[index : index + 2],)))
-        saved = alone.forward(index + 2).live_bytes - grouped.forward(index + 2).live_bytes
-        kept = stage[0].kept
-        output = min(max(0, saved), kept)
-        forward = alone.forward(index)
-        # Before backward needs a saved tensor, it may have scaled the gradient of the output once.
-        found.append(Advance(output, stage[0].forward, 2 * kept, forward.seconds, kept - output))
-    return found
-
-
-def _stash_more(option: BlockOption, path: str, misread: frozenset[str]) -> BlockOption:
-    prefix = path + "."
-    wrong = {region.removeprefix(prefix) for region in misread if region.startswith(prefix)}
-    return replace(option, stashed=option.stashed | wrong) if wrong else option
-
-
-def _save_less(option: BlockOption, path: str, written: frozenset[str]) -> BlockOption:
-    """`option` without the regions whose output is written to later in the block."""
-    saved = tuple(region for region in option.saved if join_path(path, region) not in written)
-    return replace(option, saved=saved, stashed=option.stashed & frozenset(saved))
-
-
-def _profile(short: Referee, result: Simulation, index: int, extra: float) -> StageOption:
-    forward, backward = result.forward(index), result.backward(index)
-    after = result.forward(index + 1) if index + 1 < len(short.blocks) else result.head
-    later = 0 if short.accumulate else sum(_gradient_bytes(short.twin.model, p) for p in short.blocks[index + 1 :])
-    return StageOption(
-        kept=after.live_bytes - forward.live_bytes,
-        forward=forward.peak_bytes - forward.live_bytes,
-        backward=backward.peak_bytes - forward.live_bytes - later if backward else 0,
-        seconds=extra,
-    )
 
 
 def _measure_heads(short: Referee, chunk: bool) -> tuple[list[int | None], list[HeadOption]]:

@@ -1,6 +1,37 @@
-"""What one observed forward of a block did, op by op. Plain data; no tensors."""
+"""What a step did, as it was observed: its segments, its ops, and one forward of a block. Plain data; no tensors."""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What happened between two marks.
+
+    Attributes:
+        label: The mark that began it.
+        live_bytes: Live when it began.
+        peak_bytes: Largest live sum within it.
+        seconds: Price of the ops within it.
+        live: `live_bytes` by category.
+        at_peak: `peak_bytes` by category.
+    """
+
+    label: str
+    live_bytes: int
+    peak_bytes: int
+    seconds: float
+    live: dict[str, int]
+    at_peak: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class OpRecord:
+    """One op as the ledger saw it: storage ids read, storages written (id -> bytes), and its price."""
+
+    name: str
+    reads: frozenset[int]
+    writes: dict[int, int]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ A parameter has the name of the field of `TrainConfig` that it sets, and the def
 
 import contextlib
 import dataclasses
+import gc
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -207,14 +209,24 @@ def plan_only() -> None:
 
     bitsandbytes compiles two functions when it is imported, which takes a second and a half of nothing else. The
     variable that stops it is as it was afterwards: who calls a command from a process that trains wants to compile.
+    What is imported stays: the garbage collector, which would go through all of it a dozen times, need not look.
     """
     before = os.environ.get(_NO_COMPILER)
     os.environ[_NO_COMPILER] = "1"
+    collects, cold = gc.isenabled(), "torch" not in sys.modules
+    gc.disable()
     try:
         # Missing, or there and broken: `--load-in-4bit` says so, and nothing else needs it.
         with contextlib.suppress(ImportError, OSError, RuntimeError):
             import bitsandbytes as bitsandbytes
+        import peft as peft
+
+        from rematree import planning as planning
     finally:
+        if cold:  # else there may be garbage of others among it
+            gc.freeze()
+        if collects:
+            gc.enable()
         if before is None:
             del os.environ[_NO_COMPILER]
         else:

@@ -14,6 +14,7 @@ from rematree.regions import parent_path
 from rematree.trace import BlockTrace
 
 _BEAM: Final = 48
+_BEAM_OF_AN_OPTION: Final = 12  # where few options are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,11 @@ def evaluate(trace: BlockTrace, saved: Iterable[str], lines: Lineage | None = No
         return BlockOption(
             ("",), frozenset(), sum(trace.sizes.get(s, 0) for s in {x.storage for x in trace.saves}), 0.0
         )
-    lines = lineage(trace) if lines is None else lines
-    owner = {region: next((outer for outer in line if outer in chosen), None) for region, line in lines.items()}
+    owner: dict[str, str | None] = {}
+    for region, line in (lineage(trace) if lines is None else lines).items():
+        owner[region] = None
+        if not chosen.isdisjoint(line):
+            owner[region] = next(outer for outer in line if outer in chosen)
     kept = {save.storage for save in trace.saves if owner[save.region] is not None}
     refilled = [save for save in trace.saves if owner[save.region] is None]
     last = max((save.op for save in refilled), default=0)
@@ -93,14 +97,15 @@ def enumerate_options(trace: BlockTrace, limit: int) -> list[BlockOption]:
     """At most `limit` Pareto-optimal options, from least bytes to no recomputation.
 
     Save sets grow from the empty one by one region at a time; only sets no other one beats in both bytes and seconds
-    grow further (a beam of 48). Mixing options over identical blocks can only use the lower convex hull, so that is
-    what remains, filled up with the points nearest to it.
+    grow further (a beam of 48, or of 12 for each option asked for). Mixing options over identical blocks can only use
+    the lower convex hull, so that is what remains, filled up with the points nearest to it.
 
     Cost:
         O(beam * regions^2 * ops).
     """
     everything = evaluate(trace, ("",))
     lines = lineage(trace)
+    beam = min(_BEAM, limit * _BEAM_OF_AN_OPTION)
     seen: dict[frozenset[str], BlockOption] = {frozenset(): evaluate(trace, (), lines)}
     front = list(seen.values())
     expanded: set[tuple[str, ...]] = set()
@@ -117,11 +122,11 @@ def enumerate_options(trace: BlockTrace, limit: int) -> list[BlockOption]:
                     if bigger not in seen:
                         seen[bigger] = evaluate(trace, bigger, lines)
                         grown.append(seen[bigger])
-        new_front = pareto([*front, *grown], key_limit=_BEAM)
+        new_front = pareto([*front, *grown], key_limit=beam)
         if {o.saved for o in new_front} == {o.saved for o in front}:
             break
         front = new_front
-    front = [o for o in pareto([*front, everything], key_limit=_BEAM) if o.saves_all or o.rerun_seconds > 0]
+    front = [o for o in pareto([*front, everything], key_limit=beam) if o.saves_all or o.rerun_seconds > 0]
     if everything not in front:  # a set that keeps no more and reruns nothing: the same thing with more machinery
         front.append(everything)
     return _thin(front, limit)

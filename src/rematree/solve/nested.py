@@ -69,20 +69,31 @@ class Tables:
         )  # no advances: no group is asked for
         self._ids = tuple(numbers.setdefault(key, len(numbers)) for key in keys)
         self._tables: dict[tuple[int, ...], _Table] = {}
+        self._by_place: dict[Group, _Table] = {}
+        self._peaks: dict[Group, int] = {}
         self._places = np.arange(states)
 
     def group(self, start: int, stop: int) -> _Table:
         """P of blocks start..stop-1."""
-        key = self._ids[start:stop]
-        if key not in self._tables:
-            self._tables[key] = self._single(start) if stop - start == 1 else self._run(start, stop)
-        return self._tables[key]
+        table = self._by_place.get((start, stop))
+        if table is None:
+            key = self._ids[start:stop]
+            if key not in self._tables:
+                self._tables[key] = self._single(start) if stop - start == 1 else self._run(start, stop)
+            table = self._by_place[start, stop] = self._tables[key]
+        return table
 
     def forward_peak(self, start: int, stop: int) -> int:
         """Largest bytes while blocks start..stop-1 run and nothing is kept."""
-        advances = [_known(self.problem.advances[block]) for block in range(start, stop)]
-        later = (before.output + one.forward for before, one in itertools.pairwise(advances))
-        return max(advances[0].forward, *later)
+        peak = self._peaks.get((start, stop))
+        if peak is None:
+            last = _known(self.problem.advances[stop - 1])
+            peak = last.forward
+            if stop - start > 1:
+                before = _known(self.problem.advances[stop - 2])
+                peak = max(self.forward_peak(start, stop - 1), before.output + last.forward)
+            self._peaks[start, stop] = peak
+        return peak
 
     def shifted(self, seconds: Floats, kept: int, need: int) -> Floats:
         """`seconds` behind something that keeps `kept` bytes, infinite where fewer than `need` are available."""
@@ -237,6 +248,7 @@ class _Sweep:
         self._states = self._room // quantum + 1
         count = len(problem.stages)
         self._later = [sum(problem.gradients[block + 1 :]) for block in range(count)]
+        self._beside = [0, *itertools.accumulate(a.beside if a is not None else 0 for a in problem.advances)]
         self._best = [np.full(self._states, _INFINITY) for _ in range(count + 1)]
         # Block, option (or -1: a group) and state that the best way to each state comes from.
         self._came = [np.full((3, self._states), -1, dtype=np.int32) for _ in range(count + 1)]
@@ -258,12 +270,12 @@ class _Sweep:
             inside = self._tables.group(start, stop).seconds
             free = self._free(start, stop) - np.arange(self._states)
             rerun = np.where(free >= 0, inside[np.clip(free, 0, len(inside) - 1)], _INFINITY)
-            kept = _known(problem.advances[stop - 1]).output + beside_of(problem, start, stop)
+            kept = _known(problem.advances[stop - 1]).output + self._beside[stop] - self._beside[start]
             self._go(start, stop, -1, here + rerun, kept, self._tables.forward_peak(start, stop))
 
     def _free(self, start: int, stop: int) -> int:
         """Quanta for the rerun of a group if nothing were live at its start."""
-        free = self._room - self._later[stop - 1] - beside_of(self._problem, start, stop)
+        free = self._room - self._later[stop - 1] - self._beside[stop] + self._beside[start]
         return (free + self._quantum - 1 - self._up) // self._quantum
 
     def _go(self, start: int, stop: int, index: int, seconds: Floats, kept: int, need: int) -> None:
