@@ -19,6 +19,7 @@ from rematree.attention_kernels import Capability
 from rematree.compile_profile import Profiler
 from rematree.cost import Cost, Measured
 from rematree.devices import overhead_of
+from rematree.engines import any_sharded, without_engine
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.input_grads import as_leaves
 from rematree.fingerprint import describe_batch, describe_model
@@ -82,6 +83,7 @@ class Planner:
         steps: int | None = None,
         allow_compile: bool | None = None,
     ) -> None:
+        model = without_engine(model)
         unknown = sorted(set(forbid) - LEVERS)
         if unknown:
             raise UsageError(f"unknown lever {unknown[0]!r} in forbid; levers: {', '.join(sorted(LEVERS))}")
@@ -111,7 +113,7 @@ class Planner:
             accumulation_steps > 1,
             kinds=[kinds[path] for path in chain.blocks],
         )
-        if is_measured(self._cost) and is_live(model, self._twin.device):
+        if is_measured(self._cost) and is_live(model, self._twin.device) and not any_sharded(model):
             self._referee.pace = self._paces(model)
         chunk = "chunked_loss" not in self._forbid and loss is None
         if allow_compile is None:
