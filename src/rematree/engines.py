@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 _HOOKS_OF_FSDP: Final = "torch.distributed.fsdp"
+_MARKS_OF_FSDP: Final = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _META: Final = torch.device("meta")
 
 
@@ -73,9 +74,13 @@ def copy_without_engine(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         kind = own_class(module)
         memo[id(module)] = kind.__new__(kind)
     for module in sharded:
-        entries = {name: _without_hooks(value) for name, value in vars(module).items()}
+        entries = {name: _without_hooks(value) for name, value in vars(module).items() if not _marks_fsdp(name)}
         vars(memo[id(module)]).update({name: copy.deepcopy(value, memo) for name, value in entries.items()})
     return copy.deepcopy(model, memo)
+
+
+def _marks_fsdp(attribute: str) -> bool:
+    return attribute.startswith(_MARKS_OF_FSDP)
 
 
 def _without_hooks(value: Any) -> Any:

@@ -16,13 +16,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
+from rematree.engines import local_part
 from rematree.quantised import hidden_tensors
 from rematree.units import KIB
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`; views and tied weights count once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of the distinct storages behind `tensors`; views and tied weights count once, shards as what is here."""
+    parts = [local_part(t) for t in tensors]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in parts}.values())
 
 
 def resident_peak_bytes() -> int:

@@ -102,6 +102,7 @@ def survey(
             kinds=referee.kinds[:length],
             pace=referee.pace,
             profiles=compiled.profiles,
+            ranks=referee.ranks,
         )
         beside = _beside_lean(short, representatives, layers)
         options = [
@@ -119,9 +120,10 @@ def survey(
         advances = _measure_advances(short, kinds[:length], stages, options, layers) if groups else []
     few = _smallest(twin.model, chain, length)
     with _shortened(twin.model, chain, few) as blocks:
-        smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=[referee.kinds[index] for index in few])
+        few_kinds = [referee.kinds[index] for index in few]
+        smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
         rows, heads = _measure_heads(smallest, chunk)
-    gradients = [0 if accumulate else _gradient_bytes(twin.model, path) for path in chain.blocks]
+    gradients = [0 if accumulate else referee.layout.gradients_left(index) for index in range(len(chain.blocks))]
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
         stages=tuple(tuple(stages[kind]) for kind in kinds),
@@ -306,7 +308,7 @@ def _save_less(option: BlockOption, path: str, written: frozenset[str]) -> Block
 def _profile(short: Referee, result: Simulation, index: int, extra: float) -> StageOption:
     forward, backward = result.forward(index), result.backward(index)
     after = result.forward(index + 1) if index + 1 < len(short.blocks) else result.head
-    later = 0 if short.accumulate else sum(_gradient_bytes(short.twin.model, p) for p in short.blocks[index + 1 :])
+    later = 0 if short.accumulate else sum(map(short.layout.gradients_left, range(index + 1, len(short.blocks))))
     return StageOption(
         kept=after.live_bytes - forward.live_bytes,
         forward=forward.peak_bytes - forward.live_bytes,
@@ -329,7 +331,3 @@ def _measure_heads(short: Referee, chunk: bool) -> tuple[list[int | None], list[
 
 def _is_token_matrix(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() >= 2
-
-
-def _gradient_bytes(model: nn.Module, path: str) -> int:
-    return sum(p.numel() * p.element_size() for p in model.get_submodule(path).parameters() if p.requires_grad)
