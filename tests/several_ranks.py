@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported what they need, so that a run costs no import.
 """
 
+import io
 import multiprocessing
 import socket
 import traceback
@@ -38,7 +39,7 @@ def run(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
                 assert not dead, f"a rank ended with {dead}"
                 continue
             assert error is None, f"rank {rank}:\n{error}"
-            found[rank] = value
+            found[rank] = torch.load(io.BytesIO(value), weights_only=False)
     finally:
         for worker in workers:
             worker.join(1 if len(found) == count else 0)
@@ -46,14 +47,15 @@ def run(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     return [found[rank] for rank in range(count)]
 
 
-def _work(
-    rank: int, count: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _work(rank: int, count: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, count, rank == 0, timeout=_PATIENCE)
     dist.init_process_group("gloo", rank=rank, world_size=count, store=store, timeout=_PATIENCE)
     try:
-        results.put((rank, function(rank, *args), None))
+        # As bytes: a tensor in a queue is shared memory of a process that may be gone when it is read.
+        value = io.BytesIO()
+        torch.save(function(rank, *args), value)
+        results.put((rank, value.getvalue(), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
         raise
