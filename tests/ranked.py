@@ -4,6 +4,7 @@ import collections
 import copy
 import gc
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from rematree.measure import PeakMeter
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.ranks import Ranks
 from rematree.roofline import Roofline
+
+LONG = batch_for(nn.Module())
 
 
 def tiny(lora: bool) -> nn.Module:
@@ -43,7 +46,8 @@ def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=ranks.bucket_view)
     for module in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
         fully_shard(module, reshard_after_forward=ranks.reshard)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def levers(model: nn.Module, kind: str) -> Levers:
@@ -156,42 +160,43 @@ def peak(rank: int, ranks: Ranks, lora: bool, plan: Plan, batch: dict[str, torch
                 optimizer.zero_grad()
 
             step()
-            step()
             if ranks.engine == "fsdp2":  # the whole model, before it is sharded, would be the peak
                 gc.collect()
                 meter = PeakMeter(model, optimizer, batch)
                 meter.__enter__()
-                step()
+            step()
             meter.__exit__(None, None, None)
     return meter.peak_bytes
 
 
-def planned_here(rank: int, ranks: Ranks, lora: bool, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+def quick_plan(model: nn.Module, batch: dict[str, torch.Tensor], ranks: Ranks | None = None) -> Plan:
+    forbid = ("chunked_loss", "groups", "lean_adapters")
+    return rematree.plan(model, batch, None, ranks=ranks, cost=roofline(), forbid=forbid)
+
+
+def planned_here(rank: int, ranks: Ranks) -> dict[str, Any]:
     """What the planner reads off a model that is under the engine already, and what all ranks agree on."""
-    model = sizeable(lora)
-    under = wrapped(model, ranks)
-    mine = {name: tensor[:, : 16 * (rank + 1)] for name, tensor in batch.items()}
-    planner = rematree.Planner(under, batch, cost=roofline())
-    agreed = rematree.agreed_plan(lambda: rematree.plan(under, mine, None, cost=roofline()))
-    error = ""
+    plan = quick_plan(wrapped(tiny(False), ranks), LONG)
+
+    def for_batch(tokens: int, model: str = "") -> Plan:
+        shape = (("input_ids", (2, tokens), "int64"),)
+        return replace(plan, fingerprint=replace(plan.fingerprint, batch=shape, trainable=model))
+
+    def too_small() -> Plan:
+        if rank == 1:
+            raise rematree.InfeasibleBudgetError("too small", budget=1, min_peak=2)
+        return plan
+
+    found: dict[str, Any] = {"plan": plan, "agreed": rematree.agreed_plan(lambda: for_batch(16 * (rank + 1)))}
     try:
-        budget = "1GiB" if rank == 0 else "1MiB"
-        rematree.agreed_plan(lambda: rematree.plan(under, batch, budget, cost=roofline()))
-    except rematree.InfeasibleBudgetError as raised:
-        error = str(raised)
-    other = with_lora(build("llama", layers=2 + rank))
-    mismatch = ""
+        rematree.agreed_plan(too_small)
+    except rematree.RematreeError as error:
+        found["error"] = type(error).__name__, error.message, error.__notes__
     try:
-        rematree.agreed_plan(lambda: rematree.plan(other, mine, None, cost=roofline()))
-    except rematree.PlanMismatchError as raised:
-        mismatch = str(raised)
-    return {
-        "ranks": planner.ranks,
-        "plan": planner.plan(None),
-        "agreed": agreed.to_json(),
-        "error": error,
-        "mismatch": mismatch,
-    }
+        rematree.agreed_plan(lambda: for_batch(8, f"model {rank}"))
+    except rematree.PlanMismatchError as error:
+        found["mismatch"] = error.message
+    return found
 
 
 def roofline() -> Roofline:

@@ -22,30 +22,37 @@ from rematree.units import KIB
 from rematree.verification import PEAK_SLACK
 
 TOLERANCE = 1e-5  # of a loss of about 6, in fp32: the order of sums over four rows
-PEAK_TOLERANCE = 0.01
+PEAK_TOLERANCE = 0.01  # five times less than what is asked for; without resharding 0.95 % was seen
 STEPS = 4
 KINDS = ("blocks", "attention saved", "group")
+# engine, LoRA, what is recomputed, whether the plan is applied before the model is wrapped, whether ranks see the same
 EXACT = [
-    (engine, lora, kind, first, same)
-    for engine in ("ddp", "fsdp2")
-    for kind in KINDS
-    for lora, first, same in ((True, True, False), (False, False, True))
+    ("ddp", True, "blocks", True, False),
+    ("ddp", True, "attention saved", False, True),
+    ("ddp", False, "group", True, True),
+    ("fsdp2", False, "blocks", False, True),
+    ("fsdp2", True, "attention saved", True, False),
+    ("fsdp2", True, "group", False, False),
 ]
-SETTINGS = [
-    (Ranks("ddp", 2), True),
-    (Ranks("ddp", 2, bucket_view=True), False),
-    (Ranks("fsdp2", 2), True),
-    (Ranks("fsdp2", 2), False),
+ENGINES = {"ddp": Ranks("ddp", 2), "fsdp2": Ranks("fsdp2", 2)}
+SETTINGS = [(Ranks("ddp", 2, bucket_view=True), True), (Ranks("fsdp2", 2), False)]
+MORE = [
+    (Ranks(engine, count, bucket_view=view, reshard=reshard), lora)
+    for engine, count, view, reshard in (
+        ("ddp", 2, False, True),
+        ("ddp", 4, False, True),
+        ("fsdp2", 2, False, False),
+        ("fsdp2", 4, False, True),
+    )
+    for lora in (True, False)
 ]
-FOUR = [(Ranks(engine, 4), lora) for engine in ("ddp", "fsdp2") for lora in (True, False)]
 TALL = {name: tensor.repeat(2, 1) for name, tensor in batch_for(torch.nn.Module(), tokens=32).items()}
 
 
 def planned(ranks: Ranks, lora: bool) -> list[Plan]:
-    """Plans for a budget near the smallest peak and for one half way up, made in one process."""
+    """Plans near the smallest peak and without a budget to speak of, made in one process."""
     planner = rematree.Planner(ranked.sizeable(lora), TALL, ranks=ranks, cost=ranked.roofline())
-    low, high = planner.min_peak_bytes(), planner.plain_step()[0]
-    return planner.plans([low + 16 * KIB, (low + high) // 2])
+    return planner.plans([planner.min_peak_bytes() + 16 * KIB, planner.plain_step()[0] + KIB])
 
 
 class Results:
@@ -66,13 +73,13 @@ def plans() -> dict[Any, list[Plan]]:
 
 @pytest.fixture(scope="module")
 def two(plans: dict[Any, list[Plan]]) -> Results:
-    tasks: dict[Any, tuple[Any, ...]] = {case: (ranked.exactness, Ranks(case[0], 2), *case[1:]) for case in EXACT}
+    tasks: dict[Any, tuple[Any, ...]] = {case: (ranked.exactness, ENGINES[case[0]], *case[1:]) for case in EXACT}
     for (ranks, lora), made in plans.items():
         tasks["losses", ranks, lora] = (ranked.losses, ranks, lora, made[0], STEPS)
         for index, plan in enumerate(made):
             tasks["peak", ranks, lora, index] = (ranked.peak, ranks, lora, plan, TALL)
-    for engine in ("ddp", "fsdp2"):
-        tasks["planned", engine] = (ranked.planned_here, Ranks(engine, 2), True, TALL)
+    for engine, ranks in ENGINES.items():
+        tasks["planned", engine] = (ranked.planned_here, ranks)
     return Results(2, tasks)
 
 
@@ -134,36 +141,33 @@ def check_peaks(measured: list[int], plan: Plan) -> None:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_model_that_is_wrapped_is_planned_as_before_it_was(two: Results, engine: Any) -> None:
+    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ENGINES[engine])
     for found in two["planned", engine]:
-        assert found["ranks"] == Ranks(engine, 2)
-        alone = rematree.plan(ranked.sizeable(True), TALL, None, ranks=Ranks(engine, 2), cost=ranked.roofline())
         assert found["plan"] == alone
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_all_ranks_take_the_plan_for_the_largest_batch(two: Results, engine: str) -> None:
-    texts = {found["agreed"] for found in two["planned", engine]}
-    assert len(texts) == 1
-    batch = Plan.from_json(texts.pop()).fingerprint.batch
-    assert batch == (("input_ids", (4, 32), "int64"), ("labels", (4, 32), "int64"))
+    for found in two["planned", engine]:
+        assert found["agreed"].fingerprint.batch == (("input_ids", (2, 32), "int64"),)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_an_error_on_one_rank_is_raised_on_all(two: Results, engine: str) -> None:
     for found in two["planned", engine]:
-        assert "budget 1.0 MiB is below the smallest reachable peak" in found["error"]
-        assert "the ranks hold different models" in found["mismatch"]
+        assert found["error"] == ("InfeasibleBudgetError", "too small", ["on rank 1 of 2"])
+        assert found["mismatch"] == "the ranks hold different models: one plan cannot hold for all"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", FOUR, ids=str)
-def test_four_ranks(setting: tuple[Ranks, bool]) -> None:
+@pytest.mark.parametrize("setting", MORE, ids=str)
+def test_more_ranks_and_settings(setting: tuple[Ranks, bool]) -> None:
     made = planned(*setting)
     tasks: dict[Any, tuple[Any, ...]] = {i: (ranked.peak, *setting, plan, TALL) for i, plan in enumerate(made)}
     tasks["losses"] = (ranked.losses, *setting, made[0], STEPS)
     for kind in KINDS:
         tasks[kind] = (ranked.exactness, *setting, kind, False, False)
-    found = Results(4, tasks)
+    found = Results(setting[0].count, tasks)
     check_losses(found["losses"], setting[1])
     for index, plan in enumerate(made):
         check_peaks(found[index], plan)

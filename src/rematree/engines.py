@@ -71,7 +71,7 @@ def copy_without_engine(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """
     sharded = [module for module in model.modules() if is_sharded(module)]
     for module in sharded:
-        kind = own_class(module)
+        kind: Any = own_class(module)
         memo[id(module)] = kind.__new__(kind)
     for module in sharded:
         entries = {name: _without_hooks(value) for name, value in vars(module).items() if not _marks_fsdp(name)}

@@ -132,7 +132,8 @@ class Planner:
             chain,
             chunk=chunk,
             lean="lean_adapters" not in self._forbid,
-            groups="groups" not in self._forbid,
+            # Their all-gathers are not priced, so a plan takes none but those of the step itself.
+            groups="groups" not in self._forbid and not (self.ranks and self.ranks.gathers_for_groups),
             compiler=compiler,
         )
         self._search = Search(self.survey, self._referee, self._fixed)
@@ -257,6 +258,8 @@ class Planner:
         notes = [known.chain.note] if known.chain.note else []
         if self.ranks is not None:
             notes.append(f"for {self.ranks}; all bytes are those of one rank")
+            if self.ranks.gathers_for_groups:
+                notes.append("no groups of blocks: recomputing one would gather weights that FSDP2 has sharded again")
         released = len(frozen_int8_linears(self._twin.model))
         if released:
             notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")

@@ -18,7 +18,6 @@ up in the first dimension (rank 0 holds the largest). With U a unit's weights wh
 * backward of block k: its weights, the buffer of block k-1, gathered ahead, and the input of the reduce-scatter of
   block k+1, which is freed when block k has come to its own (`reduce_scatter_max_input_buffers` is 1). At the end the
   weights are freed before the input of its own reduce-scatter is made, while its gradients are still whole.
-* a group is recomputed in the backward of its last block, and gathers each of the others in turn.
 * gradients outside the blocks are whole until backward is over.
 
 Not covered: mixed precision by `MixedPrecisionPolicy`, CPU offload, HSDP, units smaller or larger than a block.
@@ -66,6 +65,11 @@ class Ranks:
             raise UsageError(f"no engine {self.engine!r} for several ranks; engines: {', '.join(ENGINES)}")
         if self.count < 1:
             raise UsageError(f"{self.count} ranks: at least one is needed")
+
+    @property
+    def gathers_for_groups(self) -> bool:
+        """Whether a group of blocks is recomputed where the weights of all but its last block must be gathered anew."""
+        return self.engine == "fsdp2" and self.reshard
 
     def __str__(self) -> str:
         return f"one of {self.count} ranks under {self.engine.upper()}"
@@ -139,9 +143,8 @@ class Layout:
         seen: set[int] = set()
         for tensor, line in weights(model):
             storage = tensor.untyped_storage()
-            if isinstance(tensor, nn.Parameter) or getattr(tensor, "_is_param", False):
-                if storage._cdata not in seen:
-                    self._static[line] = self._static.get(line, 0) + self._shard(tensor) - storage.nbytes()
+            if isinstance(tensor, nn.Parameter) and storage._cdata not in seen:
+                self._static[line] = self._static.get(line, 0) + self._shard(tensor) - storage.nbytes()
             seen.add(storage._cdata)
 
     def _shard(self, parameter: torch.Tensor) -> int:
@@ -168,20 +171,18 @@ class Layout:
             return 0 if self._ranks.bucket_view else self._blocks[block].gradients
         return self._blocks[block].gradient_shards
 
-    def on_rank(self, segments: Sequence[Segment], groups: Sequence[Sequence[int]]) -> list[Segment]:
+    def on_rank(self, segments: Sequence[Segment]) -> list[Segment]:
         """The timeline of a rank from that of one process.
 
         Args:
             segments: Of the whole chain; the last is the optimizer's.
-            groups: Numbers of the blocks that are recomputed together.
         """
         if self._ranks is None:
             return list(segments)
         if self._ranks.engine == "ddp":
             return [self._replicated(segment) for segment in segments]
-        last = {group[-1]: max(group[:-1], key=lambda k: self._blocks[k].whole) for group in groups if len(group) > 1}
         following = [*segments[1:], segments[-1]]
-        return [self._sharded(one, after, last) for one, after in zip(segments, following, strict=True)]
+        return [self._sharded(one, after) for one, after in zip(segments, following, strict=True)]
 
     # -- DDP --------------------------------------------------------------------------------------------------------
 
@@ -197,7 +198,7 @@ class Layout:
 
     # -- FSDP2 ------------------------------------------------------------------------------------------------------
 
-    def _sharded(self, segment: Segment, after: Segment, last: Mapping[int, int]) -> Segment:
+    def _sharded(self, segment: Segment, after: Segment) -> Segment:
         phase, _, number = segment.label.partition(" ")
         blocks = self._blocks
         always = self._always(segment, range(0))
@@ -218,7 +219,7 @@ class Layout:
         if phase == "forward":
             return self._forward(segment, always, int(number))
         if phase == "backward":
-            return self._backward(segment, after, int(number), last)
+            return self._backward(segment, after, int(number))
         always[GATHERED] += self._kept_whole(len(blocks))
         last_one = blocks[-1].whole
         staged = self._staged * last_one if self._ranks and self._ranks.reshard else 0
@@ -234,7 +235,7 @@ class Layout:
         ]
         return self._moments(segment, always, moments)
 
-    def _backward(self, segment: Segment, after: Segment, k: int, last: Mapping[int, int]) -> Segment:
+    def _backward(self, segment: Segment, after: Segment, k: int) -> Segment:
         assert self._ranks is not None
         blocks, own = self._blocks, self._blocks[k]
         done = range(k + 1, len(blocks))
@@ -244,14 +245,13 @@ class Layout:
         ahead = blocks[k - 1].whole if k and self._ranks.reshard else 0
         earlier = blocks[k + 1].reduced if k + 1 < len(blocks) else 0
         kept = 0 if self._ranks.reshard else own.whole
-        again = 2 * blocks[last[k]].whole if k in last and self._ranks.reshard else 0
         begin = max(here, ahead * (1 + self._staged))
         moments = [
             (segment.live_bytes, segment.live, {GATHERED: here + kept, GATHERING: begin, REDUCING: earlier}),
             (
                 segment.peak_bytes,
                 segment.at_peak,
-                {GATHERED: here + kept, GATHERING: ahead + again, REDUCING: earlier},
+                {GATHERED: here + kept, GATHERING: ahead, REDUCING: earlier},
             ),
             (
                 after.live_bytes,

@@ -209,9 +209,7 @@ class Referee:
         segments = [*unfold([*step, between], chain, left)]
         if segments[-1].label == _BETWEEN:
             segments.pop()
-        place = {path: index for index, path in enumerate(self.blocks)}
-        grouped = [[place[path] for path in group] for group in levers.groups] if self.ranks else []
-        segments = [self._paced(segment) for segment in self.layout.on_rank([*segments, optimizer], grouped)]
+        segments = [self._paced(segment) for segment in self.layout.on_rank([*segments, optimizer])]
         highest = max(segments, key=lambda segment: segment.peak_bytes)
         return Simulation(
             highest.peak_bytes,
