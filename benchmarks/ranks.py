@@ -219,8 +219,8 @@ def main() -> int:
             f"A line holds if losses equal those of one process that takes all rows within {LOSS_TOLERANCE} (the order "
             f"of sums differs), every rank stays within the budget, and every rank's peak was predicted within "
             f"{PEAK_TOLERANCE:.0%}. Predictions are made in one process, without the engine; "
-            f"the {format_bytes(PEAK_SLACK)} that every plan counts for host tensors are left out of them here. Measured under FSDP2 is the least of "
-            "three steps: gloo frees its copies of what it gathers in a thread of its own, at times a moment late, "
+            f"the {format_bytes(PEAK_SLACK)} that every plan counts for host tensors are left out of them here. "
+            "Measured under FSDP2 is the least of three steps: gloo frees its copies of what it gathers in a thread of its own, at times a moment late, "
             "which adds up to a block's weights to a step at random.",
             "",
             "| engine | ranks | trained | budget of a rank | predicted | measured | largest error | one process' loss "
