@@ -22,8 +22,10 @@ from rematree.units import KIB
 from rematree.verification import PEAK_SLACK
 
 TOLERANCE = 1e-5  # of a loss of about 6, in fp32: the order of sums over four rows
-PEAK_TOLERANCE = 0.01  # five times less than what is asked for; without resharding 0.95 % was seen
+BELOW = 0.05  # of the prediction, at most: gloo's copies count as long as its buffers, and are mostly gone earlier
+ABOVE = 0.01  # where FSDP2 does not reshard, 0.95 % was seen
 STEPS = 4
+QUICK = ("lean_adapters", "chunked_loss", "groups")  # so that planning takes a second
 KINDS = ("blocks", "attention saved", "group")
 # engine, LoRA, what is recomputed, whether the plan is applied before the model is wrapped, whether ranks see the same
 EXACT = [
@@ -46,7 +48,7 @@ TALL = {name: tensor.repeat(2, 1) for name, tensor in batch_for(torch.nn.Module(
 
 def planned(ranks: Ranks, lora: bool) -> list[Plan]:
     """Plans near the smallest peak and without a budget to speak of, made in one process."""
-    planner = rematree.Planner(ranked.sizeable(lora), TALL, ranks=ranks, cost=ranked.roofline())
+    planner = rematree.Planner(ranked.sizeable(lora), TALL, ranks=ranks, cost=ranked.roofline(), forbid=QUICK)
     return planner.plans([planner.min_peak_bytes() + 16 * KIB, planner.plain_step()[0] + KIB])
 
 
@@ -109,9 +111,6 @@ def test_losses_are_those_of_one_process_that_sees_all_rows(two: Results, settin
 
 def check_losses(found: list[list[float]], lora: bool) -> None:
     model = ranked.sizeable(lora)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     expected = ranked.train(model, model, STEPS, slice(None))
     mean = torch.tensor(found).mean(0)
     assert mean[-1] < mean[0] - 0.1  # it trains
@@ -131,7 +130,7 @@ def check_peaks(measured: list[int], plan: Plan) -> None:
     assert sum(line.num_bytes for line in plan.ledger) == plan.predicted_peak_bytes <= plan.budget_bytes
     for each in measured:
         assert each <= plan.budget_bytes
-        assert each == pytest.approx(plan.predicted_peak_bytes - PEAK_SLACK, rel=PEAK_TOLERANCE)
+        assert 1 - BELOW <= each / (plan.predicted_peak_bytes - PEAK_SLACK) <= 1 + ABOVE
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -206,21 +205,12 @@ def test_ranks_that_cannot_be_are_refused(engine: Any, count: int, said: str) ->
 
 
 def test_more_ranks_hold_less_under_fsdp2_and_as_much_under_ddp() -> None:
-    model = ranked.sizeable(False)
-    peaks = [
-        rematree.plan(model, TALL, None, ranks=Ranks(engine, count), cost=ranked.roofline()).predicted_peak_bytes
-        for engine in ("fsdp2", "ddp")
-        for count in (2, 4)
-    ]
-    assert peaks[0] > peaks[1]
-    assert peaks[2] == peaks[3]
-
-
-def test_one_rank_under_ddp_holds_a_bucket_more_than_a_process() -> None:
-    model = ranked.sizeable(True)
+    model = ranked.tiny(True)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    plain, ranks = (
-        rematree.Planner(model, TALL, ranks=ranks, cost=ranked.roofline()).plain_step()[0]
-        for ranks in (None, Ranks("ddp", 8))
+    plain, two, eight, sharded = (
+        ranked.quick_plan(model, ranked.LONG, ranks).predicted_peak_bytes
+        for ranks in (None, Ranks("ddp", 2), Ranks("ddp", 8), Ranks("fsdp2", 8))
     )
-    assert ranks - plain == trained
+    assert two == eight == plain + trained  # a bucket beside the gradients
+    fewer = ranked.quick_plan(model, ranked.LONG, Ranks("fsdp2", 2)).predicted_peak_bytes
+    assert sharded < fewer

@@ -19,6 +19,7 @@ up in the first dimension (rank 0 holds the largest). With U a unit's weights wh
   block k+1, which is freed when block k has come to its own (`reduce_scatter_max_input_buffers` is 1). At the end the
   weights are freed before the input of its own reduce-scatter is made, while its gradients are still whole.
 * gradients outside the blocks are whole until backward is over.
+* on a CPU, gloo's own copy of the buffer; how long it stays is up to a thread, so it counts as long as the buffer.
 
 Not covered: mixed precision by `MixedPrecisionPolicy`, CPU offload, HSDP, units smaller or larger than a block.
 accelerate makes units of their own of the input embedding and of norm and output embedding; here they are part of what
@@ -130,7 +131,8 @@ class Layout:
 
     def __init__(self, ranks: Ranks | None, model: nn.Module, blocks: Sequence[str]) -> None:
         self._ranks = ranks
-        # gloo, which is what a CPU has, gathers into a copy of the buffer; NCCL into the buffer.
+        # gloo, which is what a CPU has, gathers into a copy of the buffer, and frees it in a thread of its own, at times
+        # late; NCCL gathers into the buffer.
         self._staged = int(next((p.device.type for p in model.parameters()), "") == "cpu")
         inside = [list(model.get_submodule(path).parameters()) for path in blocks]
         known = {id(p) for each in inside for p in each}
@@ -223,7 +225,8 @@ class Layout:
         always[GATHERED] += self._kept_whole(len(blocks))
         last_one = blocks[-1].whole
         staged = self._staged * last_one if self._ranks and self._ranks.reshard else 0
-        moments = [(*during, {GATHERING: last_one}), (*begin, {GATHERING: last_one + staged})]
+        ahead = {GATHERING: last_one + staged}
+        moments = [(*during, ahead), (*begin, ahead)]
         return self._moments(segment, always, moments)
 
     def _forward(self, segment: Segment, always: dict[str, int], k: int) -> Segment:
@@ -231,7 +234,7 @@ class Layout:
         own, before = self._blocks[k].whole, self._blocks[k - 1].whole if k else self._outside.whole
         moments = [
             (segment.live_bytes, segment.live, {GATHERING: before + own + self._staged * own}),
-            (segment.peak_bytes, segment.at_peak, {GATHERED: own, GATHERING: own}),
+            (segment.peak_bytes, segment.at_peak, {GATHERED: own, GATHERING: own + self._staged * own}),
         ]
         return self._moments(segment, always, moments)
 
@@ -242,10 +245,10 @@ class Layout:
         always = self._always(segment, done)
         always[GATHERED] = self._outside.whole + self._kept_whole(k)
         here = own.whole if self._ranks.reshard else 0
-        ahead = blocks[k - 1].whole if k and self._ranks.reshard else 0
+        ahead = blocks[k - 1].whole * (1 + self._staged) if k and self._ranks.reshard else 0
         earlier = blocks[k + 1].reduced if k + 1 < len(blocks) else 0
         kept = 0 if self._ranks.reshard else own.whole
-        begin = max(here, ahead * (1 + self._staged))
+        begin = max(here, ahead)
         moments = [
             (segment.live_bytes, segment.live, {GATHERED: here + kept, GATHERING: begin, REDUCING: earlier}),
             (
