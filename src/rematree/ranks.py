@@ -131,8 +131,8 @@ class Layout:
 
     def __init__(self, ranks: Ranks | None, model: nn.Module, blocks: Sequence[str]) -> None:
         self._ranks = ranks
-        # gloo, which is what a CPU has, gathers into a copy of the buffer, and frees it in a thread of its own, at times
-        # late; NCCL gathers into the buffer.
+        # gloo, which is what a CPU has, gathers into a copy of the buffer, and frees it in a thread of its own, at
+        # times late; NCCL gathers into the buffer.
         self._staged = int(next((p.device.type for p in model.parameters()), "") == "cpu")
         inside = [list(model.get_submodule(path).parameters()) for path in blocks]
         known = {id(p) for each in inside for p in each}
