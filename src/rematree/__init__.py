@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from rematree.agreement import agreed_plan
     from rematree.checkpointing import (
         activation_checkpointing_disable,
         activation_checkpointing_enable,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rematree.planning import Planner, frontier, plan
     from rematree.plans import Plan
     from rematree.prepare import prepare_model_for_kbit_training
+    from rematree.ranks import Ranks
     from rematree.roofline import Roofline
     from rematree.saved import SavedTensor, saved_tensors
     from rematree.verification import Verification, verify
@@ -51,6 +53,7 @@ _HOMES: Final = {
     "PlanMismatchError": "rematree.errors",
     "OutOfMemoryError": "rematree.errors",
     "Planner": "rematree.planning",
+    "Ranks": "rematree.ranks",
     "RecomputeMismatchError": "rematree.errors",
     "RematreeError": "rematree.errors",
     "Roofline": "rematree.roofline",
@@ -61,6 +64,7 @@ _HOMES: Final = {
     "VerificationError": "rematree.errors",
     "activation_checkpointing_disable": "rematree.checkpointing",
     "activation_checkpointing_enable": "rematree.checkpointing",
+    "agreed_plan": "rematree.agreement",
     "apply": "rematree.execute.handle",
     "checkpointing_in_effect": "rematree.in_effect",
     "disable_input_require_grads": "rematree.checkpointing",
@@ -89,6 +93,7 @@ __all__ = [
     "Plan",
     "PlanMismatchError",
     "Planner",
+    "Ranks",
     "RecomputeMismatchError",
     "RematreeError",
     "Roofline",
@@ -99,6 +104,7 @@ __all__ = [
     "VerificationError",
     "activation_checkpointing_disable",
     "activation_checkpointing_enable",
+    "agreed_plan",
     "apply",
     "checkpointing_in_effect",
     "disable_input_require_grads",

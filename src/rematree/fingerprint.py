@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rematree.engines import own_class
 from rematree.plans import Fingerprint
 from rematree.quantised import describe_packing, recast_biases
 from rematree.regions import unwrap
@@ -26,7 +27,10 @@ def describe_batch(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]
 
 
 def describe_model(model: nn.Module) -> Fingerprint:
-    """Fingerprint of `model` with an empty batch. Reads names, shapes and dtypes only; no weight is touched."""
+    """Fingerprint of `model` with an empty batch. Reads names, shapes and dtypes only; no weight is touched.
+
+    Sharded parameters count as the whole they are part of: it is the same on all ranks, and as before sharding.
+    """
     named = list(model.named_parameters()) + list(model.named_buffers())
     recast = recast_biases(model)
     shapes = [f"{name} {tuple(t.shape)} {'' if name in recast else t.dtype}" for name, t in named]
@@ -37,7 +41,7 @@ def describe_model(model: nn.Module) -> Fingerprint:
     name: str | None = getattr(getattr(inner, "config", None), "_attn_implementation", None)
     device = next((t.device.type for _, t in named), "cpu")
     return Fingerprint(
-        model_class=type(inner).__name__,
+        model_class=own_class(inner).__name__,
         parameters=_digest(shapes),
         trainable=_digest(trainable),
         dropout=_digest(dropout),

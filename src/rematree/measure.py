@@ -16,13 +16,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
+from rematree.engines import local_part
 from rematree.quantised import hidden_tensors
 from rematree.units import KIB
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`; views and tied weights count once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of the distinct storages behind `tensors`; views and tied weights count once, shards as what is here."""
+    parts = [local_part(t) for t in tensors]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in parts}.values())
 
 
 def resident_peak_bytes() -> int:
@@ -42,6 +44,7 @@ class PeakMeter:
         peak_bytes: After the block: largest bytes live at once. On a CPU what torch allocated for model, optimizer
             and step; on a GPU `max_memory_allocated`.
         start_bytes: Live when the step began.
+        end_bytes: Live when it was over.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class PeakMeter:
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.start_bytes = 0
         self.peak_bytes = 0
+        self.end_bytes = 0
 
     def _live(self) -> Iterator[torch.Tensor]:
         assert self._measured is not None
@@ -92,6 +96,7 @@ class PeakMeter:
         if self._profiler is None:
             torch.cuda.synchronize(self._device)
             self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
+            self.end_bytes = torch.cuda.memory_allocated(self._device)
             return
         profiler, self._profiler = self._profiler, None
         profiler.__exit__(kind, error, trace)
@@ -99,7 +104,7 @@ class PeakMeter:
         for change in allocation_changes(profiler):
             live += change
             peak = max(peak, live)
-        self.peak_bytes = peak
+        self.peak_bytes, self.end_bytes = peak, live
 
 
 def allocation_changes(profiler: Any) -> list[int]:

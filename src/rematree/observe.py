@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from rematree.absent import DeviceView, is_absent
 from rematree.attention_kernels import DEFAULT_CAPABILITY, Capability
 from rematree.cost import present_device
+from rematree.engines import copy_without_engine, is_shard, whole_on_meta
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.attention import AttentionRegions, declare_unpacked, forget_attention
 from rematree.execute.dropout import draw, mask_can_be_kept, scale
@@ -180,8 +181,9 @@ class Twin:
         kept = [*model.parameters(), *model.buffers(), *hidden_tensors(model)]
         for tensor in kept:
             if id(tensor) not in memo:
-                memo[id(tensor)] = self.mode.fake(tensor, storages)
-        self.model = copy.deepcopy(model, memo)
+                whole = whole_on_meta(tensor) if is_shard(tensor) else tensor
+                memo[id(tensor)] = self.mode.fake(whole, storages)
+        self.model = copy_without_engine(model, memo)
         for parameter in model.parameters():
             # A fake tensor is a plain parameter; a packed one reads its scales from attributes of its own.
             vars(memo[id(parameter)]).update(copy.deepcopy(attributes_of(parameter), memo))

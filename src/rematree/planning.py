@@ -19,6 +19,7 @@ from rematree.attention_kernels import Capability
 from rematree.compile_profile import Profiler
 from rematree.cost import Cost, Measured
 from rematree.devices import overhead_of
+from rematree.engines import any_sharded, without_engine
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.input_grads import as_leaves
 from rematree.fingerprint import describe_batch, describe_model
@@ -28,6 +29,7 @@ from rematree.options import describe_groups, describe_option
 from rematree.pace import is_live, is_measured, measure_pace, small_enough
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Levers, Plan
 from rematree.quantised import frozen_int8_linears
+from rematree.ranks import Ranks, ranks_of
 from rematree.regions import find_chain
 from rematree.running import running_chain
 from rematree.search import Confirmed, Search
@@ -60,6 +62,10 @@ class Planner:
         steps: How many steps the job will run, if that is known: compiling blocks must pay for itself within them.
         allow_compile: Whether blocks may be compiled, which changes rounding and takes up to minutes, now to measure
             and again when training begins. Default: if `steps` is known to be at least 200.
+        ranks: Over which ranks, and by which engine, the step will be distributed; the budget is that of each. Default:
+            read off the model, if DDP wraps it or FSDP2 shards it.
+    Attributes:
+        ranks: As above.
     Raises:
         UsageError: unknown lever, no loss.
         UnsupportedModelError: the model cannot be observed, or its adapter is prefix tuning.
@@ -81,7 +87,10 @@ class Planner:
         capability: Capability | None = None,
         steps: int | None = None,
         allow_compile: bool | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks_of(model) if ranks is None else ranks
+        model = without_engine(model)
         unknown = sorted(set(forbid) - LEVERS)
         if unknown:
             raise UsageError(f"unknown lever {unknown[0]!r} in forbid; levers: {', '.join(sorted(LEVERS))}")
@@ -110,9 +119,10 @@ class Planner:
             optimizer,
             accumulation_steps > 1,
             kinds=[kinds[path] for path in chain.blocks],
+            ranks=self.ranks,
         )
         plain = self._referee.run(Levers())
-        if is_measured(self._cost) and is_live(model, self._twin.device):
+        if is_measured(self._cost) and is_live(model, self._twin.device) and not any_sharded(model):
             self._referee.pace = self._paces(model, plain)
             plain = self._referee.paced(plain)
         chunk = "chunked_loss" not in self._forbid and loss is None
@@ -125,7 +135,8 @@ class Planner:
             plain,
             chunk=chunk,
             lean="lean_adapters" not in self._forbid,
-            groups="groups" not in self._forbid,
+            # Their all-gathers are not priced, so a plan takes none but those of the step itself.
+            groups="groups" not in self._forbid and not (self.ranks and self.ranks.gathers_for_groups),
             compiler=compiler,
         )
         self._search = Search(self.survey, self._referee, self._fixed)
@@ -248,6 +259,10 @@ class Planner:
         ]
         levers = known.levers(entry.choice)
         notes = [known.chain.note] if known.chain.note else []
+        if self.ranks is not None:
+            notes.append(f"for {self.ranks}; all bytes are those of one rank")
+            if self.ranks.gathers_for_groups:
+                notes.append("no groups of blocks: recomputing one would gather weights that FSDP2 has sharded again")
         released = len(frozen_int8_linears(self._twin.model))
         if released:
             notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")
@@ -293,6 +308,7 @@ def plan(
     capability: Capability | None = None,
     steps: int | None = None,
     allow_compile: bool | None = None,
+    ranks: Ranks | None = None,
 ) -> Plan:
     """The fastest training step of `model` on batches like `batch` whose peak stays within `budget`.
 
@@ -314,6 +330,7 @@ def plan(
         capability=capability,
         steps=steps,
         allow_compile=allow_compile,
+        ranks=ranks,
     )
     return planner.plan(wanted)
 

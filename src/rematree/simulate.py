@@ -37,6 +37,7 @@ from rematree.ledger import Ledger, Segment
 from rematree.observe import Twin
 from rematree.optimizers import Optimizer, optimizer_with_state
 from rematree.plans import Fingerprint, Levers, Plan
+from rematree.ranks import Layout, Ranks
 
 _HEAD: Final = "head"
 _BETWEEN: Final = "between backward and optimizer"
@@ -109,10 +110,12 @@ class Referee:
         accumulate: Gradients of an earlier micro-batch are live when the step begins.
         kinds: A number for each block; equal ones do the same under equal decisions. Default: found.
         folds: Whether blocks may be left out.
+        ranks: Over which ranks the step is distributed; the result is that of one of them.
         profiles: What compiled blocks keep and take; without one a block cannot be simulated as compiled.
         pace: What the prices of the ops of a block are multiplied by, by kind (`rematree.pace`); default 1.
     Attributes:
-        kinds, pace, profiles: As above.
+        kinds, pace, profiles, ranks: As above.
+        layout: What the ranks do to the bytes of this model.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class Referee:
         folds: bool = True,
         pace: Mapping[int, float] | None = None,
         profiles: Profiles | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.twin = twin
         self.blocks = blocks
@@ -143,6 +147,8 @@ class Referee:
         self._container = list_of(twin.model, blocks) if folds else None
         self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
         self.pace = dict(pace or {})
+        self.ranks = ranks
+        self.layout = Layout(ranks, twin.model, blocks)
         self._static = self._existing()
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
@@ -203,7 +209,7 @@ class Referee:
         segments = [*unfold([*step, between], chain, left)]
         if segments[-1].label == _BETWEEN:
             segments.pop()
-        segments.append(optimizer)
+        segments = self.layout.on_rank([*segments, optimizer])
         highest = max(segments, key=lambda segment: segment.peak_bytes)
         result = Simulation(
             highest.peak_bytes,

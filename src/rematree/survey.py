@@ -101,7 +101,7 @@ def survey(
         compiled = compiler.measure(referee, plain, representatives)
         referee.profiles = compiled.profiles
     layers = _lean_layers(twin.model, chain) if lean else {}
-    gradients = tuple(0 if accumulate else _gradient_bytes(twin.model, path) for path in chain.blocks)
+    gradients = tuple(0 if accumulate else referee.layout.gradients_left(k) for k in range(len(chain.blocks)))
 
     def referee_of(blocks: tuple[str, ...]) -> Referee:
         return Referee(
@@ -113,6 +113,7 @@ def survey(
             kinds=referee.kinds[: len(blocks)],
             pace=referee.pace,
             profiles=compiled.profiles,
+            ranks=referee.ranks,
         )
 
     length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
@@ -136,7 +137,8 @@ def survey(
         advances = measure_advances(short, kinds, stages, options, layers) if groups else []
     few = _smallest(twin.model, chain, length)
     with _shortened(twin.model, chain, few) as blocks:
-        smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=[referee.kinds[index] for index in few])
+        few_kinds = [referee.kinds[index] for index in few]
+        smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
         rows, heads = _measure_heads(smallest, chunk)
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
@@ -244,7 +246,3 @@ def _measure_heads(short: Referee, chunk: bool) -> tuple[list[int | None], list[
 
 def _is_token_matrix(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() >= 2
-
-
-def _gradient_bytes(model: nn.Module, path: str) -> int:
-    return sum(p.numel() * p.element_size() for p in model.get_submodule(path).parameters() if p.requires_grad)

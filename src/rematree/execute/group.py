@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from rematree.engines import gathered
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.arguments import Arguments
 from rematree.execute.context import Autocast, Known, RandomState, World, builds_graph
@@ -47,6 +48,7 @@ class _Call:
     """One call of a block of the group."""
 
     region: str
+    module: nn.Module
     inner: Callable[..., Any]
     arguments: Arguments
     count: int  # of positional arguments
@@ -174,6 +176,7 @@ class _Rerun:
             args, kwargs = self._filled(args, made), self._filled(kwargs, made)
             routed = contextlib.nullcontext() if call.routing is None else call.routing.replayed(call.region)
             with (
+                gathered(call.module),
                 call.autocast.restored(),
                 call.world.restored(call.region),
                 routed,
@@ -259,6 +262,7 @@ class Group:
         before = executor.random_now()
         call = _Call(
             region,
+            module,
             inner,
             Arguments(region, frame.note(args, hooks), frame.note(kwargs, hooks)),
             len(args),

@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 import torch
 from torch import nn
 
+from rematree.engines import without_engine
 from rematree.errors import PlanMismatchError, UsageError
 from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
@@ -262,6 +263,7 @@ def apply(
         UsageError: another plan is in force on this model.
         UnsupportedModelError: an evaluation has rewritten 4-bit weights of the model for inference.
     """
+    model = without_engine(model)
     present = model.__dict__.get(_ATTRIBUTE)
     if isinstance(present, Handle):
         if present.plan == plan:
@@ -277,7 +279,7 @@ def apply(
 
 def applied_handle(model: nn.Module) -> Handle | None:
     """The handle in force on `model`, or None."""
-    present = model.__dict__.get(_ATTRIBUTE)
+    present = without_engine(model).__dict__.get(_ATTRIBUTE)
     return present if isinstance(present, Handle) else None
 
 

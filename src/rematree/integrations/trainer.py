@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from transformers import TrainerCallback
 
+from rematree.agreement import agreed_plan
 from rematree.checkpointing import take_budget_from_transformers
 from rematree.cost import Cost
 from rematree.errors import UsageError
@@ -26,6 +27,7 @@ from rematree.integrations.batches import longest_batch
 from rematree.integrations.trl import fused_head_call
 from rematree.planning import Planner
 from rematree.plans import Plan
+from rematree.ranks import launched_ranks
 from rematree.simulate import Optimizer
 from rematree.units import format_bytes, format_seconds, parse_bytes
 
@@ -64,7 +66,8 @@ class BudgetCallback(TrainerCallback):
     Not covered:
         Losses computed outside the model (`compute_loss_func`, label smoothing of the Trainer): the plan assumes
         `model(**batch).loss`. The peak of evaluation and generation. Data that cannot be indexed is planned for its
-        first batch; a larger one later is refused by name.
+        first batch; a larger one later is refused by name. Under `torchrun` and `accelerate launch` all ranks take one
+        plan, and the budget is that of each rank; planning again in mid-run (`plan_again`) is not agreed on.
     """
 
     def __init__(
@@ -125,10 +128,14 @@ class BudgetCallback(TrainerCallback):
                 forbid=self._forbid,
                 cost=self._cost,
                 loss=loss,
+                ranks=launched_ranks(model),
             )
 
-        self._job = _Job(model, planner, planner(batch), budget)
-        self.plan = self._job.planner.plan(budget)
+        def make() -> Plan:
+            self._job = _Job(model, planner, planner(batch), budget)
+            return self._job.planner.plan(budget)
+
+        self.plan = agreed_plan(make)
         self._handle = apply(self.plan, model)
         self.say(str(self.plan))
         self.say(

@@ -1,0 +1,229 @@
+"""Several ranks on this machine: losses beside one process, peaks beside the budget and the prediction.
+
+    python benchmarks/ranks.py            # two and four processes over gloo, writes docs/ranks.md
+    python benchmarks/ranks.py --quick    # two processes, a smaller model, prints the page
+
+Every rank takes its rows of a batch of eight; one process takes all of them. Dropout is off, or the ranks would draw
+other masks than the one process. A rank's peak is summed from the profiler's allocation events.
+"""
+
+import argparse
+import gc
+import os
+import socket
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+
+import rematree
+from rematree.finetune.result import library_versions
+from rematree.units import format_bytes
+from rematree.verification import PEAK_SLACK
+
+PAGE = Path(__file__).parent.parent / "docs" / "ranks.md"
+ROWS, STEPS = 8, 4
+LOSS_TOLERANCE, PEAK_TOLERANCE = 1e-4, 0.05
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    layers: int
+    tokens: int
+    vocabulary: int
+
+
+FULL, QUICK = Size(256, 8, 128, 2000), Size(64, 4, 32, 300)
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: rematree.Ranks
+    lora: bool
+    size: Size
+    plan: rematree.Plan
+
+
+def build(size: Size, lora: bool) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=size.width,
+        intermediate_size=size.width * 8 // 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=size.vocabulary,
+        pad_token_id=0,
+    )
+    model: Any = transformers.LlamaForCausalLM(config)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    return model.train()
+
+
+def batch_of(size: Size, number: int, rows: slice) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, size.vocabulary, (ROWS, size.tokens), generator=torch.Generator().manual_seed(number))
+    return {"input_ids": ids[rows], "labels": ids[rows]}
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+
+
+def train(under: nn.Module, model: nn.Module, size: Size, rows: slice) -> list[float]:
+    optimizer, losses = adamw(model), list[float]()
+    for number in range(STEPS):
+        loss = under(**batch_of(size, number, rows)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def wrapped(model: nn.Module, ranks: rematree.Ranks) -> nn.Module:
+    if ranks.engine == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    for module in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
+        fully_shard(module)
+    fully_shard(model)
+    return model
+
+
+def peak(case: Case, rows: slice) -> int:
+    """Of the second step; DDP's buckets, which no tensor shows, as what wrapping leaves."""
+    model = build(case.size, case.lora)
+    batch = batch_of(case.size, 0, rows)
+    with rematree.PeakMeter(model, None, batch) as wrapping:
+        under = wrapped(model, case.ranks)
+    buckets = wrapping.end_bytes - wrapping.start_bytes if case.ranks.engine == "ddp" else 0
+    optimizer = adamw(model)
+    with rematree.apply(case.plan, under):
+        for _ in range(2):
+            gc.collect()
+            with rematree.PeakMeter(model, optimizer, batch) as meter:
+                under(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return meter.peak_bytes + buckets
+
+
+def rank_main(rank: int, count: int, port: int, cases: list[Case], folder: str) -> None:
+    warnings.simplefilter("ignore")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=count)
+    rows = slice(rank, None, count)
+    found: list[tuple[list[float], int]] = []
+    for case in cases:
+        model = build(case.size, case.lora)
+        under = wrapped(model, case.ranks)
+        with rematree.apply(case.plan, under):
+            losses = train(under, model, case.size, rows)
+        del model, under
+        found.append((losses, peak(case, rows)))
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def run(count: int, cases: list[Case], folder: Path) -> list[list[tuple[list[float], int]]]:
+    """What every rank found, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(rank_main, (count, port, cases, str(folder)), nprocs=count)  # pyright: ignore[reportPrivateImportUsage]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def cases_of(count: int, size: Size) -> list[Case]:
+    """A budget a quarter of the way from the smallest peak of any plan to that of the plain step."""
+    found: list[Case] = []
+    for ranks in (rematree.Ranks("ddp", count), rematree.Ranks("fsdp2", count)):
+        for lora in (True, False):
+            rows = slice(0, None, count)
+            planner = rematree.Planner(build(size, lora), batch_of(size, 0, rows), ranks=ranks)
+            low, high = planner.min_peak_bytes(), planner.plain_step()[0]
+            found.append(Case(ranks, lora, size, planner.plan(low + (high - low) // 4)))
+    return found
+
+
+def lines_of(count: int, size: Size, folder: Path) -> tuple[list[str], bool]:
+    cases = cases_of(count, size)
+    by_rank = run(count, cases, folder)
+    lines, good = list[str](), True
+    for index, case in enumerate(cases):
+        model = build(size, case.lora)
+        alone = torch.tensor(train(model, model, size, slice(None)))
+        losses = torch.tensor([found[index][0] for found in by_rank]).mean(0)
+        off = float((losses - alone).abs().max())
+        measured = [found[index][1] for found in by_rank]
+        highest, plan = max(measured), case.plan
+        predicted = plan.predicted_peak_bytes - PEAK_SLACK
+        budget = plan.budget_bytes or 0
+        errors = [predicted / each - 1 for each in measured]
+        worst = max(errors, key=abs)
+        holds = off <= LOSS_TOLERANCE and highest <= budget and abs(worst) <= PEAK_TOLERANCE
+        good = good and holds
+        lines.append(
+            f"| {case.ranks.engine.upper()} | {count} | {'LoRA' if case.lora else 'all'} | {format_bytes(budget)} "
+            f"| {format_bytes(predicted)} | {format_bytes(min(measured))} to {format_bytes(highest)} | {worst:+.2%} "
+            f"| {float(alone[0]):.4f} to {float(alone[-1]):.4f} | {off:.1e} | {'yes' if holds else 'NO'} |"
+        )
+        sys.stderr.write(lines[-1] + "\n")
+    return lines, good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    size = QUICK if quick else FULL
+    warnings.simplefilter("ignore")
+    lines, good = list[str](), True
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (2,) if quick else (2, 4):
+            more, holds = lines_of(count, size, Path(folder))
+            lines, good = lines + more, good and holds
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    text = "\n".join(
+        [
+            "# Several ranks",
+            "",
+            "Written by `python benchmarks/ranks.py`. Real processes over gloo, one thread each, fp32, AdamW; a Llama "
+            f"of {size.layers} layers, width {size.width}, vocabulary {size.vocabulary}; {ROWS} rows of {size.tokens} "
+            f"tokens in all, {STEPS} steps.",
+            "",
+            f"A line holds if losses equal those of one process that takes all rows within {LOSS_TOLERANCE} (the order "
+            f"of sums differs), every rank stays within the budget, and every rank's peak was predicted within "
+            f"{PEAK_TOLERANCE:.0%}. Predictions are made in one process, without the engine; "
+            f"the {format_bytes(PEAK_SLACK)} that every plan counts for host tensors are left out of them here. "
+            "gloo's copies of what it gathers are counted as long as the buffers, and are mostly gone earlier.",
+            "",
+            "| engine | ranks | trained | budget of a rank | predicted | measured | largest error | one process' loss "
+            "| largest difference | holds |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            versions,
+            "",
+        ]
+    )
+    if quick:
+        sys.stdout.write(text)
+    else:
+        PAGE.write_text(text)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What engines for several ranks do to a model: wrappers, sharded parameters, and how to see through both.
+
+DistributedDataParallel is a module around the model. FSDP2 (`fully_shard`) changes the class of the modules it shards
+(`FSDPLlamaForCausalLM`), hooks that gather their weights before forward and before backward, and parameters that are
+`DTensor`s in between: their shape is that of the whole tensor, their storage a shard.
+
+A region that is recomputed in the backward pass of its own block finds the weights there: FSDP2 has gathered them for
+that backward. A group is recomputed in the backward pass of its last block, where the others are shards; `gathered`
+brings them back for as long as one block runs.
+"""
+
+import contextlib
+import copy
+from collections.abc import Generator
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+_HOOKS_OF_FSDP: Final = "torch.distributed.fsdp"
+_MARKS_OF_FSDP: Final = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+_META: Final = torch.device("meta")
+
+
+def without_engine(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel; any other is returned as it is."""
+    if torch.distributed.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to `module` itself."""
+    return "FSDPModule" in {base.__name__ for base in type(module).__mro__}
+
+
+def any_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to `model` or to anything inside it."""
+    return any(is_sharded(module) for module in model.modules())
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of `module` without what `fully_shard` makes of it."""
+    if not is_sharded(module):
+        return type(module)
+    return next(base for base in type(module).__bases__ if base.__name__ != "FSDPModule")
+
+
+def is_shard(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a part of a larger one that other ranks hold the rest of."""
+    return hasattr(tensor, "_local_tensor")
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of `tensor`."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def whole_on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on `meta` like the whole that `tensor` is a shard of."""
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=_META)
+    return nn.Parameter(whole, requires_grad=tensor.requires_grad)
+
+
+def copy_without_engine(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """`copy.deepcopy(model, memo)`, also of a model that FSDP2 shards; the copy is an ordinary one.
+
+    Args:
+        model: Read, not changed.
+        memo: Copies of tensors by identity; parameters must be in it.
+    """
+    sharded = [module for module in model.modules() if is_sharded(module)]
+    for module in sharded:
+        kind: Any = own_class(module)
+        memo[id(module)] = kind.__new__(kind)
+    for module in sharded:
+        entries = {name: _without_hooks(value) for name, value in vars(module).items() if not _marks_fsdp(name)}
+        vars(memo[id(module)]).update({name: copy.deepcopy(value, memo) for name, value in entries.items()})
+    return copy.deepcopy(model, memo)
+
+
+def _marks_fsdp(attribute: str) -> bool:
+    return attribute.startswith(_MARKS_OF_FSDP)
+
+
+def _without_hooks(value: Any) -> Any:
+    """`value` without FSDP2's hooks, if it is a dict of hooks."""
+    if not isinstance(value, dict):
+        return value
+    ours = [key for key, hook in value.items() if callable(hook) and _of_fsdp(hook)]
+    if not ours:
+        return value
+    return type(value)((key, hook) for key, hook in value.items() if key not in ours)
+
+
+def _of_fsdp(hook: Any) -> bool:
+    if isinstance(hook, nn.Module | torch.Tensor):
+        return False
+    inner = getattr(hook, "hook", hook)  # torch wraps the hooks of state dicts
+    owner = type(getattr(inner, "__self__", None)).__module__
+    return str(getattr(inner, "__module__", "")).startswith(_HOOKS_OF_FSDP) or owner.startswith(_HOOKS_OF_FSDP)
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Generator[None]:
+    """The weights of `module` whole inside, sharded again after, if FSDP2 shards it and they are not whole already.
+
+    Cost:
+        One all-gather. All ranks must come here in the same order, as they do under equal plans.
+    """
+    found = [part for part in module.modules() if is_sharded(part) and _holds_shards(part)]
+    for part in found:
+        part.unshard()  # pyright: ignore[reportCallIssue]
+    try:
+        yield
+    finally:
+        for part in found:
+            part.reshard()  # pyright: ignore[reportCallIssue]
+
+
+def _holds_shards(module: nn.Module) -> bool:
+    """Whether the weights that `module` gathers are shards now; a sharded child gathers its own."""
+    if any(is_shard(p) for p in module._parameters.values() if p is not None):
+        return True
+    return any(_holds_shards(child) for child in module.children() if not is_sharded(child))

@@ -1,0 +1,299 @@
+"""What one rank of several holds: the simulated step of one process, with what DDP or FSDP2 adds and takes away.
+
+No collective is simulated. Each engine allocates by a rule that depends on the bytes of a unit (a block, or all that is
+outside the blocks) and on the phase of the step; the rules are applied to the segments of the simulated step, so that
+the solver and the referee see a rank's bytes. Nothing is assumed about which phase is the highest.
+
+DDP, from `torch/csrc/distributed/c10d/reducer.cpp`. The buckets hold a gradient for every trained parameter and live as
+long as the wrapper. Gradients exist beside them, or, with `gradient_as_bucket_view=True`, are views of them: then what
+autograd computes is copied and freed parameter by parameter.
+
+FSDP2, from `torch/distributed/fsdp/_fully_shard`. Parameters, their gradients and optimizer state are shards, rounded
+up in the first dimension (rank 0 holds the largest). With U a unit's weights whole and padded:
+
+* outside the blocks: gathered at the start of the forward, whole until backward is over (the root is not resharded).
+* forward of block k: its weights (U), and the buffer they were gathered in (another U), which is only freed when the
+  next block has been gathered (`FSDPParamGroup.wait_for_unshard`).
+* between the last forward and the first backward: the buffer of the last block, gathered ahead.
+* backward of block k: its weights, the buffer of block k-1, gathered ahead, and the input of the reduce-scatter of
+  block k+1, which is freed when block k has come to its own (`reduce_scatter_max_input_buffers` is 1). At the end the
+  weights are freed before the input of its own reduce-scatter is made, while its gradients are still whole.
+* gradients outside the blocks are whole until backward is over.
+* on a CPU, gloo's own copy of the buffer; how long it stays is up to a thread, so it counts as long as the buffer.
+
+Not covered: mixed precision by `MixedPrecisionPolicy`, CPU offload, HSDP, units smaller or larger than a block.
+accelerate makes units of their own of the input embedding and of norm and output embedding; here they are part of what
+is outside the blocks, which is at most too high by the embedding. What NCCL allocates for itself is not counted.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal, get_args
+
+import torch
+from torch import nn
+
+from rematree.accounts import BUCKETS, GATHERED, GATHERING, GRADIENTS, REDUCING, STATE, STEP, weights
+from rematree.engines import any_sharded
+from rematree.errors import UsageError
+from rematree.ledger import Segment
+
+Engine = Literal["ddp", "fsdp2"]
+ENGINES: Final[tuple[str, ...]] = get_args(Engine)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Over how many ranks, and by which engine, a step is run. A rank is a process with a device of its own.
+
+    Attributes:
+        engine: "ddp" (`torchrun`, `accelerate launch --multi_gpu`: every rank holds the model) or "fsdp2"
+            (`fully_shard` on every block and on the model; `accelerate launch --use_fsdp --fsdp_version 2`).
+        count: Number of ranks.
+        bucket_view: DDP's `gradient_as_bucket_view`.
+        reshard: FSDP2's `reshard_after_forward` of the blocks.
+    Raises:
+        UsageError: no such engine, or fewer than one rank.
+    """
+
+    engine: Engine
+    count: int
+    bucket_view: bool = False
+    reshard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UsageError(f"no engine {self.engine!r} for several ranks; engines: {', '.join(ENGINES)}")
+        if self.count < 1:
+            raise UsageError(f"{self.count} ranks: at least one is needed")
+
+    @property
+    def gathers_for_groups(self) -> bool:
+        """Whether a group of blocks is recomputed where the weights of all but its last block must be gathered anew."""
+        return self.engine == "fsdp2" and self.reshard
+
+    def __str__(self) -> str:
+        return f"one of {self.count} ranks under {self.engine.upper()}"
+
+
+def ranks_of(model: nn.Module) -> Ranks | None:
+    """How `model` is distributed, read off the model: wrapped by DDP, or sharded by FSDP2. None if it is neither."""
+    distributed = torch.distributed
+    if not distributed.is_available():
+        return None
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return Ranks("ddp", distributed.get_world_size(model.process_group), bucket_view=model.gradient_as_bucket_view)
+    if any_sharded(model):
+        shard = next((p for p in model.parameters() if hasattr(p, "device_mesh")), None)
+        count = distributed.get_world_size() if shard is None else shard.device_mesh.size()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        return Ranks("fsdp2", int(count))
+    return None
+
+
+def launched_ranks(model: nn.Module) -> Ranks | None:
+    """As `ranks_of`; a model that shows nothing, in one of several processes, is one that DDP wraps elsewhere.
+
+    For training loops that keep the model and its wrapper apart, as transformers' Trainer does.
+    """
+    found = ranks_of(model)
+    distributed = torch.distributed
+    if found is None and distributed.is_available() and distributed.is_initialized():
+        count = distributed.get_world_size()
+        return Ranks("ddp", count) if count > 1 else None
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Bytes of what is gathered and reduced as one.
+
+    Attributes:
+        whole: Weights as a rank gathers them, padded.
+        gradients: Of its trained parameters.
+        gradient_shards: What is left of these on a rank.
+        reduced: Input of their reduce-scatter, padded.
+    """
+
+    whole: int
+    gradients: int
+    gradient_shards: int
+    reduced: int
+
+
+class Layout:
+    """What the ranks do to the bytes of one model.
+
+    Args:
+        ranks: How it is distributed; None: not at all, and nothing changes.
+        model: The model.
+        blocks: Module paths of the blocks that run.
+    """
+
+    def __init__(self, ranks: Ranks | None, model: nn.Module, blocks: Sequence[str]) -> None:
+        self._ranks = ranks
+        # gloo, which is what a CPU has, gathers into a copy of the buffer, and frees it in a thread of its own, at
+        # times late; NCCL gathers into the buffer.
+        self._staged = int(next((p.device.type for p in model.parameters()), "") == "cpu")
+        inside = [list(model.get_submodule(path).parameters()) for path in blocks]
+        known = {id(p) for each in inside for p in each}
+        self._blocks = [self._unit(each) for each in inside]
+        self._outside = self._unit(p for p in model.parameters() if id(p) not in known)
+        self._static: dict[str, int] = {}
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        shards = sum(self._shard(p) for p in model.parameters() if p.requires_grad)
+        self._trained, self._trained_shards = trained, shards
+        seen: set[int] = set()
+        for tensor, line in weights(model):
+            storage = tensor.untyped_storage()
+            if isinstance(tensor, nn.Parameter) and storage._cdata not in seen:
+                self._static[line] = self._static.get(line, 0) + self._shard(tensor) - storage.nbytes()
+            seen.add(storage._cdata)
+
+    def _shard(self, parameter: torch.Tensor) -> int:
+        """Bytes that a rank keeps of `parameter`. Packed weights are not sharded."""
+        count = self._ranks.count if self._ranks is not None and self._ranks.engine == "fsdp2" else 1
+        if count == 1 or not parameter.is_floating_point() or parameter.dim() == 0:
+            return parameter.nbytes
+        rows = parameter.shape[0]
+        return -(-rows // count) * (parameter.nbytes // max(1, rows))
+
+    def _unit(self, parameters: Iterable[torch.Tensor]) -> _Unit:
+        count = 1 if self._ranks is None else self._ranks.count
+        every = list({id(p): p for p in parameters}.values())
+        sharded = [p for p in every if p.is_floating_point()]
+        trained = [p for p in every if p.requires_grad]
+        kept = sum(self._shard(p) for p in trained)
+        return _Unit(sum(self._shard(p) for p in sharded) * count, sum(p.nbytes for p in trained), kept, kept * count)
+
+    def gradients_left(self, block: int) -> int:
+        """Bytes that the gradients of block number `block` take when its backward is over."""
+        if self._ranks is None:
+            return self._blocks[block].gradients
+        if self._ranks.engine == "ddp":
+            return 0 if self._ranks.bucket_view else self._blocks[block].gradients
+        return self._blocks[block].gradient_shards
+
+    def on_rank(self, segments: Sequence[Segment]) -> list[Segment]:
+        """The timeline of a rank from that of one process.
+
+        Args:
+            segments: Of the whole chain; the last is the optimizer's.
+        """
+        if self._ranks is None:
+            return list(segments)
+        if self._ranks.engine == "ddp":
+            return [self._replicated(segment) for segment in segments]
+        following = [*segments[1:], segments[-1]]
+        return [self._sharded(one, after) for one, after in zip(segments, following, strict=True)]
+
+    # -- DDP --------------------------------------------------------------------------------------------------------
+
+    def _replicated(self, segment: Segment) -> Segment:
+        assert self._ranks is not None
+        changes = {BUCKETS: self._trained}
+        if self._ranks.bucket_view:
+            # Of the gradients at the peak those of earlier blocks have certainly been freed.
+            changes[GRADIENTS] = -segment.live.get(GRADIENTS, 0)
+        peak, at_peak = _changed(segment.peak_bytes, segment.at_peak, changes)
+        live, here = _changed(segment.live_bytes, segment.live, changes)
+        return replace(segment, live_bytes=live, live=here, peak_bytes=peak, at_peak=at_peak)
+
+    # -- FSDP2 ------------------------------------------------------------------------------------------------------
+
+    def _sharded(self, segment: Segment, after: Segment) -> Segment:
+        phase, _, number = segment.label.partition(" ")
+        blocks = self._blocks
+        always = self._always(segment, range(0))
+        if phase == "optimizer":
+            every = self._outside.gradient_shards - self._outside.gradients
+            always = _sum(self._always(segment, range(len(blocks))), {GRADIENTS: every})
+            live, here = _changed(segment.live_bytes, segment.live, always)
+            step = -(-(segment.peak_bytes - segment.live_bytes) * self._trained_shards // max(1, self._trained))
+            peak, at_peak = _changed(live, here, {STEP: step})
+            return replace(segment, live_bytes=live, live=here, peak_bytes=peak, at_peak=at_peak)
+        if phase == "start":
+            return self._moments(segment, always, [(segment.peak_bytes, segment.at_peak, {})])
+        always[GATHERED] = self._outside.whole
+        during = (segment.peak_bytes, segment.at_peak)
+        begin = (segment.live_bytes, segment.live)
+        if phase == "embedding":
+            return self._moments(segment, always, [(*during, {GATHERING: self._outside.whole})])
+        if phase == "forward":
+            return self._forward(segment, always, int(number))
+        if phase == "backward":
+            return self._backward(segment, after, int(number))
+        always[GATHERED] += self._kept_whole(len(blocks))
+        last_one = blocks[-1].whole
+        staged = self._staged * last_one if self._ranks and self._ranks.reshard else 0
+        ahead = {GATHERING: last_one + staged}
+        moments = [(*during, ahead), (*begin, ahead)]
+        return self._moments(segment, always, moments)
+
+    def _forward(self, segment: Segment, always: dict[str, int], k: int) -> Segment:
+        always[GATHERED] += self._kept_whole(k)
+        own, before = self._blocks[k].whole, self._blocks[k - 1].whole if k else self._outside.whole
+        moments = [
+            (segment.live_bytes, segment.live, {GATHERING: before + own + self._staged * own}),
+            (segment.peak_bytes, segment.at_peak, {GATHERED: own, GATHERING: own + self._staged * own}),
+        ]
+        return self._moments(segment, always, moments)
+
+    def _backward(self, segment: Segment, after: Segment, k: int) -> Segment:
+        assert self._ranks is not None
+        blocks, own = self._blocks, self._blocks[k]
+        done = range(k + 1, len(blocks))
+        always = self._always(segment, done)
+        always[GATHERED] = self._outside.whole + self._kept_whole(k)
+        here = own.whole if self._ranks.reshard else 0
+        ahead = blocks[k - 1].whole * (1 + self._staged) if k and self._ranks.reshard else 0
+        earlier = blocks[k + 1].reduced if k + 1 < len(blocks) else 0
+        kept = 0 if self._ranks.reshard else own.whole
+        begin = max(here, ahead)
+        moments = [
+            (segment.live_bytes, segment.live, {GATHERED: here + kept, GATHERING: begin, REDUCING: earlier}),
+            (
+                segment.peak_bytes,
+                segment.at_peak,
+                {GATHERED: here + kept, GATHERING: ahead, REDUCING: earlier},
+            ),
+            (
+                after.live_bytes,
+                after.live,
+                {GATHERING: ahead, REDUCING: own.reduced + own.gradient_shards},
+            ),
+        ]
+        if after.label == "optimizer" or not after.label.startswith("backward"):
+            moments.append((after.live_bytes, after.live, {REDUCING: self._outside.reduced + own.reduced}))
+        return self._moments(segment, always, moments)
+
+    def _always(self, segment: Segment, done: Iterable[int]) -> dict[str, int]:
+        """What is different in all of a segment: shards of weights, of state, and of the gradients of `done` blocks."""
+        state = segment.live.get(STATE, 0)
+        shards = -(-state * self._trained_shards // max(1, self._trained))
+        gone = sum(self._blocks[k].gradients - self._blocks[k].gradient_shards for k in done)
+        return {**self._static, STATE: shards - state, GRADIENTS: -gone}
+
+    def _kept_whole(self, blocks: int) -> int:
+        """Bytes of the first `blocks` blocks whole, if they stay so after their forward."""
+        assert self._ranks is not None
+        return 0 if self._ranks.reshard else sum(unit.whole for unit in self._blocks[:blocks])
+
+    def _moments(
+        self,
+        segment: Segment,
+        always: Mapping[str, int],
+        moments: Sequence[tuple[int, Mapping[str, int], Mapping[str, int]]],
+    ) -> Segment:
+        """`segment` with `always` added, and its peak the highest of `moments` (bytes, by category, what is added)."""
+        live, here = _changed(segment.live_bytes, segment.live, always)
+        found = [_changed(size, at, _sum(always, more)) for size, at, more in moments]
+        peak, at_peak = max(found, key=lambda each: each[0])
+        return replace(segment, live_bytes=live, live=here, peak_bytes=peak, at_peak=at_peak)
+
+
+def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
+
+
+def _changed(size: int, by: Mapping[str, int], changes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    return size + sum(changes.values()), _sum(by, changes)

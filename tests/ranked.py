@@ -1,0 +1,200 @@
+"""What the ranks of the tests do: a model under an engine, a plan on it, gradients, losses, peaks."""
+
+import collections
+import copy
+import gc
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rematree
+from models import batch_for, build, with_lora
+from rematree.fingerprint import describe_model
+from rematree.measure import PeakMeter
+from rematree.plans import Action, Decision, Levers, Plan
+from rematree.ranks import Ranks
+from rematree.roofline import Roofline
+
+LONG = batch_for(nn.Module())
+
+
+def tiny(lora: bool) -> nn.Module:
+    model = build("llama")
+    return with_lora(model) if lora else model.train()
+
+
+def sizeable(lora: bool) -> nn.Module:
+    """Large enough for a block to weigh more than a logit."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=96, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=400, max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    return with_lora(model, r=8, lora_dropout=0.0) if lora else model.train()  # ranks would draw other masks
+
+
+def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """`model` under the engine of `ranks`, as its users do it."""
+    if ranks.engine == "ddp":
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=ranks.bucket_view)
+    for module in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
+        fully_shard(module, reshard_after_forward=ranks.reshard)
+    fully_shard(model)
+    return model
+
+
+def levers(model: nn.Module, kind: str) -> Levers:
+    """Decisions for the first three of four layers."""
+    layers = [path for path, m in model.named_modules() if type(m).__name__ == "LlamaDecoderLayer"]
+    match kind:
+        case "blocks":
+            return Levers(dict.fromkeys(layers[:3], Decision(Action.RECOMPUTE)))
+        case "attention saved":
+            inner = {f"{path}.self_attn": Decision(Action.SAVE, stash=True) for path in layers}
+            return Levers({**dict.fromkeys(layers, Decision(Action.RECOMPUTE)), **inner})
+        case "group":
+            return Levers(groups=(tuple(layers[:3]),))
+        case _:
+            raise ValueError(kind)
+
+
+def gradients(model: nn.Module, step: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Loss (as "loss") and every gradient, whole, of a step of `step`, which runs `model`."""
+    torch.manual_seed(7)
+    loss = step(**batch, use_cache=False).loss
+    loss.backward()
+    found = {"loss": loss.detach().clone()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            whole = getattr(parameter.grad, "full_tensor", parameter.grad.clone)
+            found[name] = whole()
+    model.zero_grad()
+    return found
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.count[func.__name__.partition(".")[0].strip("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def exactness(rank: int, ranks: Ranks, lora: bool, kind: str, first: bool, same: bool) -> dict[str, Any]:
+    """Gradients of the engine with the plan, of the engine alone, and of a process alone; and the all-gathers."""
+    model = tiny(lora)
+    batch = batch_for(model)
+    if not same and rank:
+        batch["input_ids"] = batch["input_ids"].flip(1)
+    alone, plain = copy.deepcopy(model), copy.deepcopy(model)
+    plan = Plan.of(levers(model, kind), describe_model(model))
+    found: dict[str, Any] = {"alone": gradients(alone, alone, batch)}
+    under = wrapped(plain, ranks)
+    with Collectives() as without:
+        found["engine"] = gradients(plain, under, batch)
+    if first:
+        handle = rematree.apply(plan, model)
+        under = wrapped(model, ranks)
+    else:
+        under = wrapped(model, ranks)
+        handle = rematree.apply(plan, under)
+    with Collectives() as with_plan:
+        found["planned"] = gradients(model, under, batch)
+    again = gradients(model, under, batch)
+    handle.remove()
+    found["repeated"] = all(torch.equal(again[name], tensor) for name, tensor in found["planned"].items())
+    found["more gathers"] = with_plan.count["allgather_base"] - without.count["allgather_base"]
+    found["more reduces"] = sum(with_plan.count[n] - without.count[n] for n in ("allreduce", "reduce_scatter_base"))
+    return found
+
+
+def losses(rank: int, ranks: Ranks, lora: bool, plan: Plan, steps: int) -> list[float]:
+    """Losses of this rank's half of each batch, over some steps of AdamW."""
+    model = sizeable(lora)
+    under = wrapped(model, ranks)
+    with rematree.apply(plan, under):
+        return train(under, model, steps, slice(rank, None, ranks.count))
+
+
+def train(under: nn.Module, model: nn.Module, steps: int, rows: slice) -> list[float]:
+    """Losses over some steps of AdamW on `rows` of one batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    found: list[float] = []
+    for _ in range(steps):
+        ids = torch.randint(3, 151, (4, 32), generator=torch.Generator().manual_seed(0))
+        loss = under(input_ids=ids[rows], labels=ids[rows]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def peak(rank: int, ranks: Ranks, lora: bool, plan: Plan, batch: dict[str, torch.Tensor]) -> int:
+    """Measured bytes of a rank in its second step; DDP's buckets, which no tensor shows, as what wrapping leaves."""
+    model = sizeable(lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the profiler's, of cycles it was not asked to keep
+        with PeakMeter(model, None, batch) as wrapping:
+            under = wrapped(model, ranks)
+        buckets = wrapping.end_bytes - wrapping.start_bytes if ranks.engine == "ddp" else 0
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        with rematree.apply(plan, under):
+            for _ in range(2):
+                gc.collect()
+                with PeakMeter(model, optimizer, batch) as meter:
+                    under(**batch).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+    return meter.peak_bytes + buckets
+
+
+def quick_plan(model: nn.Module, batch: dict[str, torch.Tensor], ranks: Ranks | None = None) -> Plan:
+    forbid = ("chunked_loss", "groups", "lean_adapters")
+    return rematree.plan(model, batch, None, ranks=ranks, cost=roofline(), forbid=forbid)
+
+
+def planned_here(rank: int, ranks: Ranks) -> dict[str, Any]:
+    """What the planner reads off a model that is under the engine already, and what all ranks agree on."""
+    plan = quick_plan(wrapped(tiny(False), ranks), LONG)
+
+    def for_batch(tokens: int, model: str = "") -> Plan:
+        shape = (("input_ids", (2, tokens), "int64"),)
+        return replace(plan, fingerprint=replace(plan.fingerprint, batch=shape, trainable=model))
+
+    def too_small() -> Plan:
+        if rank == 1:
+            raise rematree.InfeasibleBudgetError("too small", budget=1, min_peak=2)
+        return plan
+
+    found: dict[str, Any] = {"plan": plan, "agreed": rematree.agreed_plan(lambda: for_batch(16 * (rank + 1)))}
+    try:
+        rematree.agreed_plan(too_small)
+    except rematree.RematreeError as error:
+        found["error"] = type(error).__name__, error.message, error.__notes__
+    try:
+        rematree.agreed_plan(lambda: for_batch(8, f"model {rank}"))
+    except rematree.PlanMismatchError as error:
+        found["mismatch"] = error.message
+    return found
+
+
+def roofline() -> Roofline:
+    return Roofline(1e11, 1e10)
+
+
+def everything(rank: int, tasks: list[tuple[Any, ...]]) -> list[Any]:
+    """All of `tasks`, each (function, arguments after the rank), in one group of processes."""
+    return [function(rank, *args) for function, *args in tasks]
