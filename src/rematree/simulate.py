@@ -146,6 +146,20 @@ class Referee:
         self._static = self._existing()
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
+    def for_twin(self, twin: Twin) -> "Referee":
+        """A referee of the same model with another batch."""
+        return Referee(
+            twin,
+            self.blocks,
+            self.cost,
+            self.optimizer,
+            self.accumulate,
+            kinds=self.kinds,
+            folds=self._container is not None,
+            pace=self.pace,
+            profiles=self.profiles,
+        )
+
     def run(self, levers: Levers) -> Simulation:
         """Simulate one step under `levers`."""
         chain = whole(len(self.blocks))
