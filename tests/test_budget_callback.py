@@ -92,6 +92,7 @@ def limits() -> tuple[int, int]:
     """Smallest and largest useful budget of the job, loss not chunked."""
     rows: list[Any] = list(rows_of(*LENGTHS))
     batch = pad([row for row in rows if len(row["input_ids"]) == 40])
+    batch["attention_mask"][-1, -1] = 0  # other batches of this size have padding, and with it a mask
     planner = Planner(with_lora(build("llama")), batch, cost=COST, forbid=["chunked_loss"])
     return planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
 
@@ -133,7 +134,7 @@ def test_trainer_stays_inside_and_trains_the_same(
     same_run(plain, model, losses)
     assert callback.plan is not None
     assert callback.plan.recomputes
-    assert peak.peak_bytes <= callback.plan.predicted_peak_bytes <= budget
+    assert peak.peak_bytes <= max(plan.predicted_peak_bytes for plan in callback.plans) <= budget
     assert "the 2 longest of 12 examples" in said[-1]
     assert {n: s for n, s, _ in callback.plan.fingerprint.batch}["input_ids"] == (2, 40)
 

@@ -31,7 +31,7 @@ from rematree.plans import Action, BlockRow, Decision, Fingerprint, LedgerLine, 
 from rematree.quantised import frozen_int8_linears
 from rematree.regions import find_chain
 from rematree.running import running_chain
-from rematree.scaling import scaled, tokens_of
+from rematree.scaling import bytes_before, scaled, tokens_of
 from rematree.search import Confirmed, Search
 from rematree.simulate import Optimizer, Referee
 from rematree.solve.chain import position_peak
@@ -160,7 +160,7 @@ class Planner:
 
     def bytes_before(self) -> int:
         """What there is before the step begins, and what the device needs beside the tensors of any step."""
-        return self.survey.plain.segments[0].live_bytes + self._fixed
+        return bytes_before(self.survey.plain) + self._fixed
 
     def _paces(self, model: nn.Module) -> dict[int, float]:
         plain = self._referee.run(Levers())

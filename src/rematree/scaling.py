@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from rematree.ledger import BEFORE_THE_BLOCKS
+from rematree.simulate import Simulation
 from rematree.solve.chain import Advance, ChainProblem, HeadOption, StageOption
 from rematree.survey import Survey
 
@@ -22,10 +24,17 @@ def tokens_of(batch: Mapping[str, Any]) -> int:
     return max((value.numel() for value in matrices), default=1)
 
 
+def bytes_before(plain: Simulation) -> int:
+    """What is live when a step begins: weights, batch, state of the optimizer."""
+    first = plain.segment(BEFORE_THE_BLOCKS)
+    assert first is not None
+    return first.live_bytes
+
+
 def scaled(survey: Survey, ratio: float) -> Survey:
     """`survey` for a batch of `ratio` times as many tokens."""
     plain = survey.plain
-    before, optimizer = plain.segments[0].live_bytes, plain.segments[-1].seconds
+    before, optimizer = bytes_before(plain), plain.segments[-1].seconds
 
     def seconds(of_step: float) -> float:
         return optimizer + (of_step - optimizer) * ratio

@@ -33,7 +33,7 @@ from rematree.folding import (
     unfold,
     whole,
 )
-from rematree.ledger import Ledger, Segment
+from rematree.ledger import BEFORE_THE_BLOCKS, Ledger, Segment
 from rematree.observe import Twin
 from rematree.optimizers import Optimizer, optimizer_with_state
 from rematree.plans import Fingerprint, Levers, Plan
@@ -266,7 +266,7 @@ class Referee:
 
     def _forward_backward(self, ledger: Ledger) -> None:
         ledger.category = SAVED
-        ledger.mark("embedding")
+        ledger.mark(BEFORE_THE_BLOCKS)
         loss = self.twin.loss()
         ledger.listener = None
         if loss.requires_grad:

@@ -183,17 +183,16 @@ class BudgetCallback(TrainerCallback):
         if self._job is None or self.in_force is None:
             raise UsageError("no training under a budget is going on")
         job = self._job
-        failed = self.in_force.fingerprint.batch
         if limit is None:
             job = replace(job, ladder=job.ladder.extended(job.make_planner(batch)))
             must = len(job.ladder.planners) - 1
         else:
             job = replace(job, limit=min(limit, job.limit))
-            must = job.ladder.number_for(failed)
+            must = job.ladder.number_for(self.in_force)
         plans = job.ladder.plans(job.limit, must)
         self._job = job
         self._apply(plans)
-        return plans[-1] if limit is None else next((p for p in plans if p.fingerprint.batch == failed), plans[-1])
+        return next(plan for plan in plans if job.ladder.number_for(plan) >= must)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the plan off."""
