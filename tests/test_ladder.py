@@ -162,7 +162,7 @@ def test_a_ladder_keeps_its_budget_and_recomputes_less_for_shorter_batches(plann
     assert not plans[0].recomputes
     assert shares[-1] == max(shares) > 0
     assert all(differ(plan, longer) for plan, longer in itertools.pairwise(plans))
-    assert table(plans).count("\n") == len(plans) + 1
+    assert table(plans).count("\n") == len(plans), "a line each, below the headers"
     # Tighter, for one rung: the others keep the limit too, or are as small as they can be.
     limit = plans[0].predicted_peak_bytes * 9 // 10
     tighter = ladder.plans(limit, ladder.number_for(plans[0]))
