@@ -15,7 +15,6 @@ Writes --output (JSON) and beside it, or to --page, a table; prints what holds.
 """
 
 import argparse
-import json
 import random
 import statistics
 import time

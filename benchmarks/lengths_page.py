@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MIB = 2**20
-INTRO = """Steps (forward and backward) on batches of many lengths, one row each, all ways in one process and in turns. The
-budget is the peak of Hugging Face's flag on the longest batch. "One plan" is our fastest for the longest batch within
-it, in force for all; "plans by length" are those of the second table, each batch under the first that covers it. "No
-recomputation" is measured where it fits the budget, and compared on those batches alone."""
+INTRO = """Steps (forward and backward) on batches of many lengths, one row each, all ways in one process and in turns.
+The budget is the peak of Hugging Face's flag on the longest batch. "One plan" is our fastest for the longest batch
+within it, in force for all; "plans by length" are those of the second table, each batch under the first that covers it.
+"No recomputation" is measured where it fits the budget, and compared on those batches alone."""
+RATES = ("| way | batches | peak MiB | tokens/s | to HF flag |", "|---|--:|--:|--:|--:|")
 FASTER = 1.15
 
 
@@ -45,7 +46,8 @@ def verdicts(log: Mapping[str, Any]) -> list[str]:
     if short:
         share = tokens_a_second(ours, short) / tokens_a_second(nothing)
         lines.append(
-            f"      where no recomputation fits ({len(short)} of {len(flag['seconds'])} batches): {share:.2f} x its tokens a second"
+            f"      where no recomputation fits ({len(short)} of {len(flag['seconds'])} batches): {share:.2f} x its "
+            "tokens a second"
         )
     worst = max(abs(ours["losses"][length] / loss - 1) for length, loss in flag["losses"].items())
     exact = all(plan["exact"] for plan in log["plans"])
@@ -65,7 +67,7 @@ def page(log: Mapping[str, Any], lines: Sequence[str]) -> str:
     parts = ["# Batches of many lengths", "", INTRO, ""]
     parts += [f"- {name}: {value}" for name, value in log["conditions"].items()]
     parts += [f"- model: {log['title']}, {log['dtype']}; weights: {log['weights']}; {log['rounds']} rounds"]
-    parts += ["", "```", *lines, "```", "", "| way | batches | peak MiB | tokens/s | to HF flag |", "|---|--:|--:|--:|--:|"]
+    parts += ["", "```", *lines, "```", "", *RATES]
     for name, way in ways.items():
         if way["seconds"]:
             rate = tokens_a_second(way)

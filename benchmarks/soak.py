@@ -6,8 +6,8 @@
 
 transformers' Trainer with `BudgetCallback`, AdamW. Behind every step: the resident size of the process; every tenth
 step also how many hooks, overrides, tensors and plans there are. Behind step --settled nothing may grow: the slope of
-the resident size, fitted by least squares, is reported and must stay below 0.2 % of it per 100 steps, and the counts must
-be those of then. Writes --output (JSON). Exits with 1 if something grew.
+the resident size, fitted by least squares, is reported and must stay below 0.2 % of it per 100 steps, and the counts
+must be those of then. Writes --output (JSON). Exits with 1 if something grew.
 """
 
 import argparse

@@ -22,7 +22,7 @@ def run(folder: Path, model_folder: Path, *callbacks: Any) -> list[float]:
 
     torch.manual_seed(0)
     model = with_lora(AutoModelForCausalLM.from_pretrained(model_folder), target_modules=["q_proj", "down_proj"])
-    words = "one two three four five six seven eight".split()
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     rows = [
         {"prompt": " ".join(words[: 1 + i % 3]), "chosen": " ".join(words[: 2 + i]), "rejected": words[i % 8]}
         for i in range(7)
@@ -62,7 +62,7 @@ def test_dpo_trains_the_same_inside_its_budget(tmp_path: Path) -> None:
     assert shapes["input_ids"][0] == 4, "chosen and rejected"
     assert shapes["labels"] == shapes["input_ids"]
     tight = BudgetCallback(
-        ample.plan.predicted_peak_bytes * 19 // 20, cost=Roofline(1e11, 1e10), say=lambda text: None
+        ample.plan.predicted_peak_bytes * 98 // 100, cost=Roofline(1e11, 1e10), say=lambda text: None
     )
     peak = LastStepPeak()
     assert run(tmp_path / "tight", model_folder, tight, peak) == expected

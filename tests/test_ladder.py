@@ -1,4 +1,4 @@
-"""The lengths to plan for, and plans of other lengths from one survey: chosen well, and as true as a survey of their own."""
+"""The lengths to plan for, and plans of other lengths from one survey: as true as those of a survey of their own."""
 
 import itertools
 from typing import Any
@@ -109,7 +109,8 @@ def test_lengths_of_preferences_are_those_of_the_longer_answer() -> None:
 
 
 def batch_of(tokens: int) -> dict[str, torch.Tensor]:
-    batch = pad(list(rows_of(tokens, tokens)))
+    rows: list[Any] = list(rows_of(tokens, tokens))
+    batch = pad(rows)
     batch["attention_mask"][-1, -1] = 0
     return batch
 
@@ -142,13 +143,15 @@ def test_peaks_are_those_of_a_planner_of_their_own(model: nn.Module, planner: Pl
     assert plan.predicted_step_seconds <= own.plan(budget).predicted_step_seconds * 1.02
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with rematree.apply(planner.plan(budget), model, smaller=[plan]) as handle:
+        peaks: list[int] = []
         for _ in range(2):  # the state of the optimizer is there in the second
             with PeakMeter(model, optimizer, batch_of(24)) as meter:
                 model(**batch_of(24)).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+            peaks.append(meter.peak_bytes)
         assert handle.in_force == plan
-    assert plan.predicted_peak_bytes - SLACK - 4096 <= meter.peak_bytes <= plan.predicted_peak_bytes
+    assert plan.predicted_peak_bytes - SLACK - 4096 <= peaks[-1] <= plan.predicted_peak_bytes
 
 
 def test_a_ladder_keeps_its_budget_and_recomputes_less_for_shorter_batches(planner: Planner) -> None:

@@ -1,6 +1,6 @@
 """What a survey of one batch says about a batch of another size: what grows with the tokens is scaled.
 
-Bytes that a block keeps, and seconds of everything but the optimizer, are taken as proportional to the number of tokens.
+Bytes that a block keeps, and seconds of all but the optimizer, are taken as proportional to the number of tokens.
 Attention's seconds grow faster, and a chunk of the loss does not grow at all, so this is what a solver proposes by, and
 nothing that a plan promises: the referee runs what it proposes at the batch's own size.
 """

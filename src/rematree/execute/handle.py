@@ -19,6 +19,7 @@ from rematree.execute.context import Captured
 from rematree.execute.group import Group
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
+from rematree.execute.own_switch import OwnSwitch
 from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
 from rematree.execute.recompute import Executor
 from rematree.execute.selection import Selection
@@ -30,7 +31,6 @@ from rematree.quantised import four_bit_linears, frozen_int8_linears
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, parent_path, split_function, unwrap
 
 _ATTRIBUTE: Final = "_rematree_handle"
-_OWN_SWITCH: Final = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 class Handle:
@@ -59,12 +59,11 @@ class Handle:
         self._overrides: list[ForwardOverride] = []
         self._attention: AttentionRegions | None = None
         self._losses: list[ChunkedLoss] = []
-        self._switched_off: list[nn.Module] = []
+        self._own_switch: OwnSwitch | None = None
         self._layout: TrainingLayout | None = None
         self._said_cache = False
         self._compiler = compiler
         self._check = AdapterCheck(model) if watcher is None else None
-        self._own_switch: list[tuple[nn.Module, str, Any]] = []
         try:
             self._install(check_loss)
         except BaseException:
@@ -73,11 +72,7 @@ class Handle:
         model.__dict__[_ATTRIBUTE] = self
 
     def _install(self, check_loss: bool) -> None:
-        # A second switch on the same layers would recompute the recomputation.
-        for module in self._model.modules():
-            if module.__dict__.get("gradient_checkpointing") is True:
-                module.__dict__["gradient_checkpointing"] = False
-                self._switched_off.append(module)
+        self._own_switch = OwnSwitch(self._model)
         self._layout = TrainingLayout(self._model)
         # First, so that it is innermost: whatever saves or recomputes the layer runs it in this form.
         for path, layer in frozen_int8_linears(self._model):
@@ -100,10 +95,6 @@ class Handle:
             )
         self._install_losses(check_loss)
         base = unwrap(self._model)
-        for name in _OWN_SWITCH:  # transformers' layers would be recomputed under the plan's recomputation
-            if callable(getattr(base, name, None)):
-                self._own_switch.append((base, name, base.__dict__.get(name)))
-                base.__dict__[name] = functools.partial(_nothing_changes, name)
         cacheless = [number for number, plan in enumerate(self.plans) if plan.recomputes or plan.compiled]
         if cacheless and "use_cache" in inspect.signature(base.forward).parameters:
             self._override(base, self._without_cache, *cacheless)
@@ -118,9 +109,7 @@ class Handle:
             return None
         return functools.partial(self._chosen.among, frozenset(numbers))
 
-    def _install_plan(
-        self, number: int, plan: Plan, attention: dict[nn.Module, dict[int, Callable[..., Any]]]
-    ) -> None:
+    def _install_plan(self, number: int, plan: Plan, attention: dict[nn.Module, dict[int, Callable[..., Any]]]) -> None:
         """What one plan does to the blocks; cores of attention are added to `attention`."""
         lean = {path: find_module(self._model, path) for path in plan.lean}
         for path, layer in lean.items():
@@ -246,15 +235,9 @@ class Handle:
         if self._layout is not None:
             self._layout.remove()
             self._layout = None
-        for base, name, before in self._own_switch:
-            if before is None:
-                base.__dict__.pop(name, None)
-            else:
-                base.__dict__[name] = before
-        self._own_switch.clear()
-        for module in self._switched_off:
-            module.__dict__["gradient_checkpointing"] = True
-        self._switched_off.clear()
+        if self._own_switch is not None:
+            self._own_switch.remove()
+            self._own_switch = None
         if self._model.__dict__.get(_ATTRIBUTE) is self:
             del self._model.__dict__[_ATTRIBUTE]
         if self._check is not None:
@@ -267,15 +250,6 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-
-
-def _nothing_changes(name: str, *_: Any, **__: Any) -> None:
-    """What the model's own methods of checkpointing do while a plan is in force."""
-    warnings.warn(
-        f"{name}: a plan is in force on this model and decides which regions are recomputed; nothing changes",
-        UserWarning,
-        stacklevel=2,
-    )
 
 
 def apply(

@@ -54,11 +54,11 @@ def read_batches(loader: Any) -> Batches:
             if lengths is not None:
                 return _of_known_lengths(loader, lengths, size)
     with torch.random.fork_rng(devices=[]):
-        for batch in loader:
-            first = _as_mapping(batch)
-            note = "the first batch; the lengths of the others cannot be read beforehand"
-            return Batches(first, note, {}, lambda _: first)
-    raise UsageError("the training data is empty: there is no batch to plan for")
+        found = next(iter(loader), None)
+    if found is None:
+        raise UsageError("the training data is empty: there is no batch to plan for")
+    first = _as_mapping(found)
+    return Batches(first, "the first batch; the lengths of the others cannot be read beforehand", {}, lambda _: first)
 
 
 def _of_known_lengths(loader: Any, lengths: Sequence[int], size: int) -> Batches:
@@ -108,10 +108,8 @@ def _lengths(data: Any) -> Sequence[int] | None:
             return None
         known = list(first)
     if all(name in known for name in _PREFERENCE_COLUMNS):
-        return [
-            len(prompt) + max(len(chosen), len(rejected))
-            for prompt, chosen, rejected in zip(*(_column(data, name, columns) for name in _PREFERENCE_COLUMNS), strict=True)
-        ]
+        prompts, chosen, rejected = (_column(data, name, columns) for name in _PREFERENCE_COLUMNS)
+        return [len(p) + max(len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
     name = next((name for name in _LENGTH_COLUMNS if name in known), None)
     return None if name is None else [len(row) for row in _column(data, name, columns)]
 

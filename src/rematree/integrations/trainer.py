@@ -3,8 +3,9 @@
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[rematree.BudgetCallback("14GiB")])
 
 Before the first step the callback reads the lengths of the data, plans for the longest batch and for a few shorter ones
-(`rematree.ladder`), and applies the plans; each batch runs under the one it fits. When training ends it takes them off. Checkpointing that the arguments or the model ask for is switched off meanwhile:
-the plan takes its place. What was in force before is in force again afterwards.
+(`rematree.ladder`), and applies the plans; each batch runs under the one it fits. When training ends it takes them off.
+Checkpointing that the arguments or the model ask for is switched off meanwhile: the plan takes its place. What was in
+force before is in force again afterwards.
 """
 
 import sys
