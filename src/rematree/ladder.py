@@ -21,6 +21,7 @@ from rematree.table import render_table
 from rematree.units import format_bytes, format_seconds
 
 MOST_RUNGS: Final = 6
+_TRIED: Final = 2  # lengths for the longest that fits whole
 _CANDIDATES: Final = 48  # lengths that rungs are chosen among
 _WORTH_A_RUNG: Final = 0.005  # of the tokens computed in a run
 
@@ -95,14 +96,36 @@ def build_ladder(
     Raises:
         InfeasibleBudgetError: the longest batch does not fit.
     Cost:
-        Two plans of `planner`; the others are made when they are asked for.
+        Two plans of `planner`, and up to two of shorter batches; the others are made when they are asked for.
+    """
+    planner.plan(budget)
+    lengths = rung_lengths(weights, _free_length(planner, budget, weights, batch_of), most)
+    return Ladder((*(planner.for_batch(batch_of(length)) for length in lengths[:-1]), planner))
+
+
+def _free_length(
+    planner: Planner, budget: int, weights: Mapping[int, float], batch_of: Callable[[int], Mapping[str, Any]]
+) -> float:
+    """The length up to which the fastest plan fits, nearly.
+
+    First on the line through what there is before the step and the peak of the longest batch; if that does not fit, on
+    the line through the peaks of two lengths.
     """
     longest = max(weights, default=0)
-    planner.plan(budget)
-    before, fastest = planner.bytes_before(), planner.plan(None).predicted_peak_bytes
-    free = longest if fastest <= budget else longest * (budget - before) / (fastest - before)
-    lengths = rung_lengths(weights, free, most)
-    return Ladder((*(planner.for_batch(batch_of(length)) for length in lengths[:-1]), planner))
+    most = planner.plan(None).predicted_peak_bytes
+    if most <= budget:
+        return longest
+    before = planner.bytes_before()
+    free = longest * (budget - before) / (most - before)
+    for _ in range(_TRIED):
+        length = max((each for each in weights if each <= free), default=0)
+        if length in (0, longest):
+            break
+        peak = planner.for_batch(batch_of(length)).plan(None).predicted_peak_bytes
+        if peak <= budget or peak >= most:
+            break
+        free = length - (peak - budget) * (longest - length) / (most - peak)
+    return max(free, 1.0)
 
 
 def rung_lengths(weights: Mapping[int, float], free: float, most: int) -> tuple[int, ...]:

@@ -210,7 +210,7 @@ class Twin:
         Raises:
             UsageError: it has other tensors.
         """
-        if set(batch) != self._names:
+        if self._names.symmetric_difference(batch):
             raise UsageError(f"a batch of {sorted(batch)} cannot stand for one of {sorted(self._names)}")
         other = copy.copy(self)
         storages: dict[int, torch.UntypedStorage] = {}
