@@ -3,7 +3,8 @@
 The lengths at which to plan are chosen from how long the batches of the data are. Up to some length everything can be
 kept and nothing need be recomputed; those batches share one plan. Above it, the share of the step that must be
 recomputed grows with the length, and a batch pays for the rung it falls on, not for its own length: the rungs are where
-the sum of that over the data is smallest. One rung less is taken where it costs next to nothing.
+the sum of that over the data is smallest. One rung less is taken where it costs next to nothing, but for the one of the
+batches that fit whole.
 
 Letters: T tokens of a row, of the batch's longest example.
 """
@@ -162,6 +163,9 @@ def rung_lengths(weights: Mapping[int, float], free: float, most: int) -> tuple[
         at = came[rungs][at]
         rungs -= 1
         chosen.append(lengths[at])
+    whole = max((length for length in lengths if length <= free), default=0)
+    if whole and chosen[-1] > free and len(chosen) < most:
+        chosen.append(whole)  # a batch that fits recomputes nothing, however few of them there are
     return tuple(reversed(chosen))
 
 
