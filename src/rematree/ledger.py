@@ -26,7 +26,7 @@ from rematree.trace import OpRecord, Segment
 _SHAPE_ONLY: Final = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
 _DEVICE: Final = torch.ops.prim.device.default
 _BITSANDBYTES: Final = "bitsandbytes"
-_BEFORE_THE_BLOCKS: Final = "embedding"  # the mark of what runs in front of the first block
+BEFORE_THE_BLOCKS: Final = "embedding"  # the mark of what runs in front of the first block
 _MASK_DIMENSIONS: Final = 4
 
 
@@ -231,7 +231,7 @@ class Ledger(TorchDispatchMode):
             return DEQUANTISED
         if self.recomputing:
             return RECOMPUTED
-        if self.label == _BEFORE_THE_BLOCKS and output.dim() == _MASK_DIMENSIONS and self.category == SAVED:
+        if self.label == BEFORE_THE_BLOCKS and output.dim() == _MASK_DIMENSIONS and self.category == SAVED:
             return MASKS
         return self.category
 

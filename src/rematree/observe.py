@@ -201,10 +201,25 @@ class Twin:
             if module.__dict__.get("gradient_checkpointing") is True:
                 module.__dict__["gradient_checkpointing"] = False
         self.model.train(model.training)
+        self._names = frozenset(batch)
         visible = visible_to_a_trace(batch)
         if visible.get("attention_mask") is None and visible.get("position_ids") is None:
             declare_unpacked(self.model)
         self.batch = tree_map_only(torch.Tensor, lambda tensor: self.mode.fake(tensor, storages), visible)
+
+    def with_batch(self, batch: Mapping[str, Any]) -> Self:
+        """The same model, not a copy, with another batch of the same tensors in other shapes.
+
+        Raises:
+            UsageError: it has other tensors.
+        """
+        if self._names.symmetric_difference(batch):
+            raise UsageError(f"a batch of {sorted(batch)} cannot stand for one of {sorted(self._names)}")
+        other = copy.copy(self)
+        storages: dict[int, torch.UntypedStorage] = {}
+        visible = {name: batch[name] for name in self.batch}
+        other.batch = tree_map_only(torch.Tensor, lambda tensor: self.mode.fake(tensor, storages), visible)
+        return other
 
     def loss(self) -> torch.Tensor:
         """Run the forward pass; the scalar to differentiate. Call inside `mode`.

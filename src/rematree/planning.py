@@ -3,6 +3,7 @@
 `Planner` keeps the survey, so that a frontier or several budgets cost one observation. `plan` is the one-call form.
 """
 
+import copy
 import math
 import platform
 from collections.abc import Collection, Mapping, Sequence
@@ -27,11 +28,12 @@ from rematree.folding import block_kinds
 from rematree.observe import LossFunction, Twin
 from rematree.options import describe_groups, describe_option
 from rematree.pace import is_live, is_measured, measure_pace, small_enough
-from rematree.plans import Action, BlockRow, Decision, LedgerLine, Levers, Plan
+from rematree.plans import Action, BlockRow, Decision, Fingerprint, LedgerLine, Levers, Plan
 from rematree.quantised import frozen_int8_linears
 from rematree.ranks import Ranks, ranks_of
 from rematree.regions import find_chain
 from rematree.running import running_chain
+from rematree.scaling import bytes_before, scaled, tokens_of
 from rematree.search import Confirmed, Search
 from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import position_peak
@@ -140,6 +142,39 @@ class Planner:
             compiler=compiler,
         )
         self._search = Search(self.survey, self._referee, self._fixed)
+        self._scaled = False
+
+    def for_batch(self, batch: Mapping[str, Any]) -> "Planner":
+        """A planner for batches of another shape, from this one's survey.
+
+        Options and what they cost are scaled with the number of tokens (`rematree.scaling`), which is what the solver
+        chooses by; every plan is confirmed by the referee at its own shape, whose bytes and seconds it is given.
+
+        Args:
+            batch: The same tensors in other shapes; what the model finds trivial by its values in the one must be
+                trivial in the other.
+        Raises:
+            UsageError: it has other tensors.
+        Cost:
+            Milliseconds; each plan some simulated steps and, where ops are measured, those of the new shape.
+        """
+        other = copy.copy(self)
+        other._twin = self._twin.with_batch(batch)
+        other._fingerprint = replace(self._fingerprint, batch=describe_batch(batch))
+        other._referee = self._referee.for_twin(other._twin)
+        other.survey = scaled(self.survey, tokens_of(batch) / tokens_of(self._twin.batch))
+        other._search = Search(other.survey, other._referee, self._fixed)
+        other._scaled = True
+        return other
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What its plans are made for."""
+        return self._fingerprint
+
+    def bytes_before(self) -> int:
+        """What there is before the step begins, and what the device needs beside the tensors of any step."""
+        return bytes_before(self.survey.plain) + self._fixed
 
     def _paces(self, model: nn.Module, plain: Simulation) -> dict[int, float]:
         last = {kind: index for index, kind in enumerate(self._referee.kinds) if small_enough(plain, index)}
@@ -278,10 +313,12 @@ class Planner:
             lean=levers.lean,
             compiled=levers.compiled,
             groups=levers.groups,
-            bound_seconds=known.fixed_seconds + self._search.bound(entry, budget),
+            bound_seconds=None if self._scaled else known.fixed_seconds + self._search.bound(entry, budget),
             budget_bytes=budget,
             predicted_peak_bytes=entry.peak_bytes,
-            predicted_step_seconds=known.fixed_seconds + entry.choice.seconds,
+            predicted_step_seconds=(
+                entry.simulation.seconds if self._scaled else known.fixed_seconds + entry.choice.seconds
+            ),
             ledger=self._ledger(entry),
             rows=tuple(rows),
             fingerprint=self._fingerprint,

@@ -33,7 +33,7 @@ from rematree.folding import (
     unfold,
     whole,
 )
-from rematree.ledger import Ledger, Segment
+from rematree.ledger import BEFORE_THE_BLOCKS, Ledger, Segment
 from rematree.observe import Twin
 from rematree.optimizers import Optimizer, optimizer_with_state
 from rematree.plans import Fingerprint, Levers, Plan
@@ -152,6 +152,20 @@ class Referee:
         self._static = self._existing()
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
+    def for_twin(self, twin: Twin) -> "Referee":
+        """A referee of the same model with another batch."""
+        return Referee(
+            twin,
+            self.blocks,
+            self.cost,
+            self.optimizer,
+            self.accumulate,
+            kinds=self.kinds,
+            folds=self._container is not None,
+            pace=self.pace,
+            profiles=self.profiles,
+        )
+
     def run(self, levers: Levers) -> Simulation:
         """Simulate one step under `levers`."""
         chain = whole(len(self.blocks))
@@ -264,7 +278,7 @@ class Referee:
 
     def _forward_backward(self, ledger: Ledger) -> None:
         ledger.category = SAVED
-        ledger.mark("embedding")
+        ledger.mark(BEFORE_THE_BLOCKS)
         loss = self.twin.loss()
         ledger.listener = None
         if loss.requires_grad:

@@ -28,6 +28,7 @@ from torch.nn.modules import module as modules
 
 from rematree.execute.adapter_branch import Branch, Branches, add_adapters
 from rematree.execute.dropout import draw_bits
+from rematree.execute.override import runs_bare
 from rematree.regions import DRAW_SUFFIX
 
 # Layer classes by where PEFT defines them: it need not be imported, and what inherits from them may differ.
@@ -113,7 +114,7 @@ def _odd_part(first: nn.Module, second: nn.Module, dropout: nn.Module) -> str | 
 def _bare(part: nn.Module) -> bool:
     """Whether calling `part` is its class's forward and nothing else."""
     hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    return not any(hooks) and "forward" not in part.__dict__
+    return not any(hooks) and runs_bare(part)
 
 
 def _runs_lean(layer: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

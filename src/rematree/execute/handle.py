@@ -4,9 +4,9 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 
 import torch
 from torch import nn
@@ -20,8 +20,10 @@ from rematree.execute.context import Captured
 from rematree.execute.group import Group
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
+from rematree.execute.own_switch import OwnSwitch
 from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
 from rematree.execute.recompute import Executor
+from rematree.execute.selection import Selection
 from rematree.execute.self_check import AdapterCheck
 from rematree.execute.stash import Watcher
 from rematree.fingerprint import describe_batch, describe_model
@@ -30,14 +32,14 @@ from rematree.quantised import four_bit_linears, frozen_int8_linears
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, parent_path, split_function, unwrap
 
 _ATTRIBUTE: Final = "_rematree_handle"
-_OWN_SWITCH: Final = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 class Handle:
-    """A plan in force on one model. Use as a context manager, or call `remove()`.
+    """A plan in force on one model, or several for batches of several sizes. A context manager; or call `remove()`.
 
     Attributes:
-        plan: The plan in force.
+        plan: The plan in force; of several, that for the largest batch.
+        plans: All of them, in the order in which they are tried; `plan` is the last.
     """
 
     def __init__(
@@ -48,19 +50,21 @@ class Handle:
         watcher: Watcher | None,
         check_loss: bool,
         compiler: BlockCompiler | None = None,
+        smaller: Sequence[Plan] = (),
     ) -> None:
         self.plan = plan
+        self.plans = (*smaller, plan)
+        self._chosen = Selection(self.plans)
         self._model = model
         self._executor = Executor(watcher)
         self._overrides: list[ForwardOverride] = []
         self._attention: AttentionRegions | None = None
-        self._loss: ChunkedLoss | None = None
-        self._switched_off: list[nn.Module] = []
+        self._losses: list[ChunkedLoss] = []
+        self._own_switch: OwnSwitch | None = None
         self._layout: TrainingLayout | None = None
         self._said_cache = False
         self._compiler = compiler
         self._check = AdapterCheck(model) if watcher is None else None
-        self._own_switch: list[tuple[nn.Module, str, Any]] = []
         try:
             self._install(check_loss)
         except BaseException:
@@ -69,11 +73,7 @@ class Handle:
         model.__dict__[_ATTRIBUTE] = self
 
     def _install(self, check_loss: bool) -> None:
-        # A second switch on the same layers would recompute the recomputation.
-        for module in self._model.modules():
-            if module.__dict__.get("gradient_checkpointing") is True:
-                module.__dict__["gradient_checkpointing"] = False
-                self._switched_off.append(module)
+        self._own_switch = OwnSwitch(self._model)
         self._layout = TrainingLayout(self._model)
         # First, so that it is innermost: whatever saves or recomputes the layer runs it in this form.
         for path, layer in frozen_int8_linears(self._model):
@@ -84,13 +84,40 @@ class Handle:
             if self.plan.levers.compiles(path):  # a hook on its output is none in a graph
                 continue
             self._overrides.append(ForwardOverride(layer, functools.partial(watch_weight, path, layer)))
-        lean = {path: find_module(self._model, path) for path in self.plan.lean}
+        if len(self.plans) > 1:  # R5: what runs again runs under the plan of its forward
+            self._executor.captured.append(Captured(self._chosen.now, self._chosen.put))
+        attention: dict[nn.Module, dict[int, Callable[..., Any]]] = {}
+        for number, plan in enumerate(self.plans):
+            self._install_plan(number, plan, attention)
+        if attention:
+            self._attention = AttentionRegions(
+                (module, arounds[0] if len(self.plans) == 1 else functools.partial(self._chosen.dispatch, arounds))
+                for module, arounds in attention.items()
+            )
+        self._install_losses(check_loss)
+        base = unwrap(self._model)
+        cacheless = [number for number, plan in enumerate(self.plans) if plan.recomputes or plan.compiled]
+        if cacheless and "use_cache" in inspect.signature(base.forward).parameters:
+            self._override(base, self._without_cache, *cacheless)
+        self._overrides.append(ForwardOverride(self._model, self._outermost))
+
+    def _override(self, module: nn.Module, around: Callable[..., Any], *numbers: int) -> None:
+        """Put `around` the forward of `module` under the plans of these numbers."""
+        self._overrides.append(ForwardOverride(module, around, self._when(*numbers)))
+
+    def _when(self, *numbers: int) -> Callable[[], bool] | None:
+        if len(numbers) == len(self.plans):
+            return None
+        return functools.partial(self._chosen.among, frozenset(numbers))
+
+    def _install_plan(self, number: int, plan: Plan, attention: dict[nn.Module, dict[int, Callable[..., Any]]]) -> None:
+        """What one plan does to the blocks; cores of attention are added to `attention`."""
+        lean = {path: find_module(self._model, path) for path in plan.lean}
         for path, layer in lean.items():
-            self._overrides.append(ForwardOverride(layer, self._lean(path, layer)))
+            self._override(layer, self._lean(plan, path, layer), number)
         self._install_compiled()  # before any recomputation of the block, which is around it
-        attention: list[tuple[nn.Module, Callable[..., Any]]] = []
-        for path, decision in self.plan.decisions.items():
-            if decision.action is effective_action(self.plan.decisions, parent_path(path)):
+        for path, decision in plan.decisions.items():
+            if decision.action is effective_action(plan.decisions, parent_path(path)):
                 continue
             module_path, function = split_function(path)
             if function == DRAW_SUFFIX and adapted_layer(module_path) in lean:
@@ -103,24 +130,12 @@ class Handle:
             else:
                 around = functools.partial(self._executor.save, path, decision.stash)
             if function == ATTENTION_SUFFIX:
-                attention.append((module, around))
+                attention.setdefault(module, {})[number] = around
             else:
-                self._overrides.append(ForwardOverride(module, around))
-        self._install_groups()
-        if attention:
-            self._attention = AttentionRegions(attention)
-        if self.plan.loss_chunk_rows is not None:
-            self._loss = attach_chunked_loss(self._model, self.plan.loss_chunk_rows, check=check_loss)
-        base = unwrap(self._model)
-        for name in _OWN_SWITCH:  # transformers' layers would be recomputed under the plan's recomputation
-            if callable(getattr(base, name, None)):
-                self._own_switch.append((base, name, base.__dict__.get(name)))
-                base.__dict__[name] = functools.partial(_nothing_changes, name)
-        if (self.plan.recomputes or self.plan.compiled) and "use_cache" in inspect.signature(base.forward).parameters:
-            self._overrides.append(ForwardOverride(base, self._without_cache))
-        self._overrides.append(ForwardOverride(self._model, self._outermost))
+                self._override(module, around, number)
+        self._install_groups(number, plan)
 
-    def _lean(self, path: str, layer: nn.Module) -> Callable[..., Any]:
+    def _lean(self, plan: Plan, path: str, layer: nn.Module) -> Callable[..., Any]:
         """What runs the adapter layer at `path` lean."""
         reason = why_not(layer)
         if reason is not None:
@@ -130,18 +145,25 @@ class Handle:
             )
         draws: dict[str, DrawBits] = {}
         for name, region in dropouts_of(path, layer):
-            if region in self.plan.decisions and effective_action(self.plan.decisions, path) is Action.RECOMPUTE:
+            if region in plan.decisions and effective_action(plan.decisions, path) is Action.RECOMPUTE:
                 draws[name] = functools.partial(self._executor.keep_bits, region)
         return functools.partial(lean_forward, layer, draws)
 
-    def _install_groups(self) -> None:
+    def _install_losses(self, check: bool) -> None:
+        chunks: dict[int, list[int]] = {}
+        for number, plan in enumerate(self.plans):
+            if plan.loss_chunk_rows is not None:
+                chunks.setdefault(plan.loss_chunk_rows, []).append(number)
+        for rows, numbers in chunks.items():
+            self._losses.append(attach_chunked_loss(self._model, rows, check=check, when=self._when(*numbers)))
+
+    def _install_groups(self, number: int, plan: Plan) -> None:
         """Around whatever each block does by itself; smaller groups inside larger ones."""
-        for paths in sorted(filter(None, self.plan.groups), key=len):
+        for paths in sorted(filter(None, plan.groups), key=len):
             group = Group(len(paths), self._executor)
             for place, path in enumerate(paths):
                 module = find_module(self._model, path)
-                around = functools.partial(group.member, path, place, module)
-                self._overrides.append(ForwardOverride(module, around))
+                self._override(module, functools.partial(group.member, path, place, module), number)
 
     def _install_compiled(self) -> None:
         decided = (*self.plan.decisions, *self.plan.lean)
@@ -166,24 +188,31 @@ class Handle:
         return inner(*args, **kwargs)
 
     def _outermost(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        number = self._chosen.covering(kwargs)  # here and not further in, where PEFT has put a prompt before it
         if self._trains():
             if self._check is not None:
                 self._check.forward_begins()
-            self._check_batch(kwargs)  # here and not further in, where PEFT has put a prompt before it
-        return inner(*args, **kwargs)
+            if number is None:
+                self._refuse(kwargs)
+            self._chosen.latest = number
+        with self._chosen.during(len(self.plans) - 1 if number is None else number):
+            return inner(*args, **kwargs)
 
-    def _check_batch(self, kwargs: Mapping[str, Any]) -> None:
-        """Refuse what the prediction does not cover; a smaller batch (the last of an epoch) only needs less."""
-        planned = {name: shape for name, shape, _ in self.plan.fingerprint.batch}
-        for name, shape, _ in describe_batch(kwargs):
-            most = planned.get(name)
-            if most is not None and (
-                len(shape) != len(most) or any(here > there for here, there in zip(shape, most, strict=True))
-            ):
-                raise PlanMismatchError(
-                    f"the plan was made for {name} of shape {most}, this batch has {shape}",
-                    remedies=["plan again for the larger batch: rematree.plan(model, batch, budget=...)"],
-                )
+    def _refuse(self, kwargs: Mapping[str, Any]) -> NoReturn:
+        """Raise about what the prediction does not cover; a smaller batch (the last of an epoch) only needs less."""
+        here = {name: shape for name, shape, _ in describe_batch(kwargs)}
+        name, shape, most = self._chosen.too_large(here)[0]
+        raise PlanMismatchError(
+            f"the plan was made for {name} of shape {most}, this batch has {shape}",
+            remedies=["plan again for the larger batch: rematree.plan(model, batch, budget=...)"],
+        )
+
+    @property
+    def in_force(self) -> Plan:
+        """The plan that the latest training forward ran under; before the first, that for the largest batch."""
+        return self.plans[self._chosen.latest]
 
     def capture(self, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
         """Have `read()`'s value at forward time put back with `write` around every recomputation (R5)."""
@@ -195,9 +224,9 @@ class Handle:
         Warns:
             UserWarning: the first training step left adapters without a gradient, and it was the only one so far.
         """
-        if self._loss is not None:
-            self._loss.remove()
-            self._loss = None
+        for loss in reversed(self._losses):
+            loss.remove()
+        self._losses.clear()
         for override in reversed(self._overrides):
             override.remove()
         self._overrides.clear()
@@ -207,15 +236,9 @@ class Handle:
         if self._layout is not None:
             self._layout.remove()
             self._layout = None
-        for base, name, before in self._own_switch:
-            if before is None:
-                base.__dict__.pop(name, None)
-            else:
-                base.__dict__[name] = before
-        self._own_switch.clear()
-        for module in self._switched_off:
-            module.__dict__["gradient_checkpointing"] = True
-        self._switched_off.clear()
+        if self._own_switch is not None:
+            self._own_switch.remove()
+            self._own_switch = None
         if self._model.__dict__.get(_ATTRIBUTE) is self:
             del self._model.__dict__[_ATTRIBUTE]
         if self._check is not None:
@@ -230,20 +253,12 @@ class Handle:
         self.remove()
 
 
-def _nothing_changes(name: str, *_: Any, **__: Any) -> None:
-    """What the model's own methods of checkpointing do while a plan is in force."""
-    warnings.warn(
-        f"{name}: a plan is in force on this model and decides which regions are recomputed; nothing changes",
-        UserWarning,
-        stacklevel=2,
-    )
-
-
 def apply(
     plan: Plan,
     model: nn.Module,
     batch: Mapping[str, Any] | None = None,
     *,
+    smaller: Sequence[Plan] = (),
     watcher: Watcher | None = None,
     check_loss: bool = True,
 ) -> Handle:
@@ -254,27 +269,35 @@ def apply(
         model: The model it was made for, in the same configuration.
         batch: If given, its shapes must be exactly the planned ones. A larger batch is refused at every training
             forward in any case.
+        smaller: Plans of the same model for smaller batches, in the order in which they are tried: each forward runs
+            under the first one that covers its batch, else under `plan`. Choosing takes microseconds. None may compile.
         watcher: Told about placeholders and recomputations; the referee uses it.
         check_loss: Compare the chunked loss with the model's own once, on at most 32 tokens of the first batch.
     Returns:
         A handle with `remove()`, also a context manager. Applying an equal plan again returns the same handle.
     Raises:
         PlanMismatchError: the model, its trainable set, dropout, dtypes or attention implementation differ.
-        UsageError: another plan is in force on this model.
+        UsageError: another plan is in force on this model, or one of several compiles blocks.
         UnsupportedModelError: an evaluation has rewritten 4-bit weights of the model for inference.
     """
     model = without_engine(model)
     present = model.__dict__.get(_ATTRIBUTE)
     if isinstance(present, Handle):
-        if present.plan == plan:
+        if present.plans == (*smaller, plan):
             return present
         raise UsageError("another plan is in force on this model", remedies=["handle.remove() first"])
     refuse_repacked(model)
+    if smaller and any(each.compiled for each in (*smaller, plan)):
+        raise UsageError(
+            "one of several plans compiles blocks, and code is compiled for one plan",
+            remedies=["plan with forbid=['compile'], or apply one plan"],
+        )
     here = describe_model(model)
+    for each in smaller:
+        each.check(dataclasses.replace(here, batch=each.fingerprint.batch))
     planned = plan.fingerprint
-    here = dataclasses.replace(here, batch=planned.batch if batch is None else describe_batch(batch))
-    plan.check(here)
-    return Handle(plan, model, watcher=watcher, check_loss=check_loss)
+    plan.check(dataclasses.replace(here, batch=planned.batch if batch is None else describe_batch(batch)))
+    return Handle(plan, model, watcher=watcher, check_loss=check_loss, smaller=smaller)
 
 
 def applied_handle(model: nn.Module) -> Handle | None:

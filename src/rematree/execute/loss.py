@@ -17,6 +17,7 @@ head.
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ from rematree.execute.row_loss import RowLoss, chunked_loss, verify_window
 __all__ = ["ChunkedLoss", "attach_chunked_loss", "find_head"]
 
 
-def attach_chunked_loss(model: nn.Module, rows: int, *, check: bool = True) -> "ChunkedLoss":
+def attach_chunked_loss(
+    model: nn.Module, rows: int, *, check: bool = True, when: Callable[[], bool] | None = None
+) -> "ChunkedLoss":
     """Compute the loss of `model` in chunks of `rows` rows from now on.
 
     Args:
@@ -39,6 +42,8 @@ def attach_chunked_loss(model: nn.Module, rows: int, *, check: bool = True) -> "
         rows: Rows of the batch, of B*T, whose logits exist at once.
         check: Compare loss and gradient of a window of at most 32 rows with the plain head once, on the first loss,
             and warn once if a loss was not chunked. Off where there are no real numbers (fake tensors).
+        when: Asked at every forward whether this is the one in use, where a model has several, of which one is at a
+            time. None: it is the only one.
 
     Returns:
         Handle whose `remove()` puts the model back exactly.
@@ -54,12 +59,13 @@ def attach_chunked_loss(model: nn.Module, rows: int, *, check: bool = True) -> "
         raise UnsupportedModelError(f"{type(model).__name__} has no output embedding, so its loss cannot be chunked")
     forward = found[1].__dict__.get("forward")
     while isinstance(forward, ForwardOverride):
-        if isinstance(getattr(forward._around, "__self__", None), ChunkedLoss):  # pyright: ignore[reportPrivateUsage]
+        owner = getattr(forward._around, "__self__", None)  # pyright: ignore[reportPrivateUsage]
+        if isinstance(owner, ChunkedLoss) and (when is None or not forward.conditional):
             raise UsageError(
                 f"{type(found[0]).__name__} has a chunked loss already", remedies=["handle.remove() first"]
             )
         forward = forward._inner  # pyright: ignore[reportPrivateUsage]
-    return ChunkedLoss(*found, rows, check=check)
+    return ChunkedLoss(*found, rows, check=check, when=when)
 
 
 class ChunkedLoss:
@@ -70,7 +76,15 @@ class ChunkedLoss:
         effective: Whether the latest training call was chunked, None before the first.
     """
 
-    def __init__(self, causal_lm: nn.Module, head: nn.Module, rows: int, *, check: bool) -> None:
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        head: nn.Module,
+        rows: int,
+        *,
+        check: bool,
+        when: Callable[[], bool] | None = None,
+    ) -> None:
         self.rows = rows
         self.effective: bool | None = None
         self._causal_lm = causal_lm
@@ -83,8 +97,8 @@ class ChunkedLoss:
         names = list(inspect.signature(causal_lm.forward).parameters)
         self._labels_position = names.index("labels") if "labels" in names else len(names)
         self._overrides = (
-            ForwardOverride(causal_lm, self._around_model),
-            ForwardOverride(head, self._around_head),
+            ForwardOverride(causal_lm, self._around_model, when),
+            ForwardOverride(head, self._around_head, when),
         )
 
     def remove(self) -> None:

@@ -16,10 +16,16 @@ class ForwardOverride:
     Overrides nest: the innermost is the class's method or whatever was there before (accelerate puts its own). They
     survive `copy.deepcopy` of the module, because they hold the module, not a closure over it, and can be removed in
     any order.
+
+    Args:
+        module: Whose forward is replaced.
+        around: Called with what `forward` was before, and its arguments.
+        when: Asked at every call; if it says no, the call goes to what `forward` was before. None: always.
     """
 
-    def __init__(self, module: nn.Module, around: Around) -> None:
+    def __init__(self, module: nn.Module, around: Around, when: Callable[[], bool] | None = None) -> None:
         self._module = module
+        self._when = when
         self._had_own = "forward" in module.__dict__
         self._inner: Forward = module.forward
         self._around = around
@@ -28,7 +34,19 @@ class ForwardOverride:
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._when is not None and not self._when():
+            return self._inner(*args, **kwargs)
         return self._around(self._inner, *args, **kwargs)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it asks before it does anything."""
+        return self._when is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether a call now goes straight to what `forward` was before."""
+        return self._when is not None and not self._when()
 
     @property
     def inner(self) -> Forward:
@@ -51,6 +69,16 @@ class ForwardOverride:
                 functools.update_wrapper(current, self._inner, updated=())
                 return
             current = current._inner
+
+
+def runs_bare(module: nn.Module) -> bool:
+    """Whether a call of `module` now runs its class's own forward and nothing around it."""
+    own = module.__dict__.get("forward")
+    while isinstance(own, ForwardOverride) and own.idle:
+        own = own.inner
+        if getattr(own, "__func__", None) is type(module).forward:
+            return True
+    return own is None
 
 
 def remove_overrides(root: nn.Module) -> None:

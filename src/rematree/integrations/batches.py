@@ -1,24 +1,44 @@
-"""The batch to plan for: the largest one that a data loader can give."""
+"""The batches to plan for: the largest one that a data loader can give, and the ones of other lengths.
 
-from collections.abc import Iterable, Mapping, Sequence
+A batch of the longest examples needs at least as much as any batch of the run: padding goes to the longest. How long
+the batches of a run are follows from the lengths of the examples and the size of a batch.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
 from rematree.errors import UsageError
+from rematree.ladder import batch_weights
 
 _LENGTH_COLUMNS: Final = ("input_ids", "tokens", "labels")
+_PREFERENCE_COLUMNS: Final = ("prompt_ids", "chosen_ids", "rejected_ids")  # of TRL's DPO
 
 
-def longest_batch(loader: Any) -> tuple[dict[str, Any], str]:
-    """The batch of the longest examples, collated as `loader` does it, and a phrase that says how it was found.
+@dataclass(frozen=True)
+class Batches:
+    """What a data loader can give.
 
-    The longest examples in one batch need at least as much as any batch of the run: padding goes to the longest.
+    Attributes:
+        longest: The largest batch, on the host.
+        note: How it was found ("the 4 longest of 812 examples").
+        weights: Share of the batches whose longest example has each length; empty if lengths cannot be read.
+        of: A batch of the longest examples that are not longer than a length.
+    """
+
+    longest: dict[str, Any]
+    note: str
+    weights: Mapping[int, float]
+    of: Callable[[int], dict[str, Any]]
+
+
+def read_batches(loader: Any) -> Batches:
+    """The batches of `loader`, collated as it does it.
 
     Args:
         loader: A `torch.utils.data.DataLoader`, or accelerate's.
-    Returns:
-        The batch on the host, and what it is ("the 4 longest of 812 examples").
     Raises:
         UsageError: the data is empty, or batches are not mappings.
     Cost:
@@ -32,13 +52,44 @@ def longest_batch(loader: Any) -> tuple[dict[str, Any], str]:
         with torch.random.fork_rng(devices=[]):  # data and collator may draw; the run must not notice
             lengths = _lengths(data)
             if lengths is not None:
-                longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])[:size]
-                batch = loader.collate_fn([data[index] for index in longest])
-                return _as_mapping(batch), f"the {len(longest)} longest of {len(lengths)} examples"
+                return _of_known_lengths(loader, lengths, size)
     with torch.random.fork_rng(devices=[]):
-        for batch in loader:
-            return _as_mapping(batch), "the first batch; the lengths of the others cannot be read beforehand"
-    raise UsageError("the training data is empty: there is no batch to plan for")
+        found = next(iter(loader), None)
+    if found is None:
+        raise UsageError("the training data is empty: there is no batch to plan for")
+    first = _as_mapping(found)
+    return Batches(first, "the first batch; the lengths of the others cannot be read beforehand", {}, lambda _: first)
+
+
+def _of_known_lengths(loader: Any, lengths: Sequence[int], size: int) -> Batches:
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    mixed = lengths[order[0]] != lengths[order[-1]]
+
+    def collated(indices: Sequence[int]) -> dict[str, Any]:
+        with torch.random.fork_rng(devices=[]):
+            batch = _as_mapping(loader.collate_fn([loader.dataset[index] for index in indices]))
+        return _padded(batch) if mixed else batch
+
+    def of(length: int) -> dict[str, Any]:
+        short = [index for index in order if lengths[index] <= length]
+        return collated((short * size)[:size])  # however few are as short: shapes are what counts
+
+    longest = order[:size]
+    note = f"the {len(longest)} longest of {len(lengths)} examples"
+    return Batches(collated(longest), note, batch_weights(lengths, len(longest)), of)
+
+
+def _padded(batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` with a hole in its attention mask if it has none: another batch of this size will have one.
+
+    Models skip a mask that is all ones, so examples that happen to be equally long need less than those that do not.
+    """
+    mask = batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] > 1 and bool((mask == 1).all()):
+        mask = mask.clone()
+        mask[-1, -1] = 0
+        return {**batch, "attention_mask": mask}
+    return batch
 
 
 def _batch_size(loader: Any) -> int | None:
@@ -50,14 +101,21 @@ def _batch_size(loader: Any) -> int | None:
 
 def _lengths(data: Any) -> Sequence[int] | None:
     columns: Iterable[str] | None = getattr(data, "column_names", None)
-    if columns is not None:
-        name = next((name for name in _LENGTH_COLUMNS if name in columns), None)
-        return None if name is None else [len(row) for row in data[name]]
-    first = data[0]
-    if not isinstance(first, Mapping):
-        return None
-    name = next((name for name in _LENGTH_COLUMNS if name in first), None)
-    return None if name is None else [len(data[index][name]) for index in range(len(data))]
+    known = columns
+    if known is None:
+        first = data[0]
+        if not isinstance(first, Mapping):
+            return None
+        known = list(first)
+    if all(name in known for name in _PREFERENCE_COLUMNS):
+        prompts, chosen, rejected = (_column(data, name, columns) for name in _PREFERENCE_COLUMNS)
+        return [len(p) + max(len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+    name = next((name for name in _LENGTH_COLUMNS if name in known), None)
+    return None if name is None else [len(row) for row in _column(data, name, columns)]
+
+
+def _column(data: Any, name: str, columns: Iterable[str] | None) -> Iterable[Any]:
+    return data[name] if columns is not None else (data[index][name] for index in range(len(data)))
 
 
 def _as_mapping(batch: Any) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class StepGuard:
         """Take a tighter plan."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        plan = self._callback.plan
+        plan = self._callback.in_force
         if plan is None:
             self._give_up("no plan is in force that could be made tighter", reason)
         limit = None if reason.startswith("larger") else int(plan.predicted_peak_bytes * _SHARE)
@@ -109,7 +109,7 @@ class StepGuard:
         )
 
     def _give_up(self, why: str, reason: str) -> NoReturn:
-        trainer, plan = self._trainer, self._callback.plan
+        trainer, plan = self._trainer, self._callback.in_force
         saved: list[str] = []
         if trainer.state.global_step > 0:
             with contextlib.suppress(OSError):

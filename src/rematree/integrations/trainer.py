@@ -2,12 +2,14 @@
 
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[rematree.BudgetCallback("14GiB")])
 
-Before the first step the callback reads the longest batch from the data, plans for it and applies the plan; when
-training ends it takes the plan off. Checkpointing that the arguments or the model ask for is switched off meanwhile:
-the plan takes its place. What was in force before is in force again afterwards.
+Before the first step the callback reads the lengths of the data, plans for the longest batch and for a few shorter ones
+(`rematree.ladder`), and applies the plans; each batch runs under the one it fits. When training ends it takes them off.
+Checkpointing that the arguments or the model ask for is switched off meanwhile: the plan takes its place. What was in
+force before is in force again afterwards.
 """
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -23,8 +25,9 @@ from rematree.errors import UsageError
 from rematree.execute.handle import Handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
 from rematree.in_effect import BUDGET_KEY, requested_budget
-from rematree.integrations.batches import longest_batch
-from rematree.integrations.trl import fused_head_call
+from rematree.integrations.batches import read_batches
+from rematree.integrations.trl import as_called, fused_head_call
+from rematree.ladder import Ladder, build_ladder, table
 from rematree.planning import Planner
 from rematree.plans import Plan
 from rematree.ranks import launched_ranks
@@ -37,16 +40,19 @@ _KINDS: Final = ("activation_checkpointing", "gradient_checkpointing")  # names 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is needed to plan again in mid-run: the planner in use, how to make another, and the bytes there are."""
+    """What is needed to plan again in mid-run: the planners in use, how to make others, and the bytes there are."""
 
     model: Any
     make_planner: Callable[[Mapping[str, Any]], Planner]
-    planner: Planner
+    ladder: Ladder
     limit: int
 
 
 class BudgetCallback(TrainerCallback):
-    """Trains inside a budget. For transformers' `Trainer` and for TRL's `SFTTrainer`.
+    """Trains inside a budget. For transformers' `Trainer` and for TRL's `SFTTrainer` and `DPOTrainer`.
+
+    Where batches differ in length there is a plan for each of a few lengths, all within the budget: a short batch that
+    fits recomputes nothing, a long one what it must. They come from one survey of the longest batch.
 
     The budget is the peak of a training step: weights, gradients, optimizer state, saved tensors, workspaces. It is
     taken from here, from `gradient_checkpointing=True, gradient_checkpointing_kwargs={"budget": ...}` (or
@@ -60,7 +66,8 @@ class BudgetCallback(TrainerCallback):
         say: Receives the plan and the prediction as text; standard error by default.
 
     Attributes:
-        plan: The plan in force, or the last one; None before the first `train()`.
+        plan: The plan for the longest batch, of now or of the last training; None before the first `train()`.
+        plans: All plans, for the shortest batches first; `plan` is the last of them.
         say: As above.
 
     Not covered:
@@ -79,6 +86,7 @@ class BudgetCallback(TrainerCallback):
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.plan: Plan | None = None
+        self.plans: tuple[Plan, ...] = ()
         self._budget = None if budget is None else parse_bytes(budget)
         self._forbid = tuple(forbid)
         self._cost = cost
@@ -102,7 +110,7 @@ class BudgetCallback(TrainerCallback):
         take_budget_from_transformers(model)
         budget = self._wanted(args, model)
         if budget is None:
-            self.plan = None
+            self.plan, self.plans = None, ()
             self.say("no plan: the training arguments name a budget, and switch checkpointing off")
             return
         _warn_of_what_has_no_effect(args)
@@ -114,15 +122,18 @@ class BudgetCallback(TrainerCallback):
             raise
 
     def _plan_and_apply(self, args: Any, model: Any, budget: int, kwargs: dict[str, Any]) -> None:
-        batch, note = longest_batch(kwargs["train_dataloader"])
+        batches = read_batches(kwargs["train_dataloader"])
         extra, loss = fused_head_call(model)
 
-        def planner(batch: Mapping[str, Any]) -> Planner:
+        def called(batch: Mapping[str, Any]) -> dict[str, Any]:
             device = next(model.parameters()).device
             here = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
+            return {**as_called(here), **extra}
+
+        def planner(batch: Mapping[str, Any]) -> Planner:
             return Planner(
                 model,
-                {**here, **extra},
+                called(batch),
                 optimizer=_kind_of(kwargs.get("optimizer")),
                 accumulation_steps=args.gradient_accumulation_steps,
                 forbid=self._forbid,
@@ -131,41 +142,69 @@ class BudgetCallback(TrainerCallback):
                 ranks=launched_ranks(model),
             )
 
-        def make() -> Plan:
-            self._job = _Job(model, planner, planner(batch), budget)
-            return self._job.planner.plan(budget)
+        def lone() -> Plan:
+            self._job = _Job(model, planner, Ladder((planner(batches.longest),)), budget)
+            return self._job.ladder.plans(budget)[-1]
 
-        self.plan = agreed_plan(make)
-        self._handle = apply(self.plan, model)
+        started = time.perf_counter()
+        if launched_ranks(model) is not None:  # ranks see batches of different lengths in one step, and take one plan
+            self._apply((agreed_plan(lone),))
+        else:
+            longest = planner(batches.longest)
+            ladder = build_ladder(longest, budget, batches.weights, lambda length: called(batches.of(length)))
+            self._job = _Job(model, planner, ladder, budget)
+            self._apply(ladder.plans(budget))
+        took = time.perf_counter() - started
+        assert self.plan is not None
         self.say(str(self.plan))
+        if len(self.plans) > 1:
+            self.say(table(self.plans))
         self.say(
             f"predicted: peak {format_bytes(self.plan.predicted_peak_bytes)} of {format_bytes(budget)}, "
-            f"{format_seconds(self.plan.predicted_step_seconds)} for each batch; planned for {note}"
+            f"{format_seconds(self.plan.predicted_step_seconds)} for each of the longest batches; planned in "
+            f"{format_seconds(took)} for {batches.note}"
         )
+
+    def _apply(self, plans: tuple[Plan, ...]) -> None:
+        """Put `plans` in force, in place of what is."""
+        assert self._job is not None
+        if self._handle is not None:
+            self._handle.remove()
+        *smaller, self.plan = self.plans = plans
+        self._handle = apply(self.plan, self._job.model, smaller=smaller)
+
+    @property
+    def in_force(self) -> Plan | None:
+        """The plan of the latest batch; before the first, and when training is over, that for the longest one."""
+        return self.plan if self._handle is None else self._handle.in_force
 
     def plan_again(self, batch: Mapping[str, Any], limit: int | None) -> Plan:
         """Plan tighter, or for a larger batch than any before, and put that in force; the limit holds from now on.
 
+        A limit is on the plans of all lengths. Those of other lengths that cannot keep it become as small as they can.
+
         Args:
             batch: What the step runs that did not fit.
-            limit: Bytes; None: those of now, and a plan for the shape of `batch`.
+            limit: Bytes; None: those of now, and a plan for the shape of `batch` too.
+        Returns:
+            The plan that batches of this shape run under.
         Raises:
-            InfeasibleBudgetError: nothing fits; the plan of before stays in force.
+            InfeasibleBudgetError: nothing fits; the plans of before stay in force.
             UsageError: no training is going on.
         """
-        if self._job is None:
+        if self._job is None or self.in_force is None:
             raise UsageError("no training under a budget is going on")
         job = self._job
         if limit is None:
-            job = replace(job, planner=job.make_planner(batch))
+            job = replace(job, ladder=job.ladder.extended(job.make_planner(batch)))
+            must = len(job.ladder.planners) - 1
         else:
             job = replace(job, limit=min(limit, job.limit))
-        now = job.planner.plan(job.limit)
-        self._job, self.plan = job, now
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = apply(now, job.model)
-        return now
+            must = job.ladder.number_for(self.in_force)
+        plans = job.ladder.plans(job.limit, must)
+        self._job = job
+        self._apply(plans)
+        return next(plan for plan in plans if job.ladder.number_for(plan) >= must)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the plan off."""

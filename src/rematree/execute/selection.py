@@ -1,0 +1,91 @@
+"""Which of several plans on one model is in force: chosen by the shapes of each batch.
+
+A model that sees batches of many lengths has a plan for each of a few. All are installed at once, and every override of
+a plan asks whether its plan is the one. The number is chosen where the outermost forward begins. Whatever runs again in
+backward runs under the number of its forward: the number is one of the values that a recomputation finds as they were
+(`Captured`), so forwards of different lengths may run before their backwards.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+from rematree.fingerprint import describe_batch
+from rematree.plans import Plan
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Selection:
+    """The choice between `plans`, by thread: backward and data-parallel replicas run in threads of their own.
+
+    Args:
+        plans: In the order in which they are tried; the last one is for the largest batch, and in force where nothing
+            was chosen.
+    """
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self._shapes: list[Shapes] = [{name: shape for name, shape, _ in plan.fingerprint.batch} for plan in plans]
+        self._last = len(plans) - 1
+        self._numbers: dict[int, int] = {}
+        self.latest = self._last
+
+    def now(self) -> int:
+        """Number of the plan in force in this thread."""
+        return self._numbers.get(threading.get_ident(), self._last) if self._numbers else self._last
+
+    def put(self, number: int) -> None:
+        """Put plan `number` in force in this thread."""
+        if number == self._last:
+            self._numbers.pop(threading.get_ident(), None)  # so that threads that are gone leave nothing
+        else:
+            self._numbers[threading.get_ident()] = number
+
+    def among(self, numbers: frozenset[int]) -> bool:
+        """Whether one of `numbers` is in force."""
+        return self.now() in numbers
+
+    @contextlib.contextmanager
+    def during(self, number: int) -> Generator[None]:
+        """Plan `number` is in force inside, in this thread."""
+        before = self.now()
+        self.put(number)
+        try:
+            yield
+        finally:
+            self.put(before)
+
+    def dispatch(
+        self, arounds: Mapping[int, Callable[..., Any]], inner: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call `inner` through the one of `arounds` that belongs to the plan in force, or as it is if none does."""
+        around = arounds.get(self.now())
+        return inner(*args, **kwargs) if around is None else around(inner, *args, **kwargs)
+
+    def covering(self, kwargs: Mapping[str, Any]) -> int | None:
+        """Number of the first plan that covers a batch; None if the last one does not either.
+
+        The last plan is refused only by a tensor that is larger than planned. Another one is taken only if all tensors
+        are known to it: one that the plan has never heard of may be of any size.
+        """
+        here = {name: shape for name, shape, _ in describe_batch(kwargs)}
+        for number in range(self._last):
+            planned = self._shapes[number]
+            if here and here.keys() <= planned.keys() and all(fits(here[name], planned[name]) for name in here):
+                return number
+        return None if self.too_large(here) else self._last
+
+    def too_large(self, here: Shapes) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """(name, shape, largest planned shape) of the tensors that no plan covers."""
+        planned = self._shapes[self._last]
+        return [
+            (name, shape, planned[name])
+            for name, shape in here.items()
+            if name in planned and not fits(shape, planned[name])
+        ]
+
+
+def fits(shape: tuple[int, ...], most: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape` is nowhere larger than one of shape `most`."""
+    return len(shape) == len(most) and all(here <= there for here, there in zip(shape, most, strict=True))
