@@ -31,7 +31,7 @@ from rematree.quantised import frozen_int8_linears
 from rematree.regions import find_chain
 from rematree.running import running_chain
 from rematree.search import Confirmed, Search
-from rematree.simulate import Optimizer, Referee
+from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import position_peak
 from rematree.solve.groups import by_block
 from rematree.survey import Survey, survey
@@ -173,6 +173,10 @@ class Planner:
     def frontier(self, points: int = 16) -> list[Plan]:
         """Pareto-optimal plans from the smallest peak to the fastest step, at most `points` of them."""
         return [self._as_plan(entry, None) for entry in self._search.frontier(points)]
+
+    def simulation(self, plan: Plan) -> Simulation:
+        """The step under `plan`, with its timeline; costs nothing for a plan that this planner has made."""
+        return self._search.simulation_of(plan.levers) or self._referee.run(plan.levers)
 
     def plain_step(self) -> tuple[int, float]:
         """(peak bytes, seconds) of the step without a plan."""

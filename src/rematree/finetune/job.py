@@ -25,6 +25,7 @@ from rematree.finetune.result import TrainResult, device_name, library_versions
 from rematree.finetune.run_folder import RunFolder, RunState, disk_full_is_said
 from rematree.finetune.setup import Engine, Setup, prepare
 from rematree.finetune.storage import read_json, staged_directory
+from rematree.integrations.metrics import MemoryMetrics
 from rematree.plans import Plan
 from rematree.units import MIB, format_bytes, format_seconds
 
@@ -63,15 +64,17 @@ def run(
         return result
     engine = engine or Engine.default()
     setup = setup or prepare(config, lambda line: _say(out, line))
+    frontier: dict[str, Any] | None = None
     if state is RunState.STARTED:
         plan = folder.plan()
         hf_peak_bytes = (folder.read("run.json") or {})["notes"]["hf_checkpointing_peak_bytes"]
     else:
         plan = engine.plan(setup.model, setup.batch, config)
+        frontier = engine.frontier(plan).to_json() if engine.frontier is not None else None
     _say_plan(out, plan, config)
     with disk_full_is_said(folder, _save_bytes(setup.model)):
         if state is RunState.NEW:
-            folder.start(asked, plan, {"hf_checkpointing_peak_bytes": hf_peak_bytes})
+            folder.start(asked, plan, {"hf_checkpointing_peak_bytes": hf_peak_bytes}, frontier)
         before = folder.read("before.json")
         if before is None:
             before = _evaluate(setup, config)
@@ -136,6 +139,7 @@ def _train(
                 data_collator=collate,
                 callbacks=[
                     CheckpointMark(folder),
+                    MemoryMetrics(),
                     meter,
                     progress,
                     TensorBoardCallback(writer),
