@@ -115,9 +115,13 @@ class RunFolder:
         write_json(self.path / name, data)
 
     def add_step(self, entry: Mapping[str, Any]) -> None:
-        """Add a line about a step that was made."""
-        with (self.path / _STEPS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        """Add a line about a step that was made; one that a kill has cut is ended first."""
+        with (self.path / _STEPS).open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(entry).encode() + b"\n")
 
     def steps(self) -> list[dict[str, Any]]:
         """What is known of every step, in order; of one that was made again after a kill, the last time counts."""

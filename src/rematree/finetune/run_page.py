@@ -60,7 +60,7 @@ def run_page(path: Path, say: Callable[[str], None]) -> Page:
     ]
     if not any(step.peak_bytes for step in steps[:-1]):
         notes.append(
-            "On a CPU the peak is what torch allocates, measured in the last step; measuring slows it, so it is not timed."
+            "On a CPU the peak is what torch allocates, measured in the last step, which that slows: it is not timed."
         )
     versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
     facts = [(name.replace("_", " "), str(config[name])) for name in _SHOWN if name in config]
@@ -73,6 +73,7 @@ def run_page(path: Path, say: Callable[[str], None]) -> Page:
         budget_bytes=config["budget"],
         frontier=frontier,
         passes=passes,
+        predicted_allocated_bytes=plan.predicted_allocated_bytes,
         steps=steps,
         compared=_compared(plan, passes, measured, result),
         notes=notes,
@@ -115,7 +116,9 @@ def _made_anew(described: Mapping[str, Any], plan: Plan, say: Callable[[str], No
     from rematree.finetune.synthetic import config_shape
 
     names = {item.name for item in dataclasses.fields(TrainConfig)}
-    taken = {name: tuple(v) if isinstance(v, list) else v for name, v in described.items() if name in names}
+    taken: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in described.items() if name in names
+    }
     config = TrainConfig(**taken, output_dir=Path())
     say(f"the run stored no frontier; making {config.model} of its config alone")
     target = Target()

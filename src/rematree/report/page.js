@@ -60,7 +60,7 @@
       const left = x(now);
       const bar = add("rect", {
         x: left, y: y(bytes), width: Math.max(0.5, x(now + seconds) - left), height: box.bottom - y(bytes),
-        fill: `url(#${kind})`, class: "bar",
+        fill: `url(#fill-${kind})`, class: "bar",
       });
       bar.appendChild(element("title", {}, cells.filter(Boolean).join(", ")));
       if (bytes > highest[0]) highest = [bytes, now + seconds / 2];
@@ -95,7 +95,7 @@
     const drawn = picture(byId("frontier"), "peak and time of every plan", 300, across, data.stepScale);
     const { box, x, y, add, line, words } = drawn;
     const least = x(data.plans[0].bytes);
-    add("rect", { x: box.left, y: box.top, width: least - box.left, height: box.bottom - box.top, fill: "url(#none)" });
+    add("rect", { x: box.left, y: box.top, width: least - box.left, height: box.bottom - box.top, fill: "url(#fill-none)" });
     if (least - box.left > 70) words((box.left + least) / 2, box.top + 16, "nothing fits", "middle", "halo");
     let stairs = "";
     for (const index of data.front) {
@@ -122,7 +122,7 @@
       add("circle", { cx: x(plan.bytes), cy: y(plan.seconds), r: 10, class: "ring" });
       beside(drawn, x(plan.bytes) + 4, y(plan.seconds) - 9, plan.step);
     }
-    words((box.left + box.right) / 2, box.bottom + 34, "predicted peak; upwards: predicted seconds of a step", "middle", "quiet");
+    words((box.left + box.right) / 2, box.bottom + 34, "across: predicted peak; upwards: time", "middle", "quiet");
   }
 
   function series(node, figure, axis, column, title) {
@@ -219,7 +219,7 @@
     const entries = [...data.kinds, ["rest", "the rest", "embedding, head and loss, optimizer"]];
     for (const [kind, name, meaning] of entries) {
       const swatch = element("svg", { width: 28, height: 16, "aria-hidden": "true" });
-      swatch.append(element("rect", { width: 28, height: 16, fill: `url(#${kind})` }));
+      swatch.append(element("rect", { width: 28, height: 16, fill: `url(#fill-${kind})` }));
       const item = document.createElement("li");
       item.append(swatch, `${name}: ${meaning}`);
       byId("legend").append(item);

@@ -56,6 +56,7 @@ class Page:
         budget_bytes: The budget of the run.
         frontier: What can be had for which memory.
         passes: Forward and backward passes in one step of the run; the frontier is of one.
+        predicted_allocated_bytes: What the measured peaks are compared with; None: the peak of the plan in force.
         steps: What was measured.
         compared: Rows of the table of predicted and measured.
         notes: Lines about where the numbers are from.
@@ -66,6 +67,7 @@ class Page:
     budget_bytes: int
     frontier: StoredFrontier
     passes: int = 1
+    predicted_allocated_bytes: int | None = None
     steps: Sequence[MeasuredStep] = ()
     compared: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
@@ -98,6 +100,8 @@ def page_data(page: Page) -> dict[str, Any]:
     times = [step.step_seconds for step in every]
     measured = [step for step in page.steps if step.seconds is not None or step.peak_bytes is not None]
     predicted = frontier.plans[frontier.in_force]
+    seconds = predicted.step_seconds * page.passes
+    allocated = page.predicted_allocated_bytes or predicted.peak_bytes
     return {
         "title": page.title,
         "facts": [list(fact) for fact in page.facts],
@@ -120,16 +124,8 @@ def page_data(page: Page) -> dict[str, Any]:
         "least": format_bytes(frontier.plans[0].peak_bytes),
         "run": {
             "steps": [_measured(step) for step in measured],
-            "seconds": _series(
-                [step.seconds for step in measured],
-                predicted.step_seconds * page.passes,
-                None,
-                _second_ticks,
-                format_seconds,
-            ),
-            "bytes": _series(
-                [step.peak_bytes for step in measured], predicted.peak_bytes, budget, byte_ticks, format_bytes
-            ),
+            "seconds": _series([step.seconds for step in measured], seconds, None, _second_ticks, format_seconds),
+            "bytes": _series([step.peak_bytes for step in measured], allocated, budget, byte_ticks, format_bytes),
         },
     }
 

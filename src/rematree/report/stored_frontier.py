@@ -150,7 +150,7 @@ def _step(planner: "Planner", plan: Plan) -> Step:
     return Step(
         plan.predicted_peak_bytes,
         plan.predicted_step_seconds,
-        plan.predicted_peak_bytes - simulated.peak_bytes,
+        max(0, plan.predicted_peak_bytes - simulated.peak_bytes),
         tuple(_kind(plan, row.path) for row in plan.rows),
         plan.rows,
         _timeline(simulated),
