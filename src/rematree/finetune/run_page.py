@@ -64,11 +64,11 @@ def run_page(path: Path, say: Callable[[str], None]) -> Page:
         )
     versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
     facts = [(name.replace("_", " "), str(config[name])) for name in _SHOWN if name in config]
-    facts.append(("budget", format_bytes(config["budget"])))
+    facts = [("run", str(folder.path)), *facts, ("budget", format_bytes(config["budget"]))]
     facts += [(name, text) for name, text in (("device", result.get("device", "")), ("versions", versions)) if text]
     passes = int(config["gradient_accumulation_steps"])
     return Page(
-        title=f"Run {folder.path.name}",
+        title=f"{Path(config['model']).name} in {format_bytes(config['budget'])}",
         facts=facts,
         budget_bytes=config["budget"],
         frontier=frontier,

@@ -231,7 +231,7 @@
     byId("legend").append(item);
     for (const note of data.notes) byId("notes").appendChild(document.createElement("li")).textContent = note;
     timelineTable(byId("timeline-before"), data.before);
-    table(byId("compared"), ["", "predicted", "measured", "prediction is off by"], data.compared, [1, 2, 3]);
+    table(byId("compared"), ["", "predicted", "measured", "off by"], data.compared, [1, 2, 3]);
     table(byId("steps"), ["step", "time", "peak"], data.run.steps.map((s) => [s[0], s[3], s[4]]), [0, 1, 2]);
     byId("steps-details").hidden = data.run.steps.length === 0;
     byId("measured").hidden = data.run.steps.length === 0 && data.compared.length === 0;
