@@ -321,7 +321,7 @@ def test_the_demo_has_a_page(tmp_path: Path) -> None:
     if browser.missing():
         pytest.skip(browser.missing())
     folder = tmp_path / "demo"
-    fewer = {"max_steps": 2, "compare_hf": False, "max_eval_examples": 2, "max_new_tokens": 4}
+    fewer: dict[str, Any] = {"max_steps": 2, "compare_hf": False, "max_eval_examples": 2, "max_new_tokens": 4}
     result = run_demo(folder, Console(file=io.StringIO()), **fewer)
     assert rematree("report", folder).code == 0
     frontier = StoredFrontier.from_json(json.loads((folder / "frontier.json").read_text()))
