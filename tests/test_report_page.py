@@ -197,6 +197,11 @@ def test_pictures_and_tables_show_the_plan(page: Browser, frontier: StoredFronti
     assert heights.index(max(heights)) == [part.peak_bytes for part in own.timeline].index(tallest)
     before = max(page.run("return [...document.querySelectorAll('#before .bar')].map(b => +b.getAttribute('height'))"))
     assert before / max(heights) == pytest.approx(frontier.plain.peak_bytes / own.peak_bytes, rel=1e-6)  # one scale
+    page.run("document.getElementById('zoom').click()")
+    larger = page.run("return [...document.querySelectorAll('#after .bar')].map(b => +b.getAttribute('height'))")
+    page.run("document.getElementById('zoom').click()")
+    assert max(larger) > max(heights)
+    assert [size / max(larger) for size in larger] == pytest.approx([size / max(heights) for size in heights])
     cells = page.run("return [...document.querySelectorAll('#timeline tbody tr')].map(row => row.cells[3].textContent)")
     assert cells == [format_bytes(part.peak_bytes + own.beside_bytes) for part in own.timeline]
     rows = page.run("return [...document.querySelectorAll('#plans tbody tr')].map(row => row.cells[0].textContent)")

@@ -10,7 +10,8 @@ from rematree.errors import UsageError
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Output directory of rematree train.", show_default=False)]
 Output = Annotated[
-    Path | None, typer.Option(help="File for the page; by default report.html in RUN.", show_default=False)
+    Path | None,
+    typer.Option("--output", "-o", help="File for the page; by default report.html in RUN.", show_default=False),
 ]
 
 

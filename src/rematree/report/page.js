@@ -48,9 +48,9 @@
     drawn.words(right ? at + 9 : at - 9, top, text, right ? "start" : "end", kind);
   }
 
-  function timeline(node, step, title, budget) {
+  function timeline(node, step, title, budget, scale) {
     const across = { low: 0, high: data.scale.seconds, ticks: data.scale.ticks, below: 34 };
-    const up = { low: 0, high: data.scale.bytes, ticks: data.scale.byteTicks };
+    const up = { low: 0, high: scale[0], ticks: scale[1] };
     const drawn = picture(node, `${title}: peak ${step.peak}, ${step.step}`, 250, across, up);
     const { box, x, y, add, line, words } = drawn;
     let now = 0;
@@ -75,13 +75,13 @@
       words((x(from) + x(to)) / 2, box.bottom + 15, phase, "middle");
     }
     line(box.left, y(step.floor), x(now), y(step.floor), "floor");
-    if (budget && budget[0] <= data.scale.bytes) {
+    if (budget[0] <= up.high) {
       line(box.left, y(budget[0]), box.right, y(budget[0]), "budget");
       words(box.right, y(budget[0]) - 5, `budget ${budget[1]}`, "end", "budget-text halo");
     }
     const at = x(highest[1]);
     add("path", { d: `M${at - 5} ${y(highest[0]) - 9}h10l-5 7z`, class: "plain" });
-    const below = budget && Math.abs(y(budget[0]) - y(highest[0])) < 26 && y(budget[0]) <= y(highest[0]);
+    const below = budget[0] <= up.high && Math.abs(y(budget[0]) - y(highest[0])) < 26 && y(budget[0]) <= y(highest[0]);
     beside(drawn, at, y(highest[0]) + (below ? 14 : -3), `peak ${step.peak}`);
   }
 
@@ -108,15 +108,15 @@
       beside(drawn, x(budget[0]) - 4, box.top - 6, `budget ${budget[1]}`, "budget-text halo");
     }
     const plain = data.before;
-    const mark = add("circle", { cx: x(plain.bytes), cy: y(plain.seconds), r: 5, class: "plain" });
+    const mark = add("circle", { cx: x(plain.bytes), cy: y(plain.seconds), r: 9, class: "outline" });
     mark.appendChild(element("title", {}, `plain step: ${plain.peak}, ${plain.step}`));
     data.plans.forEach((plan, index) => {
       const made = square(drawn, plan, index === data.inForce ? "plan in-force" : "plan", 4.5);
       made.appendChild(element("title", {}, `${plan.peak}, ${plan.step}`));
     });
     const mine = data.plans[data.inForce];
-    words(x(mine.bytes) - 9, y(mine.seconds) + 18, "this run", x(mine.bytes) > box.left + 75 ? "end" : "start", "halo");
-    words(x(plain.bytes) - 9, y(plain.seconds) + 18, "plain", "end", "halo");
+    beside(drawn, x(mine.bytes) + 4, y(mine.seconds) + 19, "this run");
+    words(x(plain.bytes) - 9, y(plain.seconds) - 12, "plain", "end", "halo");
     if (chosen !== null) {
       const plan = data.plans[chosen];
       add("circle", { cx: x(plan.bytes), cy: y(plan.seconds), r: 10, class: "ring" });
@@ -157,7 +157,8 @@
       const made = document.createElement("tr");
       cells.forEach((text, column) => {
         const cell = made.appendChild(document.createElement(name));
-        cell.textContent = text;
+        // Names of regions may be broken where their parts meet.
+        for (const piece of String(text).split(/(?<=[,.}])(?=[a-z{])/)) cell.append(piece, document.createElement("wbr"));
         if (name === "th") cell.scope = "col";
         if (right.includes(column)) cell.className = "right";
       });
@@ -196,9 +197,10 @@
     byId("verdict").textContent = verdict(budget, chosen);
     const plan = chosen === null ? null : data.plans[chosen];
     for (const name of ["peak", "step", "extra", "recompute", "exact"]) byId(name).textContent = plan ? plan[name] : "-";
-    timeline(byId("before"), data.before, "before", budget);
+    const same = [data.scale.bytes, data.scale.byteTicks];
+    timeline(byId("before"), data.before, "before", budget, same);
     byId("after-title").textContent = plan ? "After: under the plan for this budget" : "After: no plan fits this budget";
-    if (plan) timeline(byId("after"), plan, "after", budget);
+    if (plan) timeline(byId("after"), plan, "after", budget, byId("zoom").checked ? plan.scale : same);
     else byId("after").replaceChildren();
     timelineTable(byId("timeline"), plan || { timeline: [] });
     byId("prefix").textContent = plan && plan.prefix ? `Regions inside ${plan.prefix}:` : "";
@@ -246,6 +248,7 @@
   slider.max = data.budgets.length - 1;
   slider.value = data.start;
   slider.addEventListener("input", show);
+  byId("zoom").addEventListener("change", show);
   byId("reset").addEventListener("click", () => {
     slider.value = data.start;
     show();

@@ -202,6 +202,7 @@ def _step(step: Step, plain: Step) -> dict[str, Any]:
         "exact": "yes, bit for bit" if step.exact else "within rounding",
         "prefix": prefix,
         "rows": rows,
+        "scale": [step.peak_bytes * _IN_SIGHT, byte_ticks(step.peak_bytes * _IN_SIGHT)],
         "floor": min(part.live_bytes for part in step.timeline) + step.beside_bytes,
         "timeline": [_part(part.label, part.live_bytes, part.peak_bytes, part.seconds, step) for part in step.timeline],
     }
