@@ -16,7 +16,7 @@ import browser
 from browser import Browser
 from command_line import rematree
 from rematree.cost import Roofline
-from rematree.errors import UsageError
+from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.handle import apply
 from rematree.finetune.demo import run_demo
 from rematree.finetune.job import run
@@ -25,10 +25,11 @@ from rematree.finetune.run_page import run_page
 from rematree.finetune.setup import Engine, prepare
 from rematree.measure import PeakMeter
 from rematree.planning import Planner
+from rematree.plans import Plan
 from rematree.report.page import byte_ticks, page_data, render, slider_budgets
 from rematree.report.stored_frontier import Kind, StoredFrontier, stored_frontier
 from rematree.units import MIB, format_bytes, format_seconds
-from test_finetune_tiny import save_tiny_model, sums, tiny_config, write_jsonl
+from test_finetune_tiny import plain_engine, save_tiny_model, sums, tiny_config, write_jsonl
 
 COST = Roofline(5e10, 1e10)
 HOME, END, LEFT, RIGHT = "\ue011", "\ue010", "\ue012", "\ue014"
@@ -289,6 +290,19 @@ def test_a_run_without_a_frontier_gets_one_of_its_config_alone(
     own = page.frontier.plans[page.frontier.in_force]
     assert own.peak_bytes == RunFolder(copy).plan().predicted_peak_bytes
     assert any("stored no frontier" in note for note in page.notes)
+
+
+def test_a_frontier_that_cannot_be_made_stops_no_training(finished: Path, tmp_path: Path) -> None:
+    def fails(plan: Plan) -> StoredFrontier:
+        raise UnsupportedModelError("a block is read after all")
+
+    console = Console(file=io.StringIO(), width=200)
+    config = tiny_config(finished.parent, output_dir=tmp_path / "out", max_steps=1)
+    result = run(config, console, engine=dataclasses.replace(plain_engine(), frontier=fails))
+    assert len(result.losses) == 1
+    assert isinstance(console.file, io.StringIO)
+    assert "no frontier is stored for rematree report: a block is read after all" in console.file.getvalue()
+    assert not (tmp_path / "out" / "frontier.json").exists()
 
 
 def test_no_run_and_damaged_runs_are_named(finished: Path, tmp_path: Path) -> None:

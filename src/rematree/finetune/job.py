@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from rematree.errors import RematreeError
 from rematree.finetune.callbacks import CheckpointMark, ProgressReport, StepMeter
 from rematree.finetune.compare import hf_checkpointing_peak, time_side_by_side
 from rematree.finetune.config import TrainConfig
@@ -70,7 +71,7 @@ def run(
         hf_peak_bytes = (folder.read("run.json") or {})["notes"]["hf_checkpointing_peak_bytes"]
     else:
         plan = engine.plan(setup.model, setup.batch, config)
-        frontier = engine.frontier(plan).to_json() if engine.frontier is not None else None
+        frontier = _frontier(engine, plan, out)
     _say_plan(out, plan, config)
     with disk_full_is_said(folder, _save_bytes(setup.model)):
         if state is RunState.NEW:
@@ -154,6 +155,17 @@ def _train(
             progress.close()
             writer.close()
     return _losses(trainer.state.log_history)
+
+
+def _frontier(engine: Engine, plan: Plan, out: Console) -> dict[str, Any] | None:
+    """What else could be had, for the page about the run; no run fails for want of it."""
+    if engine.frontier is None:
+        return None
+    try:
+        return engine.frontier(plan).to_json()
+    except RematreeError as error:
+        _say(out, f"no frontier is stored for rematree report: {error.message}")
+        return None
 
 
 def _losses(log: list[dict[str, Any]]) -> list[float]:

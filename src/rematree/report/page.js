@@ -158,7 +158,7 @@
       cells.forEach((text, column) => {
         const cell = made.appendChild(document.createElement(name));
         // Names of regions may be broken where their parts meet.
-        for (const piece of String(text).split(/(?<=[,.}])(?=[a-z{])/)) cell.append(piece, document.createElement("wbr"));
+        for (const piece of String(text).split(/(?<=[,._}])(?=[a-z{])/)) cell.append(piece, document.createElement("wbr"));
         if (name === "th") cell.scope = "col";
         if (right.includes(column)) cell.className = "right";
       });
