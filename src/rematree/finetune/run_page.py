@@ -119,6 +119,7 @@ def _made_anew(described: Mapping[str, Any], plan: Plan, say: Callable[[str], No
     taken: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in described.items() if name in names
     }
+    taken["model"] = described["model"].removeprefix("builtin:")  # its config is in the catalogue by the same name
     config = TrainConfig(**taken, output_dir=Path())
     say(f"the run stored no frontier; making {config.model} of its config alone")
     target = Target()

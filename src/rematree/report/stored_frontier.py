@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rematree.simulate import Simulation
 
 FRONTIER_FORMAT: Final = 1
-POINTS: Final = 12
+POINTS: Final = 8  # each costs a solved chain and a simulated step before training begins
 
 
 class Kind(StrEnum):
