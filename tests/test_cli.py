@@ -21,7 +21,7 @@ from rematree.cost import Roofline
 from rematree.errors import VerificationError
 from rematree.finetune.config import TrainConfig
 from rematree.plans import Plan
-from rematree.units import parse_bytes
+from rematree.units import MIB, parse_bytes
 from test_finetune_tiny import save_tiny_model, sums, write_jsonl
 
 # Adapters on two projections: the fewer regions there are, the fewer steps are simulated.
@@ -207,6 +207,20 @@ def test_train_again_tells_the_result(training: tuple[list[object], Outcome], fo
     assert again.code == 0, again.err
     assert again.data == json.loads((folder / "run" / "result.json").read_text())
     assert "holds this run, finished" in again.err
+
+
+def test_a_run_has_a_page(training: tuple[list[object], Outcome], folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    outcome = rematree("report", folder / "run", "--output", target)
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"{target}\n", "")  # the frontier is stored: nothing is made
+    found = re.search(r'id="data">(.*?)</script>', target.read_text())
+    assert found is not None
+    data = json.loads(found[1])
+    result = json.loads((folder / "run" / "result.json").read_text())
+    assert data["plans"][data["inForce"]]["bytes"] == result["predicted_peak_bytes"]
+    assert data["budgets"][data["start"]][:2] == [64 * MIB, "64.0 MiB"]
+    assert data["budgets"][-1][0] == 64 * MIB > data["scale"]["bytes"]  # far beyond every peak
+    assert [step[0] for step in data["run"]["steps"]] == [1, 2, 3, 4]
 
 
 def test_another_run_is_refused(training: tuple[list[object], Outcome], folder: Path) -> None:

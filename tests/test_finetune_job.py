@@ -124,7 +124,7 @@ def test_plan_is_printed_before_the_first_step(whole: tuple[TrainResult, str]):
 def test_directory_holds_the_run_and_nothing_half_written(whole: tuple[TrainResult, str]):
     path = Path(whole[0].output_dir)
     names = ["adapter", "before.json", "checkpoint-8", "checkpoint-9", "logs", "measured.json", "plan.json"]
-    assert sorted(p.name for p in path.iterdir()) == [*names, "result.json", "run.json"]
+    assert sorted(p.name for p in path.iterdir()) == [*names, "result.json", "run.json", "steps.jsonl"]
     assert list((path / "logs").glob("events.*"))
 
 

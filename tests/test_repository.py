@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 MAX_LINES = 350
 COMMANDS = {
     "train",
+    "report",
     "advise",
     "plan",
     "fit",

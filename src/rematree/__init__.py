@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rematree.execute.handle import Handle, apply
     from rematree.execute.quantised import keep_trainable
     from rematree.in_effect import CheckpointingInEffect, checkpointing_in_effect, requested_budget
+    from rematree.integrations.metrics import log_memory
     from rematree.integrations.survival import survive_out_of_memory
     from rematree.integrations.trainer import BudgetCallback
     from rematree.measure import PeakMeter
@@ -74,6 +75,7 @@ _HOMES: Final = {
     "gradient_checkpointing_enable": "rematree.checkpointing",
     "is_activation_checkpointing": "rematree.checkpointing",
     "keep_trainable": "rematree.execute.quantised",
+    "log_memory": "rematree.integrations.metrics",
     "plan": "rematree.planning",
     "prepare_model_for_kbit_training": "rematree.prepare",
     "requested_budget": "rematree.in_effect",
@@ -114,6 +116,7 @@ __all__ = [
     "gradient_checkpointing_enable",
     "is_activation_checkpointing",
     "keep_trainable",
+    "log_memory",
     "plan",
     "prepare_model_for_kbit_training",
     "requested_budget",

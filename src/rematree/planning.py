@@ -223,6 +223,10 @@ class Planner:
         """Pareto-optimal plans from the smallest peak to the fastest step, at most `points` of them."""
         return [self._as_plan(entry, None) for entry in self._search.frontier(points)]
 
+    def simulation(self, plan: Plan) -> Simulation:
+        """The step under `plan`, with its timeline; costs nothing for a plan that this planner has made."""
+        return self._search.simulation_of(plan.levers) or self._referee.run(plan.levers)
+
     def plain_step(self) -> tuple[int, float]:
         """(peak bytes, seconds) of the step without a plan."""
         return self._search.peak(self.survey.plain), self.survey.plain.seconds

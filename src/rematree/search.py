@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from rematree.errors import UnsupportedModelError
+from rematree.plans import Levers
 from rematree.simulate import Referee, Simulation
 from rematree.solve.bound import lower_bound
 from rematree.solve.chain import ChainChoice, least_peak, solve_chain
@@ -106,6 +107,11 @@ class Search:
         if budget is not None:
             limit = max(limit, min(budget - self._beside, self._top))
         return lower_bound(problem, limit, self._quantum)
+
+    def simulation_of(self, levers: Levers) -> Simulation | None:
+        """The step under `levers`, if that was confirmed."""
+        known = (e.simulation for e in self._confirmed.values() if self._survey.levers(e.choice) == levers)
+        return next(known, None)
 
     def best_within(self, budget: int | None) -> Confirmed | None:
         """The fastest of all plans confirmed so far that fit."""

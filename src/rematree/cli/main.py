@@ -18,6 +18,7 @@ from rematree.cli.export import export
 from rematree.cli.fit import fit
 from rematree.cli.frontier import frontier
 from rematree.cli.plan import plan
+from rematree.cli.report import report
 from rematree.cli.show import show
 from rematree.cli.train import train
 from rematree.cli.verify import verify
@@ -40,7 +41,22 @@ app = typer.Typer(
     # PEFT, TRL and Trainer spell their settings with underscores: both spellings are taken.
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _dashes},
 )
-for command in (train, advise, plan, fit, compare, show, explain, export, frontier, verify, devices, calibrate, env):
+for command in (
+    train,
+    report,
+    advise,
+    plan,
+    fit,
+    compare,
+    show,
+    explain,
+    export,
+    frontier,
+    verify,
+    devices,
+    calibrate,
+    env,
+):
     app.command()(command)
 
 

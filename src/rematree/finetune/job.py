@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from rematree.errors import RematreeError
 from rematree.finetune.callbacks import CheckpointMark, ProgressReport, StepMeter
 from rematree.finetune.compare import hf_checkpointing_peak, time_side_by_side
 from rematree.finetune.config import TrainConfig
@@ -25,6 +26,7 @@ from rematree.finetune.result import TrainResult, device_name, library_versions
 from rematree.finetune.run_folder import RunFolder, RunState, disk_full_is_said
 from rematree.finetune.setup import Engine, Setup, prepare
 from rematree.finetune.storage import read_json, staged_directory
+from rematree.integrations.metrics import MemoryMetrics
 from rematree.plans import Plan
 from rematree.units import MIB, format_bytes, format_seconds
 
@@ -63,15 +65,17 @@ def run(
         return result
     engine = engine or Engine.default()
     setup = setup or prepare(config, lambda line: _say(out, line))
+    frontier: dict[str, Any] | None = None
     if state is RunState.STARTED:
         plan = folder.plan()
         hf_peak_bytes = (folder.read("run.json") or {})["notes"]["hf_checkpointing_peak_bytes"]
     else:
         plan = engine.plan(setup.model, setup.batch, config)
+        frontier = _frontier(engine, plan, out)
     _say_plan(out, plan, config)
     with disk_full_is_said(folder, _save_bytes(setup.model)):
         if state is RunState.NEW:
-            folder.start(asked, plan, {"hf_checkpointing_peak_bytes": hf_peak_bytes})
+            folder.start(asked, plan, {"hf_checkpointing_peak_bytes": hf_peak_bytes}, frontier)
         before = folder.read("before.json")
         if before is None:
             before = _evaluate(setup, config)
@@ -136,6 +140,7 @@ def _train(
                 data_collator=collate,
                 callbacks=[
                     CheckpointMark(folder),
+                    MemoryMetrics(),
                     meter,
                     progress,
                     TensorBoardCallback(writer),
@@ -150,6 +155,17 @@ def _train(
             progress.close()
             writer.close()
     return _losses(trainer.state.log_history)
+
+
+def _frontier(engine: Engine, plan: Plan, out: Console) -> dict[str, Any] | None:
+    """What else could be had, for the page about the run; no run fails for want of it."""
+    if engine.frontier is None:
+        return None
+    try:
+        return engine.frontier(plan).to_json()
+    except RematreeError as error:
+        _say(out, f"no frontier is stored for rematree report: {error.message}")
+        return None
 
 
 def _losses(log: list[dict[str, Any]]) -> list[float]:

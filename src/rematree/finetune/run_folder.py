@@ -2,7 +2,9 @@
 
 run.json        what was asked for; written when the first step is about to start
 plan.json       the plan in force; a resumed run uses it again, so that its steps round the same way
+frontier.json   what else could be had, for `rematree report`; made with the plan
 before.json     held-out loss and answer before training
+steps.jsonl     a line for every step: loss, seconds, peak where the device counts it; a resumed run adds to it
 measured.json   peak of the last step, seconds of the steps
 checkpoint-N/   written by the Trainer file by file; `complete.json` in it is written last
 adapter/        the result, for PEFT
@@ -10,10 +12,11 @@ logs/           TensorBoard
 result.json     written last: a directory with it holds a finished run
 """
 
+import contextlib
+import json
 import os
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
@@ -25,9 +28,10 @@ from rematree.plans import Plan
 from rematree.units import format_bytes
 
 _MARK: Final = "complete.json"
+_STEPS: Final = "steps.jsonl"
 _CHECKPOINTS_KEPT: Final = 2
 # What is written under another name first, see `storage.py`.
-_PIECES: Final = ("adapter", "run.json", "plan.json", "before.json", "measured.json", "result.json")
+_PIECES: Final = ("adapter", "run.json", "plan.json", "frontier.json", "before.json", "measured.json", "result.json")
 
 
 class RunState(Enum):
@@ -65,9 +69,8 @@ class RunFolder:
         there = read_json(self.path / "run.json")
         if there is None:
             # Files that start with a dot are what a killed start leaves behind, or a file browser.
-            foreign = sorted(
-                p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.name != "plan.json"
-            )
+            own = {"plan.json", "frontier.json"}
+            foreign = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.name not in own)
             if foreign:
                 raise UsageError(
                     f"{self.path} is not empty and holds no run",
@@ -89,10 +92,14 @@ class RunFolder:
         path = self.path.absolute()
         return next(p for p in (path, *path.parents) if p.exists())
 
-    def start(self, asked: dict[str, Any], plan: Plan, notes: dict[str, Any]) -> None:
+    def start(
+        self, asked: dict[str, Any], plan: Plan, notes: dict[str, Any], frontier: dict[str, Any] | None = None
+    ) -> None:
         """Claim the directory. `run.json` comes last: with it, everything a resumed run needs is there."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "plan.json", plan.to_json())
+        if frontier is not None:
+            write_text(self.path / "frontier.json", json.dumps(frontier) + "\n")
         write_json(self.path / "run.json", {"config": asked, "notes": notes})
 
     def plan(self) -> Plan:
@@ -106,6 +113,29 @@ class RunFolder:
     def write(self, name: str, data: dict[str, Any]) -> None:
         """Replace a file of the run in one step."""
         write_json(self.path / name, data)
+
+    def add_step(self, entry: Mapping[str, Any]) -> None:
+        """Add a line about a step that was made; one that a kill has cut is ended first."""
+        with (self.path / _STEPS).open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(entry).encode() + b"\n")
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What is known of every step, in order; of one that was made again after a kill, the last time counts."""
+        try:
+            lines = (self.path / _STEPS).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        found: dict[int, dict[str, Any]] = {}
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # a kill cuts the line that is being written
+                entry: Any = json.loads(line)
+                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                    found[entry["step"]] = entry
+        return [found[step] for step in sorted(found)]
 
     def mark_complete(self, step: int) -> None:
         """Note the files of a checkpoint and their sizes; a checkpoint without this note is torn."""
@@ -135,7 +165,7 @@ class RunFolder:
         return whole, removed
 
 
-@contextmanager
+@contextlib.contextmanager
 def disk_full_is_said(folder: RunFolder, needed_bytes: int) -> Generator[None]:
     """Turn whatever a writer raises on a full disk into one clear error, and remove what it left half-written.
 

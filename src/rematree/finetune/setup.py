@@ -13,42 +13,60 @@ from rematree.finetune.base import add_adapters, load_base, training_device
 from rematree.finetune.callbacks import MakeMeter
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.data import DataSplit, load_data, planning_batch
+from rematree.planning import Planner
 from rematree.plans import Plan
+from rematree.report.stored_frontier import StoredFrontier, stored_frontier
 
 
 @dataclass(frozen=True)
 class Engine:
-    """The three things the job asks of the planner; tests put simpler ones in their place.
+    """What the job asks of the planner; tests put simpler ones in its place.
 
     Attributes:
         plan: (model, batch, config) -> Plan for the config's budget.
         apply: (plan, model) -> context manager under which the model follows the plan.
         meter: (model, optimizer) -> context manager that knows the peak of its block.
+        frontier: The plan that was just made -> what else could be had, for the page about the run; None for no page.
     """
 
     plan: Callable[[Any, Mapping[str, torch.Tensor], TrainConfig], Plan]
     apply: Callable[[Plan, Any], AbstractContextManager[Any]]
     meter: MakeMeter
+    frontier: Callable[[Plan], StoredFrontier] | None = None
 
     @classmethod
     def default(cls) -> Self:
         """The library's own."""
         from rematree.execute.handle import apply
         from rematree.measure import PeakMeter
-        from rematree.planning import plan
 
-        def make_plan(model: Any, batch: Mapping[str, torch.Tensor], config: TrainConfig) -> Plan:
-            return plan(
-                model,
-                batch,
-                budget=config.budget,
-                accumulation_steps=config.gradient_accumulation_steps,
-                forbid=config.forbid,
-                steps=config.max_steps if config.max_steps > 0 else None,
-                allow_compile=config.compile or None,
-            )
+        planning = _Planning()
+        return cls(planning.plan, apply, PeakMeter, planning.frontier)
 
-        return cls(make_plan, apply, PeakMeter)
+
+class _Planning:
+    """One planner for the plan of a run and for what else could be had: the step is observed once."""
+
+    def __init__(self) -> None:
+        self._planner: Planner | None = None
+
+    def plan(self, model: Any, batch: Mapping[str, torch.Tensor], config: TrainConfig) -> Plan:
+        """The plan for the config's budget."""
+        self._planner = Planner(
+            model,
+            batch,
+            accumulation_steps=config.gradient_accumulation_steps,
+            forbid=config.forbid,
+            steps=config.max_steps if config.max_steps > 0 else None,
+            allow_compile=config.compile or None,
+        )
+        return self._planner.plan(config.budget)
+
+    def frontier(self, plan: Plan) -> StoredFrontier:
+        """What else could be had; the planner is let go."""
+        assert self._planner is not None
+        planner, self._planner = self._planner, None
+        return stored_frontier(planner, plan)
 
 
 @dataclass(frozen=True)
