@@ -28,7 +28,7 @@ from rematree.folding import block_kinds
 from rematree.observe import LossFunction, Twin
 from rematree.options import describe_groups, describe_option
 from rematree.pace import is_live, is_measured, measure_pace, small_enough
-from rematree.plans import Action, BlockRow, Decision, Fingerprint, LedgerLine, Levers, Plan
+from rematree.plans import Action, BlockRow, Decision, LedgerLine, Levers, Plan
 from rematree.quantised import frozen_int8_linears
 from rematree.ranks import Ranks, ranks_of
 from rematree.regions import find_chain
@@ -103,7 +103,7 @@ class Planner:
                 f"no {device.type} device is here to measure", remedies=["pass cost=, for example a Roofline"]
             )
         self._twin = Twin(model, batch, loss, device=device, capability=capability)
-        self._fingerprint = replace(describe_model(model), batch=describe_batch(batch), device=self._twin.device.type)
+        self.fingerprint = replace(describe_model(model), batch=describe_batch(batch), device=self._twin.device.type)
         if not self._twin.model.training:
             self._twin.model.train()
         self._cost = cost if cost is not None else Measured(self._twin.device)
@@ -145,32 +145,22 @@ class Planner:
         self._scaled = False
 
     def for_batch(self, batch: Mapping[str, Any]) -> "Planner":
-        """A planner for batches of another shape, from this one's survey.
+        """A planner for `batch`, the same tensors in other shapes, from this one's survey, in milliseconds.
 
-        Options and what they cost are scaled with the number of tokens (`rematree.scaling`), which is what the solver
-        chooses by; every plan is confirmed by the referee at its own shape, whose bytes and seconds it is given.
+        The solver chooses by numbers scaled with the tokens (`rematree.scaling`); the referee confirms every plan at
+        its own shape, whose bytes and seconds it is given.
 
-        Args:
-            batch: The same tensors in other shapes; what the model finds trivial by its values in the one must be
-                trivial in the other.
         Raises:
             UsageError: it has other tensors.
-        Cost:
-            Milliseconds; each plan some simulated steps and, where ops are measured, those of the new shape.
         """
         other = copy.copy(self)
         other._twin = self._twin.with_batch(batch)
-        other._fingerprint = replace(self._fingerprint, batch=describe_batch(batch))
+        other.fingerprint = replace(self.fingerprint, batch=describe_batch(batch))
         other._referee = self._referee.for_twin(other._twin)
         other.survey = scaled(self.survey, tokens_of(batch) / tokens_of(self._twin.batch))
         other._search = Search(other.survey, other._referee, self._fixed)
         other._scaled = True
         return other
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """What its plans are made for."""
-        return self._fingerprint
 
     def bytes_before(self) -> int:
         """What there is before the step begins, and what the device needs beside the tensors of any step."""
@@ -296,7 +286,7 @@ class Planner:
             BlockRow(path, describe_option(option, group), kept, max(0.0, seconds))
             for path, option, group, (kept, seconds) in told
         ]
-        levers = known.levers(entry.choice)
+        levers, fixed = known.levers(entry.choice), known.fixed_seconds
         notes = [known.chain.note] if known.chain.note else []
         if self.ranks is not None:
             notes.append(f"for {self.ranks}; all bytes are those of one rank")
@@ -317,15 +307,13 @@ class Planner:
             lean=levers.lean,
             compiled=levers.compiled,
             groups=levers.groups,
-            bound_seconds=None if self._scaled else known.fixed_seconds + self._search.bound(entry, budget),
+            bound_seconds=None if self._scaled else fixed + self._search.bound(entry, budget),
             budget_bytes=budget,
             predicted_peak_bytes=entry.peak_bytes,
-            predicted_step_seconds=(
-                entry.simulation.seconds if self._scaled else known.fixed_seconds + entry.choice.seconds
-            ),
+            predicted_step_seconds=entry.simulation.seconds if self._scaled else fixed + entry.choice.seconds,
             ledger=self._ledger(entry),
             rows=tuple(rows),
-            fingerprint=self._fingerprint,
+            fingerprint=self.fingerprint,
             notes=tuple(notes),
             versions={
                 "torch": torch.__version__,
