@@ -75,8 +75,7 @@ def two(plans: dict[Any, list[Plan]]) -> Results:
         tasks["losses", ranks, lora] = (ranked.losses, ranks, lora, made[0], STEPS)
         for index, plan in enumerate(made):
             tasks["peak", ranks, lora, index] = (ranked.peak, ranks, lora, plan, TALL)
-    for engine, ranks in ENGINES.items():
-        tasks["planned", engine] = (ranked.planned_here, ranks)
+    tasks["planned"] = (ranked.planned_here, ENGINES["fsdp2"])
     return Results(2, tasks)
 
 
@@ -133,24 +132,28 @@ def check_peaks(measured: list[int], plan: Plan) -> None:
         assert 1 - BELOW <= each / (plan.predicted_peak_bytes - PEAK_SLACK) <= 1 + ABOVE
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_a_model_that_is_wrapped_is_planned_as_before_it_was(two: Results, engine: Any) -> None:
-    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ENGINES[engine])
-    for found in two["planned", engine]:
+def test_a_sharded_model_is_planned_as_before_it_was(two: Results) -> None:
+    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ENGINES["fsdp2"])
+    for found in two["planned"]:
         assert found["plan"] == alone
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_all_ranks_take_the_plan_for_the_largest_batch(two: Results, engine: str) -> None:
-    for found in two["planned", engine]:
+def test_all_ranks_take_the_plan_for_the_largest_batch(two: Results) -> None:
+    for found in two["planned"]:
         assert found["agreed"].fingerprint.batch == (("input_ids", (2, 32), "int64"),)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_an_error_on_one_rank_is_raised_on_all(two: Results, engine: str) -> None:
-    for found in two["planned", engine]:
+def test_an_error_on_one_rank_is_raised_on_all(two: Results) -> None:
+    for found in two["planned"]:
         assert found["error"] == ("InfeasibleBudgetError", "too small", ["on rank 1 of 2"])
         assert found["mismatch"] == "the ranks hold different models: one plan cannot hold for all"
+
+
+@pytest.mark.slow
+def test_a_model_under_ddp_is_planned_as_before_it_was() -> None:
+    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ENGINES["ddp"])
+    for found in several_ranks.run(2, ranked.planned_here, ENGINES["ddp"]):
+        assert found["plan"] == alone
 
 
 @pytest.mark.slow
@@ -204,6 +207,7 @@ def test_ranks_that_cannot_be_are_refused(engine: Any, count: int, said: str) ->
         Ranks(engine, count)
 
 
+@pytest.mark.slow
 def test_more_ranks_hold_less_under_fsdp2_and_as_much_under_ddp() -> None:
     model = ranked.tiny(True)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
