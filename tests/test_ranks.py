@@ -22,8 +22,8 @@ from rematree.units import KIB
 from rematree.verification import PEAK_SLACK
 
 TOLERANCE = 1e-5  # of a loss of about 6, in fp32: the order of sums over four rows
-# Of the prediction: gloo's copies count as long as its buffers, and are mostly gone earlier. A copy is a block's weights,
-# which of the 4.5 MiB of a rank of four is 6.3 %; with two ranks it is below 5 %.
+# Of the prediction: gloo's copies count as long as its buffers, and are mostly gone earlier. A copy is a block's
+# weights, which of the 4.5 MiB of a rank of four is 6.3 %; with two ranks it is below 5 %.
 BELOW = 0.07
 ABOVE = 0.01  # where FSDP2 does not reshard, 0.95 % was seen
 STEPS = 4
