@@ -22,7 +22,9 @@ from rematree.units import KIB
 from rematree.verification import PEAK_SLACK
 
 TOLERANCE = 1e-5  # of a loss of about 6, in fp32: the order of sums over four rows
-BELOW = 0.05  # of the prediction, at most: gloo's copies count as long as its buffers, and are mostly gone earlier
+# Of the prediction: gloo's copies count as long as its buffers, and are mostly gone earlier. A copy is a block's
+# weights, which of the 4.5 MiB of a rank of four is 6.3 %; with two ranks it is below 5 %.
+BELOW = 0.07
 ABOVE = 0.01  # where FSDP2 does not reshard, 0.95 % was seen
 STEPS = 4
 QUICK = ("lean_adapters", "chunked_loss", "groups")  # so that planning takes a second
@@ -75,8 +77,7 @@ def two(plans: dict[Any, list[Plan]]) -> Results:
         tasks["losses", ranks, lora] = (ranked.losses, ranks, lora, made[0], STEPS)
         for index, plan in enumerate(made):
             tasks["peak", ranks, lora, index] = (ranked.peak, ranks, lora, plan, TALL)
-    for engine, ranks in ENGINES.items():
-        tasks["planned", engine] = (ranked.planned_here, ranks)
+    tasks["planned"] = (ranked.planned_here, ENGINES["fsdp2"])
     return Results(2, tasks)
 
 
@@ -133,24 +134,28 @@ def check_peaks(measured: list[int], plan: Plan) -> None:
         assert 1 - BELOW <= each / (plan.predicted_peak_bytes - PEAK_SLACK) <= 1 + ABOVE
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_a_model_that_is_wrapped_is_planned_as_before_it_was(two: Results, engine: Any) -> None:
-    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ENGINES[engine])
-    for found in two["planned", engine]:
+def test_a_sharded_model_is_planned_as_before_it_was(two: Results) -> None:
+    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ENGINES["fsdp2"])
+    for found in two["planned"]:
         assert found["plan"] == alone
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_all_ranks_take_the_plan_for_the_largest_batch(two: Results, engine: str) -> None:
-    for found in two["planned", engine]:
+def test_all_ranks_take_the_plan_for_the_largest_batch(two: Results) -> None:
+    for found in two["planned"]:
         assert found["agreed"].fingerprint.batch == (("input_ids", (2, 32), "int64"),)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_an_error_on_one_rank_is_raised_on_all(two: Results, engine: str) -> None:
-    for found in two["planned", engine]:
+def test_an_error_on_one_rank_is_raised_on_all(two: Results) -> None:
+    for found in two["planned"]:
         assert found["error"] == ("InfeasibleBudgetError", "too small", ["on rank 1 of 2"])
         assert found["mismatch"] == "the ranks hold different models: one plan cannot hold for all"
+
+
+@pytest.mark.slow
+def test_a_model_under_ddp_is_planned_as_before_it_was() -> None:
+    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ENGINES["ddp"])
+    for found in several_ranks.run(2, ranked.planned_here, ENGINES["ddp"]):
+        assert found["plan"] == alone
 
 
 @pytest.mark.slow
@@ -204,6 +209,7 @@ def test_ranks_that_cannot_be_are_refused(engine: Any, count: int, said: str) ->
         Ranks(engine, count)
 
 
+@pytest.mark.slow
 def test_more_ranks_hold_less_under_fsdp2_and_as_much_under_ddp() -> None:
     model = ranked.tiny(True)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
