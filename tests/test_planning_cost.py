@@ -22,7 +22,7 @@ from rematree.units import MIB
 COST = Roofline(5e10, 1e10)
 LAYERS = 24
 # Blocks that were simulated, all runs together, when this was written. To raise a number is to make planning slower.
-MOST_TO_SURVEY = 50
+MOST_TO_SURVEY = 66
 MOST_TO_SEARCH = 10
 
 

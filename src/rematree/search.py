@@ -22,7 +22,7 @@ from rematree.units import KIB
 _RESOLUTION: Final = 4096  # quanta of the chain solver between the first block's start and the plain peak
 _MAX_CONFIRMATIONS: Final = 6  # simulated steps spent on one budget
 _WORTH_GROUPS: Final = 0.003  # of the step: groups that win less are left alone
-_WORTH_SEARCHING: Final = 0.002  # of the step: when no plan in between can win more, the search for one ends
+_WORTH_SEARCHING: Final = 0.001  # of the step: when no plan in between can win more, the search for one ends
 _NEAR_LEAST: Final = 3  # limits tried for the smallest peak
 
 

@@ -28,7 +28,7 @@ from rematree.stages import length_for, measure_advances, measure_options
 _OPTIONS_PER_KIND: Final = 16
 _MANY: Final = 12  # blocks of one kind, over which options are mixed so finely that the lower convex hull is enough
 _OPTIONS_OF_MANY: Final = 9
-_OPTIONS_OF_FEW: Final = 4  # of a kind that is at most this share of the chain: the other blocks mix finely enough
+_OPTIONS_OF_FEW: Final = 8  # of a kind that is at most this share of the chain: the other blocks mix finely enough
 _FEW: Final = 1 / 24
 _CHUNK_ROWS: Final = (4096, 2048, 1024, 512, 256, 128, 64, 32)
 _MAX_CHUNKS: Final = 32  # more make the logits smaller than what else is live beside them, and the step slower
