@@ -12,6 +12,7 @@ from models import batch_for, build, with_lora
 from rematree.cost import Roofline
 from rematree.integrations import metrics
 from rematree.integrations.metrics import MemoryMetrics, device_memory
+from rematree.ladder import Ladder
 from rematree.measure import resident_peak_bytes
 from rematree.units import GIB
 
@@ -53,6 +54,7 @@ class Planned:
 @pytest.fixture
 def callback(plan: rematree.Plan, monkeypatch: pytest.MonkeyPatch) -> rematree.BudgetCallback:
     monkeypatch.setattr("rematree.integrations.trainer.Planner", lambda *args, **options: Planned(plan))
+    monkeypatch.setattr("rematree.integrations.trainer.build_ladder", lambda planner, *_: Ladder((planner,)))
     return rematree.BudgetCallback(plan.budget_bytes, say=lambda text: None)
 
 
