@@ -1,6 +1,7 @@
 """Bad input, in Python and on the command line: a clear error, the right exit code, nothing half-written."""
 
 import copy
+import json
 import re
 import resource
 import shlex
@@ -342,7 +343,9 @@ def test_a_full_disk_while_a_run_is_saved(folder: Path, here: Path) -> None:
     assert "no checkpoint was saved before" in rest[1]
     assert rest[2:] == ["What would work:", "  make room and start the same command again", "  another --output-dir"]
     left = sorted(path.name for path in (here / "out").iterdir())
-    assert left == ["before.json", "logs", "plan.json", "run.json"], "nothing half-written"
+    assert left == ["before.json", "frontier.json", "logs", "plan.json", "run.json", "steps.jsonl"]
+    json.loads((here / "out" / "frontier.json").read_text())
+    assert all(json.loads(line) for line in (here / "out" / "steps.jsonl").read_text().splitlines())
     again = rematree(*words)
     assert (again.code, again.out) == (0, "out/adapter\n"), again.err
 

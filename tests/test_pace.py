@@ -21,12 +21,11 @@ def test_a_block_of_each_kind_is_run_and_nothing_is_left_of_it(family: str) -> N
     batch = batch_for(model)
     twin = Twin(model, batch)
     referee = Referee(twin, find_chain(twin.model).blocks, COST)
-    blocks = {kind: path for path, kind in zip(referee.blocks, referee.kinds, strict=True)}
     before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
     attributes = [dict(vars(module)) for module in model.modules()]
     random = torch.get_rng_state()
-    found = pace.measure_pace(model, twin, blocks, dict.fromkeys(blocks, 1.0), 4096)
-    assert found.keys() == blocks.keys()
+    found = pace.measure_pace(model, referee, referee.run(Levers()))
+    assert found.keys() == set(referee.kinds)
     assert all(ratio > 0 for ratio in found.values())
     assert torch.equal(torch.get_rng_state(), random)
     after = model.state_dict(keep_vars=True)
@@ -71,8 +70,8 @@ def test_a_block_that_cannot_run_alone_is_left_at_its_prices() -> None:
     layers = model.model.layers  # pyright: ignore[reportAttributeAccessIssue]
     layers[1] = Fails(layers[1])  # pyright: ignore[reportIndexIssue, reportArgumentType, reportCallIssue]
     twin = Twin(model, batch_for(model))
-    paths = {0: "model.layers.0", 1: "model.layers.1"}
-    assert pace.measure_pace(model, twin, paths, {0: 1.0, 1: 1.0}, 4096).keys() == {0}
+    referee = Referee(twin, ("model.layers.0", "model.layers.1"), COST, kinds=(0, 1))
+    assert pace.measure_pace(model, referee, referee.run(Levers())).keys() == {0}
 
 
 def test_only_where_the_weights_are_here() -> None:

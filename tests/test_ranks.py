@@ -25,7 +25,6 @@ TOLERANCE = 1e-5  # of a loss of about 6, in fp32: the order of sums over four r
 # Of the prediction: gloo's copies count as long as its buffers, and are mostly gone earlier. A copy is a block's
 # weights, which of the 4.5 MiB of a rank of four is 6.3 %; with two ranks it is below 5 %.
 BELOW = 0.07
-ABOVE = 0.01  # where FSDP2 does not reshard, 0.95 % was seen
 STEPS = 4
 QUICK = ("lean_adapters", "chunked_loss", "groups")  # so that planning takes a second
 KINDS = ("blocks", "attention saved", "group")
@@ -130,8 +129,8 @@ def check_peaks(measured: list[int], plan: Plan) -> None:
     assert plan.budget_bytes is not None
     assert sum(line.num_bytes for line in plan.ledger) == plan.predicted_peak_bytes <= plan.budget_bytes
     for each in measured:
-        assert each <= plan.budget_bytes
-        assert 1 - BELOW <= each / (plan.predicted_peak_bytes - PEAK_SLACK) <= 1 + ABOVE
+        assert each <= plan.predicted_peak_bytes
+        assert each >= (1 - BELOW) * (plan.predicted_peak_bytes - PEAK_SLACK)
 
 
 def test_a_sharded_model_is_planned_as_before_it_was(two: Results) -> None:

@@ -22,7 +22,7 @@ from rematree.cost import Cost, Measured
 from rematree.execute.attention import forget_attention
 from rematree.execute.override import ForwardOverride, remove_overrides
 from rematree.observe import Twin
-from rematree.simulate import Simulation
+from rematree.simulate import Referee, Simulation
 from rematree.units import MIB
 
 _LARGEST: Final = 1024 * MIB  # saved by the block; a larger one is not run for its time
@@ -32,31 +32,31 @@ _MOST_RUNS: Final = 6
 _CANNOT_RUN: Final = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError)
 
 
-def measure_pace(
-    model: nn.Module, twin: Twin, blocks: Mapping[int, str], plain: Mapping[int, float], step_bytes: int
-) -> dict[int, float]:
+def measure_pace(model: nn.Module, referee: Referee, plain: Simulation) -> dict[int, float]:
     """Measured over predicted seconds of one block of each kind, forward and backward.
 
     Args:
         model: The live model, on the device that prices ops.
-        twin: The same under fake tensors; says what each block is called with.
-        blocks: Path of the block to run, by kind.
-        plain: Its predicted seconds, by kind.
-        step_bytes: Bytes that a whole step touches: so much lies between two runs of a block in a step.
+        referee: Of its twin under fake tensors, which says what each block is called with.
+        plain: The step without any lever, simulated by it.
     Returns:
         A ratio for each kind whose block could be run.
     Cost:
         The time of two to six runs of each block, and a copy of its weights.
     """
-    found: dict[int, float] = {}
-    between = torch.empty(min(step_bytes, _MOST_CACHED), dtype=torch.uint8, device=twin.device)
-    for kind, (args, kwargs) in calls_of(twin, blocks).items():
-        block = copy_of(model.get_submodule(blocks[kind]))
-        if block is None or plain[kind] <= 0:
+    chosen = {kind: index for index, kind in enumerate(referee.kinds) if _small_enough(plain, index)}
+    paths = {kind: referee.blocks[index] for kind, index in chosen.items()}
+    device, found = referee.twin.device, dict[int, float]()
+    # So many bytes of a step lie between two runs of a block in it.
+    between = torch.empty(min(plain.peak_bytes, _MOST_CACHED), dtype=torch.uint8, device=device)
+    for kind, (args, kwargs) in calls_of(referee.twin, paths).items():
+        predicted = plain.block_seconds(chosen[kind])
+        block = copy_of(model.get_submodule(paths[kind]))
+        if block is None or predicted <= 0:
             continue
-        with torch.random.fork_rng(devices=[twin.device] if twin.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             try:
-                found[kind] = _seconds(block, args, kwargs, between) / plain[kind]
+                found[kind] = _seconds(block, args, kwargs, between) / predicted
             except _CANNOT_RUN:  # on made-up inputs
                 continue
     return found
@@ -73,7 +73,7 @@ def is_live(model: nn.Module, device: torch.device) -> bool:
     return all(t.device.type == device.type and not isinstance(t, FakeTensor) for t in tensors)
 
 
-def small_enough(plain: Simulation, block: int) -> bool:
+def _small_enough(plain: Simulation, block: int) -> bool:
     """Whether block number `block` keeps so little that running it for its time cannot be what runs out of memory."""
     return plain.forward(block).peak_bytes - plain.forward(block).live_bytes <= _LARGEST
 

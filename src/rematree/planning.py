@@ -25,11 +25,11 @@ from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.input_grads import as_leaves
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.folding import block_kinds
+from rematree.notes import notes_on
 from rematree.observe import LossFunction, Twin
 from rematree.options import describe_groups, describe_option
-from rematree.pace import is_live, is_measured, measure_pace, small_enough
+from rematree.pace import is_live, is_measured, measure_pace
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Levers, Plan
-from rematree.quantised import frozen_int8_linears
 from rematree.ranks import Ranks, ranks_of
 from rematree.regions import find_chain
 from rematree.running import running_chain
@@ -125,7 +125,7 @@ class Planner:
         )
         plain = self._referee.run(Levers())
         if is_measured(self._cost) and is_live(model, self._twin.device) and not any_sharded(model):
-            self._referee.pace = self._paces(model, plain)
+            self._referee.pace = measure_pace(model, self._referee, plain)
             plain = self._referee.paced(plain)
         chunk = "chunked_loss" not in self._forbid and loss is None
         if allow_compile is None:
@@ -165,12 +165,6 @@ class Planner:
     def bytes_before(self) -> int:
         """What there is before the step begins, and what the device needs beside the tensors of any step."""
         return bytes_before(self.survey.plain) + self._fixed
-
-    def _paces(self, model: nn.Module, plain: Simulation) -> dict[int, float]:
-        last = {kind: index for index, kind in enumerate(self._referee.kinds) if small_enough(plain, index)}
-        predicted = {kind: plain.block_seconds(index) for kind, index in last.items()}
-        paths = {kind: self._referee.blocks[index] for kind, index in last.items()}
-        return measure_pace(model, self._twin, paths, predicted, plain.peak_bytes)
 
     def min_peak_bytes(self) -> int:
         """Smallest confirmed peak of any plan."""
@@ -287,20 +281,6 @@ class Planner:
             for path, option, group, (kept, seconds) in told
         ]
         levers, fixed = known.levers(entry.choice), known.fixed_seconds
-        notes = [known.chain.note] if known.chain.note else []
-        if self.ranks is not None:
-            notes.append(f"for {self.ranks}; all bytes are those of one rank")
-            if self.ranks.gathers_for_groups:
-                notes.append("no groups of blocks: recomputing one would gather weights that FSDP2 has sharded again")
-        released = len(frozen_int8_linears(self._twin.model))
-        if released:
-            notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")
-        if levers.lean:
-            notes.append(f"{len(levers.lean)} LoRA layers are lean: one input, shared and in its own dtype; exact")
-        if levers.loss_chunk_rows is not None:
-            said = f"chunked loss, {levers.loss_chunk_rows} rows at a time: changes rounding"
-            notes.append(f"{said}; forbid with 'chunked_loss'")
-        notes += known.compiled.notes(levers.compiled, self._twin.model)
         return Plan(
             decisions=levers.decisions,
             loss_chunk_rows=levers.loss_chunk_rows,
@@ -314,13 +294,13 @@ class Planner:
             ledger=self._ledger(entry),
             rows=tuple(rows),
             fingerprint=self.fingerprint,
-            notes=tuple(notes),
-            versions={
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            notes=notes_on(known, levers, self._twin.model, self.ranks),
+            versions=_versions(),
         )
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
 
 def plan(

@@ -1,0 +1,33 @@
+"""What a plan says in words beside its numbers: what changes, what is left out, and for whom it is."""
+
+from torch import nn
+
+from rematree.plans import Levers
+from rematree.quantised import frozen_int8_linears
+from rematree.ranks import Ranks
+from rematree.survey import Survey
+
+
+def notes_on(known: Survey, levers: Levers, model: nn.Module, ranks: Ranks | None) -> tuple[str, ...]:
+    """One line for each thing to know about a plan.
+
+    Args:
+        known: What the plan was chosen from.
+        levers: What it does.
+        model: It, or its twin.
+        ranks: Over which ranks the step is distributed.
+    """
+    notes = [known.chain.note] if known.chain.note else []
+    if ranks is not None:
+        notes.append(f"for {ranks}; all bytes are those of one rank")
+        if ranks.gathers_for_groups:
+            notes.append("no groups of blocks: recomputing one would gather weights that FSDP2 has sharded again")
+    released = len(frozen_int8_linears(model))
+    if released:
+        notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")
+    if levers.lean:
+        notes.append(f"{len(levers.lean)} LoRA layers are lean: one input, shared and in its own dtype; exact")
+    if levers.loss_chunk_rows is not None:
+        said = f"chunked loss, {levers.loss_chunk_rows} rows at a time: changes rounding"
+        notes.append(f"{said}; forbid with 'chunked_loss'")
+    return (*notes, *known.compiled.notes(levers.compiled, model))
