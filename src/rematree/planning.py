@@ -228,11 +228,10 @@ class Planner:
             return None
         peaks = {head: position_peak(problem, everything, head) + self._fixed for head in heads}
         fitting = [head for head in heads if peaks[head] <= budget]
-        if fitting:
-            head = min(fitting, key=lambda head: problem.heads[head].seconds)
-        else:
-            head = min(heads, key=lambda head: (peaks[head], problem.heads[head].seconds))
-        result = self._referee.run(Levers(loss_chunk_rows=known.rows[head]))
+        fastest = min(fitting, key=lambda head: problem.heads[head].seconds, default=None)
+        smallest = min(heads, key=lambda head: (peaks[head], problem.heads[head].seconds))
+        rows = known.rows[smallest if fastest is None else fastest]
+        result = self._referee.run(Levers(loss_chunk_rows=rows))
         return self._search.peak(result), result.seconds
 
     def every_layer_step(self) -> tuple[int, float]:
@@ -249,13 +248,12 @@ class Planner:
         entry = self._search.least()
         least = entry.peak_bytes
         details = [f"{line.category:<28} {format_bytes(line.num_bytes):>10}" for line in self._ledger(entry)]
-        rounded = math.ceil(least / MIB)
         return InfeasibleBudgetError(
             f"budget {format_bytes(budget)} is below the smallest reachable peak, {format_bytes(least)}",
             budget=budget,
             min_peak=least,
             details=["at that peak:", *details],
-            remedies=[f"a budget of {rounded}MiB or more"],
+            remedies=[f"a budget of {math.ceil(least / MIB)}MiB or more"],
         )
 
     def _ledger(self, entry: Confirmed) -> tuple[LedgerLine, ...]:
@@ -326,7 +324,7 @@ def plan(
     Raises:
         InfeasibleBudgetError: nothing fits; carries `min_peak`.
     """
-    wanted = None if budget is None else parse_bytes(budget)
+    wanted = None if budget is None else parse_bytes(budget)  # a bad one is refused before anything is simulated
     planner = Planner(
         model,
         batch,
