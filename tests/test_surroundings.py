@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rematree.cost import Measured
+from rematree.cost import Measured, Roofline, _layout
 from rematree.surroundings import Recency, cache_bytes, measure_cold_rate, measure_overhead
 from rematree.units import KIB, MIB
 
@@ -92,3 +92,14 @@ def test_a_grouped_matmul_is_priced_on_groups_of_one_size(
     out = torch.ops.aten._grouped_mm.default(*args)
     Measured(torch.device("cpu")).price(torch.ops.aten._grouped_mm.default, args, {}, [out])
     assert seen == [[16, 32, 48, 64]]
+
+
+def test_an_op_is_priced_on_tensors_laid_out_as_in_the_step() -> None:
+    # Attention takes 300 times as long for a mask whose rows are not laid out as rows.
+    mask = torch.zeros(2, 1, 8, 8).expand(2, 4, 8, 8)
+    hidden = torch.ones(1, 8, dtype=torch.bool).expand(3, 8)
+    cost = Measured(torch.device("cpu"), fallback=Roofline(1e12, 1e11))
+    for like in (mask, hidden, mask.transpose(2, 3)):
+        made = cost._materialise(_layout(like))
+        assert (made.shape, made.stride(), made.dtype) == (like.shape, like.stride(), like.dtype)
+    assert cost._materialise(_layout(hidden)).all()  # a mask that hides everything is another op

@@ -114,10 +114,15 @@ class Measured:
         return OpPrice(min(times), workspace)  # whatever else the machine does can only add
 
     def _materialise(self, layout: _Layout) -> torch.Tensor:
-        tensor = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=self._device)
-        if layout.dtype.is_floating_point and 0 not in layout.stride:
-            return tensor.uniform_(0.1, 0.9)
-        return tensor.zero_() if 0 not in layout.stride else torch.zeros((), dtype=layout.dtype).expand(layout.shape)
+        # A dimension of stride 0 is one element seen many times. The others keep their strides: what attention takes
+        # for a mask that is not laid out row by row is 300 times as long.
+        own = tuple(1 if stride == 0 else size for size, stride in zip(layout.shape, layout.stride, strict=True))
+        tensor = torch.empty_strided(own, layout.stride, dtype=layout.dtype, device=self._device)
+        if layout.dtype.is_floating_point:
+            tensor.uniform_(0.1, 0.9)
+        else:
+            tensor.fill_(layout.dtype is torch.bool)  # a mask of False would hide everything
+        return tensor.expand(layout.shape)
 
 
 def _balance_groups(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None = None, *_: Any) -> None:
