@@ -5,6 +5,7 @@ number. With data of their own they must have, to the bit, what the engine has w
 sees all the data only the order of sums differs, which is what the tolerance is for.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -220,3 +221,12 @@ def test_more_ranks_hold_less_under_fsdp2_and_as_much_under_ddp() -> None:
     assert two == eight == plain + trained  # a bucket beside the gradients
     fewer = ranked.quick_plan(model, ranked.LONG, Ranks("fsdp2", 2)).predicted_peak_bytes
     assert sharded < fewer
+
+
+def test_a_shorter_batch_is_planned_for_the_same_ranks() -> None:
+    model = ranked.tiny(False)
+    long, short = (batch_for(model, tokens=tokens) for tokens in (32, 16))
+    make = partial(rematree.Planner, model, ranks=ENGINES["fsdp2"], cost=ranked.roofline(), forbid=QUICK)
+    fresh, shorter = make(short).plan(None), make(long).for_batch(short).plan(None)
+    assert shorter.levers == fresh.levers
+    assert shorter.predicted_peak_bytes == fresh.predicted_peak_bytes

@@ -164,6 +164,7 @@ class Referee:
             folds=self._container is not None,
             pace=self.pace,
             profiles=self.profiles,
+            ranks=self.ranks,
         )
 
     def run(self, levers: Levers) -> Simulation:
