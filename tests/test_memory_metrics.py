@@ -1,6 +1,7 @@
 """Memory and the plan in force among what a Trainer logs, read back from TensorBoard's and W&B's own files."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,3 +207,16 @@ def test_a_gpu_counts() -> None:
 def test_every_name_is_documented() -> None:
     documented = MemoryMetrics.__doc__ or ""
     assert all(f"`{name}`" in documented for name in PREDICTED | {"memory/max_resident(GiB)", metrics._PLAN})
+
+
+def test_of_several_plans_the_one_that_the_latest_batch_ran_under_is_logged(model: Any, plan: rematree.Plan) -> None:
+    longest, short = batch_for(model, rows=4), batch_for(model, rows=4, tokens=8)
+    shorter = rematree.Planner(model, longest, cost=COST).for_batch(short).plan(None)
+    metrics, state = MemoryMetrics(), SimpleNamespace(log_history=[])
+    with rematree.apply(plan, model, smaller=[shorter]):
+        for batch, expected in ((short, shorter), (longest, plan)):
+            model(**batch).loss.backward()
+            logs: dict[str, Any] = {"loss": 1.0}
+            metrics.on_log(None, state, None, logs=logs, model=model)
+            assert logs["rematree/predicted_peak(GiB)"] == expected.predicted_peak_bytes / GIB
+            assert logs["rematree/plan"].startswith(expected.summary())

@@ -67,10 +67,11 @@ class MemoryMetrics(TrainerCallback):
         found = device_memory(next(model.parameters()).device)
         handle = applied_handle(model)
         if handle is not None:
-            found |= plan_metrics(handle.plan)
-            if handle.plan is not self._said:
-                self._said = handle.plan
-                found[_PLAN] = _described(handle.plan)
+            plan = handle.in_force
+            found |= plan_metrics(plan)
+            if plan is not self._said:
+                self._said = plan
+                found[_PLAN] = _described(plan)
         logs.update(found)
         if state.log_history:  # made before the callbacks are asked; checkpoints keep it
             state.log_history[-1].update(found)
