@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rematree.cost import Measured, Roofline, _layout
+from rematree.pace import made_up
 from rematree.surroundings import Recency, cache_bytes, measure_cold_rate, measure_overhead
 from rematree.units import KIB, MIB
 
@@ -102,4 +103,6 @@ def test_an_op_is_priced_on_tensors_laid_out_as_in_the_step() -> None:
     for like in (mask, hidden, mask.transpose(2, 3)):
         made = cost._materialise(_layout(like))
         assert (made.shape, made.stride(), made.dtype) == (like.shape, like.stride(), like.dtype)
+        run = made_up(like, torch.device("cpu"))  # what a block is run on for its time
+        assert (run.shape, run.stride(), run.dtype) == (like.shape, like.stride(), like.dtype)
     assert cost._materialise(_layout(hidden)).all()  # a mask that hides everything is another op

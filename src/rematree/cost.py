@@ -5,7 +5,7 @@ alone, on tensors of the same layout.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -114,15 +114,22 @@ class Measured:
         return OpPrice(min(times), workspace)  # whatever else the machine does can only add
 
     def _materialise(self, layout: _Layout) -> torch.Tensor:
-        # A dimension of stride 0 is one element seen many times. The others keep their strides: what attention takes
-        # for a mask that is not laid out row by row is 300 times as long.
-        own = tuple(1 if stride == 0 else size for size, stride in zip(layout.shape, layout.stride, strict=True))
-        tensor = torch.empty_strided(own, layout.stride, dtype=layout.dtype, device=self._device)
+        tensor = unexpanded(layout.shape, layout.stride, layout.dtype, self._device)
         if layout.dtype.is_floating_point:
             tensor.uniform_(0.1, 0.9)
         else:
             tensor.fill_(layout.dtype is torch.bool)  # a mask of False would hide everything
         return tensor.expand(layout.shape)
+
+
+def unexpanded(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor of which `expand(shape)` is laid out by `stride`.
+
+    A dimension of stride 0 is one element seen many times. The others keep their strides: attention takes 300 times as
+    long for a mask that is not laid out row by row.
+    """
+    own = [1 if step == 0 else size for size, step in zip(shape, stride, strict=True)]
+    return torch.empty_strided(own, list(stride), dtype=dtype, device=device)
 
 
 def _balance_groups(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None = None, *_: Any) -> None:

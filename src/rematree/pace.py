@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rematree.cost import Cost, Measured
+from rematree.cost import Cost, Measured, unexpanded
 from rematree.execute.attention import forget_attention
 from rematree.execute.override import ForwardOverride, remove_overrides
 from rematree.observe import Twin
@@ -166,11 +166,11 @@ def _timed(between: torch.Tensor, run: Callable[[], Any]) -> tuple[Any, float]:
 
 def made_up(fake: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A real tensor on `device` laid out as `fake`."""
-    real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
+    real = unexpanded(fake.shape, fake.stride(), fake.dtype, device)
     if 0 in fake.stride():
-        real = torch.ones((), dtype=fake.dtype, device=device).expand(fake.shape)
+        real.fill_(1)
     elif fake.dtype.is_floating_point:
         real.normal_()
     else:
         real.fill_(fake.dtype is torch.bool)
-    return real.requires_grad_(fake.requires_grad)
+    return real.expand(fake.shape).requires_grad_(fake.requires_grad)
