@@ -33,12 +33,12 @@ from rematree.plans import Action, BlockRow, Decision, LedgerLine, Levers, Plan
 from rematree.ranks import Ranks, ranks_of
 from rematree.regions import find_chain
 from rematree.running import running_chain
-from rematree.scaling import bytes_before, scaled, tokens_of
+from rematree.scaling import bytes_before, scaled
 from rematree.search import Confirmed, Search
 from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import position_peak
 from rematree.solve.groups import by_block
-from rematree.survey import Survey, survey
+from rematree.survey import Survey, survey, tokens_of
 from rematree.units import KIB, MIB, format_bytes, parse_bytes
 
 LEVERS: Final = frozenset({"chunked_loss", "lean_adapters", "compile", "groups"})

@@ -6,22 +6,13 @@ nothing that a plan promises: the referee runs what it proposes at the batch's o
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-
-import torch
 
 from rematree.ledger import BEFORE_THE_BLOCKS
 from rematree.simulate import Simulation
 from rematree.solve.chain import Advance, ChainProblem, HeadOption, StageOption
 from rematree.survey import Survey
-
-
-def tokens_of(batch: Mapping[str, Any]) -> int:
-    """B*T of the largest [B, T] tensor of `batch`; 1 without any."""
-    matrices = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() == 2]
-    return max((value.numel() for value in matrices), default=1)
 
 
 def bytes_before(plain: Simulation) -> int:

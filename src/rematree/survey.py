@@ -233,7 +233,7 @@ def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator
 
 
 def _measure_heads(short: Referee, chunk: bool) -> tuple[list[int | None], list[HeadOption]]:
-    tokens = max((t.shape[0] * t.shape[1] for t in short.twin.batch.values() if _is_token_matrix(t)), default=0)
+    tokens = tokens_of(short.twin.batch)
     rows: list[int | None] = [None]
     if chunk and "labels" in short.twin.batch and find_head(short.twin.model) is not None:
         rows += [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
@@ -244,5 +244,7 @@ def _measure_heads(short: Referee, chunk: bool) -> tuple[list[int | None], list[
     return rows, heads
 
 
-def _is_token_matrix(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() >= 2
+def tokens_of(batch: Mapping[str, Any]) -> int:
+    """B*T of the largest [B, T, ...] tensor of `batch`; 1 without any."""
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() >= 2]
+    return max((value.shape[0] * value.shape[1] for value in tensors), default=1)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from rematree.cost import present_device
 from rematree.errors import UnsupportedModelError
 from rematree.execute.context import builds_graph
 from rematree.execute.override import ForwardOverride
@@ -95,7 +96,7 @@ class CompiledBlocks:
             key = (block_kind(block), budget)
             reason = why_not_compiled(block)
             if reason is None and key not in self._shared:
-                reason = why_no_compiler(_device_of(block))
+                reason = why_no_compiler(present_device(block.parameters()))
             if reason is not None:
                 raise UnsupportedModelError(f"{path} cannot be compiled: {reason}", remedies=WITHOUT_COMPILER)
             if key not in self._shared:
@@ -230,10 +231,6 @@ def _all_trained(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, A
                 leaves[place] = cast("Callable[..., Any]", _Trained.apply)(leaf, anchor)
             break
     return tree_unflatten(leaves, spec)
-
-
-def _device_of(block: nn.Module) -> torch.device:
-    return next((p.device for p in block.parameters()), torch.device("cpu"))
 
 
 def _foreign_forward(block: nn.Module) -> bool:
