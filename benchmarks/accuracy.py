@@ -44,7 +44,7 @@ def parse(description: str | None, output: str) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=None, help="where the page goes")
     parser.add_argument("--quick", action="store_true", help="two families, LoRA alone of the second")
     parser.add_argument("--every-shape", action="store_true", help="all three shapes for every model")
-    parser.add_argument("--timed-steps", type=int, default=2)
+    parser.add_argument("--timed-steps", type=int, default=5, help="of every way of stepping; the median counts")
     parser.add_argument("--device", default=None, help="cpu or cuda")
     parser.add_argument("--family", choices=list(FAMILIES), help="only this one, in this process")
     return parser.parse_args()

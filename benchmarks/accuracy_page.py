@@ -36,8 +36,18 @@ def page(title: str, intro: str, conditions: Mapping[str, str], rows: Rows) -> s
     lines += [f"- {name}: {value}" for name, value in conditions.items()]
     lines += ["", f"## {len(rows)} runs", "", "| what | found | promised | |", "|---|--:|--:|---|"]
     lines += [f"| {w} | {v:.2%} | {m:.0%} | {'holds' if ok else 'missed'} |" for w, v, m, ok in verdicts(rows)]
-    lines += ["", *_groups(rows), "", *_table(rows)]
+    lines += ["", _spread(rows), "", *_groups(rows), "", *_table(rows)]
     return "\n".join(lines) + "\n"
+
+
+def _spread(rows: Rows) -> str:
+    """How far the steps of one run are from each other: no prediction can be nearer to all of them."""
+    spreads = [max(times) / min(times) - 1 for times in (row["all_seconds"] for row in rows)]
+    median, worst = statistics.median(spreads), max(spreads)
+    return (
+        "Of the timed steps of one run, which are all the same step, the slowest takes "
+        f"{median:.1%} longer than the fastest in the median over the runs, {worst:.1%} at worst."
+    )
 
 
 def _groups(rows: Rows) -> list[str]:

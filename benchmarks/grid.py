@@ -251,7 +251,8 @@ def measure(cell: Cell, device: torch.device, *, timed_steps: int, done: frozens
     """Every way of `cell` that is not in `done`, predicted, then run.
 
     Peaks are those of the first two steps: in the first the optimizer's state is born, in the second it is there from
-    the beginning. Times are of the steps after those, without the profiler, the median of `timed_steps`.
+    the beginning. Times are of later steps, without the profiler, the median of `timed_steps`; the first of them does
+    not count, because it finds the heap as the profiled steps left it.
     """
     model = build_model(cell, device)
     batch = build_batch(cell, model, device)
@@ -272,6 +273,7 @@ def measure(cell: Cell, device: torch.device, *, timed_steps: int, done: frozens
                 peaks.append(meter.peak_bytes)
                 if device.type == "cuda":
                     reserved.append(torch.cuda.max_memory_reserved(device))
+            train_step(model, optimizer, batch, 1.0)
             for _ in range(timed_steps):
                 start = time.perf_counter()
                 train_step(model, optimizer, batch, 1.0)  # its loss is read, so it has run

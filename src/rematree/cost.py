@@ -15,6 +15,7 @@ from torch.autograd.profiler import ProfilerConfig, ProfilerState
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from rematree.pages import Pages, measure_pages, page_faults
 from rematree.price import Cost, Free, OpPrice, num_bytes, price_key, tensors_in
 from rematree.roofline import Roofline
 from rematree.surroundings import Recency, measure_cold_rate, measure_overhead
@@ -41,9 +42,9 @@ class _Layout:
 class Measured:
     """Runs each distinct op alone on `device` and remembers the fastest of its runs.
 
-    Alone, an op finds its operands in the caches and nothing around it. On a CPU two things are added that it has in a
-    step: reading from memory what was last touched long ago, and the calls from Python and autograd that lead to it.
-    Both rates are measured once.
+    Alone, an op finds its operands in the caches and nothing around it. On a CPU three things are added that it has in
+    a step: reading from memory what was last touched long ago, the fresh pages of what it allocates
+    (`rematree.pages`), and the calls from Python and autograd that lead to it. Their rates are measured once.
 
     Args:
         device: Where the step will run.
@@ -52,7 +53,8 @@ class Measured:
     Cost:
         At most five runs of each distinct op (50 ms of them), once in the life of this object.
     Not covered:
-        Ops whose time depends on values (routing is priced as balanced); pages that the heap gave back and maps again.
+        Ops whose time depends on values (routing is priced as balanced); pages of tensors below 32 MiB that the heap
+        gave back and maps again.
     """
 
     def __init__(self, device: torch.device, fallback: Cost | None = None) -> None:
@@ -60,11 +62,13 @@ class Measured:
         self._prices: dict[Any, OpPrice] = {}
         self._fallback = fallback or _fitted_roofline(device)
         self._recency: Recency | None = None
+        self._pages: Pages | None = None
         self._overhead_seconds = 0.0
         if device.type == "cpu":
             with _disable_current_modes():
                 self._recency = Recency(measure_cold_rate())
                 self._overhead_seconds = measure_overhead()
+                self._pages = measure_pages()
 
     def __len__(self) -> int:
         return len(self._prices)
@@ -83,7 +87,7 @@ class Measured:
         if price is None:
             layouts = tree_map_only(torch.Tensor, _layout, (args, kwargs))
             if num_bytes(tensors_in(args, kwargs)) + 2 * num_bytes(outputs) > _LARGEST_PROBE:
-                price = self._fallback.price(func, args, kwargs, outputs)
+                price = self._by_fallback(func, args, kwargs, outputs)
             else:
                 with _disable_current_modes(), torch.no_grad():
                     try:
@@ -91,9 +95,16 @@ class Measured:
                     except (RuntimeError, IndexError, TypeError, NotImplementedError):
                         price = None  # cannot run on made-up values
                 if price is None:
-                    price = self._fallback.price(func, args, kwargs, outputs)
+                    price = self._by_fallback(func, args, kwargs, outputs)
             self._prices[key] = price
         return price
+
+    def _by_fallback(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> OpPrice:
+        price = self._fallback.price(func, args, kwargs, outputs)
+        if self._pages is None or func._schema.is_mutable:
+            return price
+        pages = self._pages.missing_seconds((num_bytes([each]) for each in outputs), 0)
+        return OpPrice(price.seconds + pages, price.workspace_bytes)
 
     def _measure(self, func: Any, args: Any, kwargs: Any) -> OpPrice:
         cuda = self._device.type == "cuda"
@@ -103,14 +114,17 @@ class Measured:
                 _balance_groups(*args)
             if cuda and "device" in kwargs:
                 kwargs = {**kwargs, "device": self._device}
-            workspace = _cuda_workspace(func, args, kwargs) if cuda else _cpu_workspace(func, args, kwargs)
+            requests: list[int] = []
+            workspace = _cuda_workspace(func, args, kwargs) if cuda else _cpu_workspace(func, args, kwargs, requests)
             times: list[float] = []
             while len(times) < _MAX_REPETITIONS and (len(times) < 2 or sum(times) < _ENOUGH_SECONDS):
-                start = time.perf_counter()
+                faults, start = page_faults(), time.perf_counter()
                 func(*args, **kwargs)
                 if cuda:
                     torch.cuda.synchronize(self._device)
                 times.append(time.perf_counter() - start)
+                if self._pages is not None:
+                    times[-1] += self._pages.missing_seconds(requests, page_faults() - faults)
         return OpPrice(min(times), workspace)  # whatever else the machine does can only add
 
     def _materialise(self, layout: _Layout) -> torch.Tensor:
@@ -145,8 +159,8 @@ def _layout(tensor: torch.Tensor) -> _Layout:
     return _Layout(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
-def _cpu_workspace(func: Any, args: Any, kwargs: Any) -> int:
-    """Largest sum of live bytes the op allocated.
+def _cpu_workspace(func: Any, args: Any, kwargs: Any, requests: list[int]) -> int:
+    """Largest sum of live bytes the op allocated; the size of each allocation is added to `requests`.
 
     From the allocation events of the thread-local profiler: thirty times cheaper to start than the kineto one, which
     matters for hundreds of small probes; CPU kernels allocate in the calling thread.
@@ -162,7 +176,10 @@ def _cpu_workspace(func: Any, args: Any, kwargs: Any) -> int:
     events: list[Any] = [event for thread in threads for event in thread]
     for event in events:
         if event.kind() == "memory_alloc":
-            live += event.cpu_memory_usage()
+            size = event.cpu_memory_usage()  # negative where memory is freed
+            if size > 0:
+                requests.append(size)
+            live += size
             peak = max(peak, live)
     del out
     return peak

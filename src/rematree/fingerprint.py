@@ -1,10 +1,12 @@
 """What a plan holds for: digests of a model, its trainable set, its dropout, and the shape of a batch."""
 
 import hashlib
+import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from rematree.engines import own_class
@@ -49,3 +51,8 @@ def describe_model(model: nn.Module) -> Fingerprint:
         device=device,
         attention="" if name is None else name.removeprefix("rematree:"),
     )
+
+
+def versions() -> dict[str, str]:
+    """What a plan was made with."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}

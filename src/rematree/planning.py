@@ -5,13 +5,11 @@
 
 import copy
 import math
-import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import torch
-import transformers
 from torch import nn
 
 from rematree.absent import is_absent
@@ -23,7 +21,7 @@ from rematree.devices import overhead_of
 from rematree.engines import any_sharded, without_engine
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.input_grads import as_leaves
-from rematree.fingerprint import describe_batch, describe_model
+from rematree.fingerprint import describe_batch, describe_model, versions
 from rematree.folding import block_kinds
 from rematree.notes import notes_on
 from rematree.observe import LossFunction, Twin
@@ -55,6 +53,8 @@ class Planner:
         optimizer: What holds state: "adamw" (two states per trained parameter, in its dtype), "adamw_8bit" (of
             bitsandbytes), "paged_adamw_8bit" (on a GPU, state of large tensors counts as on the host), "sgd", "none".
         accumulation_steps: More than one means gradients of earlier micro-batches are live during the step.
+        clips: Whether the loop clips gradients (`clip_grad_norm_`) before the optimizer's step, as Trainers do unless
+            told otherwise (`max_grad_norm`); its time counts, its bytes are a few scalars. False: it does not.
         forbid: Levers not to use: "chunked_loss" and "compile" (they change rounding), "lean_adapters", "groups".
         cost: Prices ops; default: measured on the model's device.
         loss: The scalar to differentiate, from the model's output; default: its `loss`.
@@ -82,6 +82,7 @@ class Planner:
         *,
         optimizer: Optimizer = "adamw",
         accumulation_steps: int = 1,
+        clips: bool = True,
         forbid: Collection[str] = (),
         cost: Cost | None = None,
         loss: LossFunction | None = None,
@@ -122,6 +123,7 @@ class Planner:
             accumulation_steps > 1,
             kinds=[kinds[path] for path in chain.blocks],
             ranks=self.ranks,
+            clips=clips,
         )
         plain = self._referee.run(Levers())
         if is_measured(self._cost) and is_live(model, self._twin.device) and not any_sharded(model):
@@ -293,12 +295,8 @@ class Planner:
             rows=tuple(rows),
             fingerprint=self.fingerprint,
             notes=notes_on(known, levers, self._twin.model, self.ranks),
-            versions=_versions(),
+            versions=versions(),
         )
-
-
-def _versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
 
 def plan(
@@ -308,6 +306,7 @@ def plan(
     *,
     optimizer: Optimizer = "adamw",
     accumulation_steps: int = 1,
+    clips: bool = True,
     forbid: Collection[str] = (),
     cost: Cost | None = None,
     loss: LossFunction | None = None,
@@ -330,6 +329,7 @@ def plan(
         batch,
         optimizer=optimizer,
         accumulation_steps=accumulation_steps,
+        clips=clips,
         forbid=forbid,
         cost=cost,
         loss=loss,

@@ -6,15 +6,15 @@ ledger; the result is the timeline, the peak with what was live at it, and the p
 """
 
 import contextlib
-import functools
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from rematree.accounts import BACKWARD, BATCH, GRADIENTS, LOGITS, SAVED, STATE, STEP, weights
+from rematree.accounts import BATCH, GRADIENTS, SAVED, STATE, STEP, weights
+from rematree.clipping import clipping_seconds
 from rematree.cost import Cost
 from rematree.devices import overhead_of
 from rematree.execute.handle import Handle
@@ -34,15 +34,16 @@ from rematree.folding import (
     whole,
 )
 from rematree.ledger import BEFORE_THE_BLOCKS, Ledger, Segment
+from rematree.marks import HEAD, BlockMarks
 from rematree.observe import Twin
 from rematree.optimizers import Optimizer, optimizer_with_state
 from rematree.plans import Fingerprint, Levers, Plan
 from rematree.ranks import Layout, Ranks
 
-_HEAD: Final = "head"
 _BETWEEN: Final = "between backward and optimizer"
 _NOBODY: Final = Fingerprint("", "", "", "", (), "", "")  # the executor checks it only against live models
 _OPTIMIZER: Final = "optimizer"
+_FIRST: Final = "backward 0"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Simulation:
         written: Saved regions whose output the recomputed region around them writes to: they cannot be saved alone.
         graph: For each block, whether its input and its output require grad.
         slack_bytes: Beyond the peak, what a GPU's allocator holds in segments that are in use.
+        tail_seconds: Of the backward of the first block, what comes after it: gradients of embeddings.
     """
 
     peak_bytes: int
@@ -68,6 +70,7 @@ class Simulation:
     written: frozenset[str]
     graph: tuple[tuple[bool, bool], ...]
     slack_bytes: int = 0
+    tail_seconds: float = 0.0
 
     def segment(self, label: str) -> Segment | None:
         """The segment called `label`, if the step had one."""
@@ -86,12 +89,13 @@ class Simulation:
     def block_seconds(self, block: int) -> float:
         """Seconds of block number `block`, forward and backward."""
         backward = self.backward(block)
-        return self.forward(block).seconds + (backward.seconds if backward else 0.0)
+        tail = self.tail_seconds if block == 0 else 0.0
+        return self.forward(block).seconds + (backward.seconds - tail if backward else 0.0)
 
     @property
     def head(self) -> Segment:
         """Everything between the last block's forward and its backward."""
-        segment = self.segment(_HEAD)
+        segment = self.segment(HEAD)
         assert segment is not None
         return segment
 
@@ -113,8 +117,9 @@ class Referee:
         ranks: Over which ranks the step is distributed; the result is that of one of them.
         profiles: What compiled blocks keep and take; without one a block cannot be simulated as compiled.
         pace: What the prices of the ops of a block are multiplied by, by kind (`rematree.pace`); default 1.
+        clips: Gradients are clipped before the optimizer's step.
     Attributes:
-        kinds, pace, profiles, ranks: As above.
+        clips, kinds, pace, profiles, ranks: As above.
         layout: What the ranks do to the bytes of this model.
     """
 
@@ -131,6 +136,7 @@ class Referee:
         pace: Mapping[int, float] | None = None,
         profiles: Profiles | None = None,
         ranks: Ranks | None = None,
+        clips: bool = False,
     ) -> None:
         self.twin = twin
         self.blocks = blocks
@@ -144,6 +150,10 @@ class Referee:
             with twin.mode:
                 pages = overhead_of(cost, twin.device.type).caches
                 self._stepper = optimizer_with_state(optimizer, self.trainable, pages=pages)
+        self.clips = clips
+        self._clipping_seconds = 0.0
+        if clips and self._stepper is not None:
+            self._clipping_seconds = clipping_seconds(self.trainable, cost, twin.device.type, twin.mode)
         self._container = list_of(twin.model, blocks) if folds else None
         self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
         self.pace = dict(pace or {})
@@ -165,6 +175,7 @@ class Referee:
             pace=self.pace,
             profiles=self.profiles,
             ranks=self.ranks,
+            clips=self.clips,
         )
 
     def run(self, levers: Levers) -> Simulation:
@@ -189,7 +200,7 @@ class Referee:
 
     def _run(self, levers: Levers, chain: Fold) -> Simulation:
         model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type, self.twin.mode.recipes)
-        marks = _BlockMarks(ledger, chain.kept)
+        marks = BlockMarks(ledger, chain.kept)
         absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
         overrides: list[ForwardOverride] = []
         with contextlib.ExitStack() as undo:
@@ -209,6 +220,7 @@ class Referee:
                 self._adopt(ledger)
                 with ledger:
                     self._forward_backward(ledger)
+                tail = marks.tail_seconds()
                 ledger.mark(_BETWEEN)
                 left = self._adopt_gradients(ledger, absent)
                 ledger.category = STEP
@@ -218,6 +230,7 @@ class Referee:
                         self._stepper.step()
                 ledger.mark("end")
         *step, between, optimizer = ledger.segments
+        optimizer = replace(optimizer, seconds=optimizer.seconds + self._clipping_seconds)
         if absent and self._neighbours is not None:
             self._neighbours.check()
             self._neighbours = None
@@ -235,19 +248,21 @@ class Referee:
             frozenset(ledger.written_regions),
             tuple(marks.graph[image] for image in chain.images),
             ledger.slack_bytes,
+            tail,
         )
         return self.paced(result)
 
     def paced(self, unpaced: Simulation) -> Simulation:
         """`unpaced`, with the seconds of its blocks multiplied by `pace`."""
-        segments = tuple(self._paced(segment) for segment in unpaced.segments)
+        segments = tuple(self._paced(segment, unpaced.tail_seconds) for segment in unpaced.segments)
         return replace(unpaced, segments=segments, seconds=sum(segment.seconds for segment in segments))
 
-    def _paced(self, segment: Segment) -> Segment:
+    def _paced(self, segment: Segment, tail: float) -> Segment:
         phase, _, number = segment.label.partition(" ")
         if not self.pace or phase not in ("forward", "backward"):
             return segment
-        return replace(segment, seconds=segment.seconds * self.pace.get(self.kinds[int(number)], 1.0))
+        beside, scale = tail if segment.label == _FIRST else 0.0, self.pace.get(self.kinds[int(number)], 1.0)
+        return replace(segment, seconds=(segment.seconds - beside) * scale + beside)
 
     def _clear_gradients(self) -> None:
         for parameter in self.trainable:
@@ -298,38 +313,3 @@ class Referee:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-class _BlockMarks:
-    """Marks on the ledger's timeline where blocks begin and end.
-
-    Attributes:
-        graph: For each block that ran, whether its input and its output require grad.
-    """
-
-    def __init__(self, ledger: Ledger, blocks: Sequence[int]) -> None:
-        self._ledger = ledger
-        self._last = blocks[-1]
-        self.graph: dict[int, tuple[bool, bool]] = dict.fromkeys(blocks, (False, False))
-
-    def around(self, index: int) -> Any:
-        def run(inner: Any, *args: Any, **kwargs: Any) -> Any:
-            ledger = self._ledger
-            ledger.mark(f"forward {index}")
-            takes = any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
-            out = inner(*args, **kwargs)
-            tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
-            self.graph[index] = (takes, bool(tensors))
-            if tensors:
-                tensors[0].register_hook(functools.partial(_mark, ledger, f"backward {index}"))
-            if index == self._last:
-                ledger.mark(_HEAD)
-                ledger.category = LOGITS
-            return out
-
-        return run
-
-
-def _mark(ledger: Ledger, label: str, _: torch.Tensor) -> None:
-    ledger.mark(label)
-    ledger.category = BACKWARD  # what came before was the head's

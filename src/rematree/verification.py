@@ -66,6 +66,7 @@ def verify(
     batch: Mapping[str, Any],
     *,
     optimizer: Optimizer = "adamw",
+    clips: bool = True,
     rounds: int = 3,
     loss: LossFunction | None = None,
 ) -> Verification:
@@ -79,6 +80,7 @@ def verify(
         model: The model; it must fit plain, since the plain step is the reference.
         batch: One batch.
         optimizer: As planned.
+        clips: As planned; whether timed steps clip gradients.
         rounds: Timed steps of each kind, interleaved; the median counts.
         loss: As planned.
     Returns:
@@ -98,7 +100,7 @@ def verify(
     with _restored(model):
         if not model.training:
             model.train()
-        bench = _Bench(model, batch, optimizer, loss or loss_of)
+        bench = _Bench(model, batch, optimizer, loss or loss_of, clips)
         control, expected = bench.gradients(), bench.gradients()
         if not all(bool(tensor.isfinite().all()) for tensor in expected.values()):
             raise UsageError("the plain model's loss or gradients are not finite: there is nothing to compare with")
@@ -207,8 +209,10 @@ def _restored(model: nn.Module) -> Generator[None]:
 class _Bench:
     """Steps of one model, always from the same random state."""
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any], kind: Optimizer, loss: LossFunction) -> None:
-        self._model, self._batch, self._loss = model, batch, loss
+    def __init__(
+        self, model: nn.Module, batch: Mapping[str, Any], kind: Optimizer, loss: LossFunction, clips: bool
+    ) -> None:
+        self._model, self._batch, self._loss, self._clips = model, batch, loss, clips
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -230,6 +234,8 @@ class _Bench:
     def _step(self) -> None:
         self._forward_backward()
         if self._optimizer is not None:
+            if self._clips:
+                torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
             self._optimizer.step()
         self._clear()
 

@@ -56,6 +56,7 @@ class _Planning:
             model,
             batch,
             accumulation_steps=config.gradient_accumulation_steps,
+            clips=config.max_grad_norm > 0,
             forbid=config.forbid,
             steps=config.max_steps if config.max_steps > 0 else None,
             allow_compile=config.compile or None,

@@ -111,6 +111,7 @@ class Target:
 
         options: dict[str, Any] = {
             "accumulation_steps": config.gradient_accumulation_steps,
+            "clips": config.max_grad_norm > 0,
             "forbid": config.forbid,
             "allow_compile": config.compile or None,
         }

@@ -136,6 +136,7 @@ class BudgetCallback(TrainerCallback):
                 called(batch),
                 optimizer=_kind_of(kwargs.get("optimizer")),
                 accumulation_steps=args.gradient_accumulation_steps,
+                clips=args.max_grad_norm > 0,
                 forbid=self._forbid,
                 cost=self._cost,
                 loss=loss,
