@@ -20,11 +20,15 @@ from killed import LENGTHS, QUICK
 from models import assert_same, batch_for, build, with_lora
 from rematree import BudgetCallback
 from rematree.cost import Roofline
+from rematree.errors import InfeasibleBudgetError, UsageError
+from rematree.units import KIB
 from test_budget_callback import adapters, pad, rows_of
 from test_plans_by_length import plans_for
 
 Found = dict[str, torch.Tensor]
 STEPS = (40, 12, 24, 33, 9, 40)  # tokens of each step's batch
+SHOWN = ("loss", "eval_loss", "grad_norm")
+COST = Roofline(1e11, 1e10)
 
 
 class Loop:
@@ -209,3 +213,113 @@ def test_a_loop_of_ones_own(loop: Callable[[], Loop]) -> None:
     if loop is Scaled:
         skipped = [number for number in range(len(STEPS)) if expected[f"norm {number}"] == -1]
         assert 0 < len(skipped) < len(STEPS)
+
+
+# -- compiled by their user -------------------------------------------------------------------------------------------
+
+
+def whole(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def one_layer(model: Any) -> Any:
+    model.get_base_model().model.layers[1].compile(backend="eager")
+    return model
+
+
+def wrapped(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("compiled", "named"),
+    [(whole, r"model\.compile\(\)"), (one_layer, r"layers\.1\.compile\(\)"), (wrapped, r"torch\.compile\(model\)")],
+)
+def test_compiled_models_are_refused_by_name(compiled: Callable[[Any], Any], named: str) -> None:
+    plain = with_lora(build("llama"))
+    plans = plans_for(plain)
+    model = compiled(plain)
+    with pytest.raises(UsageError, match=named):
+        rematree.apply(plans[-1], model)
+    with pytest.raises(UsageError, match=named):
+        rematree.plan(model, batch_for(plain), None, cost=COST)
+
+
+def test_a_trainer_that_compiles_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="torch_compile=True"):
+        train(tmp_path, BudgetCallback("1GiB", cost=COST), torch_compile=True, torch_compile_backend="eager")
+
+
+# -- in a Trainer with a budget ---------------------------------------------------------------------------------------
+
+
+class Asks(TrainerCallback):
+    """Generates with the model in mid-run, as callbacks that show samples do."""
+
+    def __init__(self) -> None:
+        self.answers: list[list[int]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, prompt = kwargs["model"], batch_for(kwargs["model"], rows=1, tokens=6)["input_ids"]
+        model.eval()
+        with torch.no_grad():
+            self.answers += model.generate(input_ids=prompt, max_new_tokens=4, min_new_tokens=4).tolist()
+        model.train()
+
+
+def train(folder: Path, *callbacks: TrainerCallback, resume: bool = False, **settings: Any) -> Found:
+    """Losses, weights and answers of six steps with accumulation and clipping, evaluated every second one."""
+    defaults: dict[str, Any] = {"max_steps": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=3,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=5,
+        **{**defaults, **settings},
+    )
+    asks = Asks()
+    trainer = Trainer(
+        model=with_lora(build("llama", layers=2)),
+        args=arguments,
+        train_dataset=rows_of(*LENGTHS),
+        eval_dataset=rows_of(40, 33, 12),
+        data_collator=pad,
+        callbacks=[asks, *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+    log = trainer.state.log_history
+    found = {f"{key} {entry['step']}": torch.tensor(entry[key]) for entry in log for key in SHOWN if key in entry}
+    assert len([name for name in found if name.startswith("loss")]) == 6
+    if not resume:
+        found |= {"answers": torch.tensor(asks.answers)}
+    return {**found, **adapters(trainer.model)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=str)
+def test_a_trainer_with_a_budget(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A little more than the smallest peak: long batches recompute all they can, short ones nothing."""
+    expected = train(tmp_path / "plain", **settings)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        train(tmp_path / "impossible", budgeted(1), **settings)
+    callback = budgeted(caught.value.min_peak + 16 * KIB)
+    assert_same(expected, train(tmp_path / "planned", callback, **settings))
+    assert len(callback.plans) > 1
+    assert not callback.plans[0].recomputes
+    assert callback.plans[-1].recomputes
+    again = budgeted(caught.value.min_peak + 16 * KIB)
+    resumed = train(tmp_path / "planned", again, resume=True, **settings)
+    assert_same({name: value for name, value in expected.items() if name != "answers"}, resumed)
+
+
+def budgeted(budget: int) -> BudgetCallback:
+    return BudgetCallback(budget, cost=COST, forbid=QUICK, say=lambda text: None)

@@ -23,6 +23,7 @@ from rematree.devices import overhead_of
 from rematree.engines import any_sharded, without_engine
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.input_grads import as_leaves
+from rematree.execute.own_compile import refuse_compiled
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.folding import block_kinds
 from rematree.notes import notes_on
@@ -102,6 +103,7 @@ class Planner:
             raise UsageError(
                 f"no {device.type} device is here to measure", remedies=["pass cost=, for example a Roofline"]
             )
+        refuse_compiled(model)
         self._twin = Twin(model, batch, loss, device=device, capability=capability)
         self.fingerprint = replace(describe_model(model), batch=describe_batch(batch), device=self._twin.device.type)
         if not self._twin.model.training:
