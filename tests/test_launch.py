@@ -27,7 +27,7 @@ def test_two_processes_train_as_one_does_that_has_all_rows(tmp_path: Path) -> No
     # accelerate's own choice for CPUs, --cpu, starts its processes with mpirun; the other launcher is torchrun.
     words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     words += ["--dynamo_backend", "no", "--main_process_port", str(port)]
-    words += [launched.__file__, str(result), "2", "1350KiB"]
+    words += [launched.__file__, str(result), "2", "1200KiB"]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
@@ -42,4 +42,4 @@ def test_two_processes_train_as_one_does_that_has_all_rows(tmp_path: Path) -> No
         assert found["plan"] == ranks[0]["plan"]
         assert Plan.from_json(found["plan"]).recomputes
         torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(alone["losses"]), rtol=0, atol=TOLERANCE)
-    assert alone["losses"][-1] < alone["losses"][0]
+    assert len(set(alone["losses"])) == 4  # four batches, and weights that move
