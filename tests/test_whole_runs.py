@@ -305,7 +305,7 @@ def train(folder: Path, *callbacks: TrainerCallback, resume: bool = False, **set
     return {**found, **adapters(trainer.model)}
 
 
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, pytest.param({"bf16": True}, marks=pytest.mark.slow)], ids=str)
 def test_a_trainer_with_a_budget(settings: dict[str, Any], tmp_path: Path) -> None:
     """A little more than the smallest peak: long batches recompute all they can, short ones nothing."""
     expected = train(tmp_path / "plain", **settings)
