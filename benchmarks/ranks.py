@@ -92,7 +92,8 @@ def train(under: nn.Module, model: nn.Module, size: Size, rows: slice) -> list[f
 
 def wrapped(model: nn.Module, ranks: rematree.Ranks) -> nn.Module:
     if ranks.engine == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
+        # All ranks have the same weights; sent around in a flat copy, they would at times be counted as buckets.
+        return nn.parallel.DistributedDataParallel(model, init_sync=False)
     for module in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
         fully_shard(module)
     fully_shard(model)

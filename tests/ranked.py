@@ -40,10 +40,10 @@ def sizeable(lora: bool) -> nn.Module:
     return with_lora(model, r=8, lora_dropout=0.0) if lora else model.train()  # ranks would draw other masks
 
 
-def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """`model` under the engine of `ranks`, as its users do it."""
+def wrapped(model: nn.Module, ranks: Ranks, *, sync: bool = True) -> nn.Module:
+    """`model` under the engine of `ranks`, as its users do it; without `sync` DDP sends no weights around."""
     if ranks.engine == "ddp":
-        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=ranks.bucket_view)
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=ranks.bucket_view, init_sync=sync)
     for module in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
         fully_shard(module, reshard_after_forward=ranks.reshard)
     fully_shard(model)
@@ -143,12 +143,15 @@ def train(under: nn.Module, model: nn.Module, steps: int, rows: slice) -> list[f
 
 
 def peak(rank: int, ranks: Ranks, lora: bool, plan: Plan, batch: dict[str, torch.Tensor]) -> int:
-    """Measured bytes of a rank in its second step; DDP's buckets, which no tensor shows, as what wrapping leaves."""
+    """Measured bytes of a rank in its second step; DDP's buckets, which no tensor shows, as what wrapping leaves.
+
+    Wrapping sends all weights around in one flat copy, and gloo's thread may free that when it has been counted.
+    """
     model = sizeable(lora)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the profiler's, of cycles it was not asked to keep
         with PeakMeter(model, None, batch) as wrapping:
-            under = wrapped(model, ranks)
+            under = wrapped(model, ranks, sync=False)
         buckets = wrapping.end_bytes - wrapping.start_bytes if ranks.engine == "ddp" else 0
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         with rematree.apply(plan, under):

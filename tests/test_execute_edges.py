@@ -13,6 +13,8 @@ from torch import nn
 
 from both_paths import AGAIN, EVERY_WAY, NOT_REENTRANT, SAVE, Ours, by_plan, plan_of
 from models import assert_same, batch_for, build, with_lora
+from rematree.errors import RecomputeMismatchError
+from rematree.execute.module_state import ChangingBuffers, ModuleState
 
 
 class _Block(nn.Module):
@@ -247,3 +249,25 @@ def test_a_step_with_a_flat_loss_names_no_adapter(ours: Ours) -> None:
         warnings.simplefilter("error", UserWarning)
         (model(**batch).loss * 0).backward()
         model(**batch)
+
+
+def test_a_weight_that_an_optimizer_changed_in_backward_is_kept_from_the_rerun() -> None:
+    """A region that the rerun skips may have stepped already; whatever uses its weight after all must not go unseen."""
+    block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    first: Any = block[0]
+    second: Any = block[1]
+    weight, x = second.weight, torch.ones(1, 2)
+    state = ModuleState((block, first, second), ("", "0", "1"), ChangingBuffers())
+    state.settle({"1"})
+    with torch.no_grad():
+        weight.add_(1)
+    with contextlib.ExitStack() as undo:
+        state.restore("block", undo)
+        first(x)
+        with pytest.raises(TypeError):
+            second(x)
+    assert second.weight is weight
+    with torch.no_grad():
+        first.weight.add_(1)
+    with contextlib.ExitStack() as undo, pytest.raises(RecomputeMismatchError, match=r"block\.0\.weight was modified"):
+        state.restore("block", undo)

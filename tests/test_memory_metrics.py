@@ -11,11 +11,14 @@ from transformers import Trainer, TrainingArguments
 import rematree
 from models import batch_for, build, with_lora
 from rematree.cost import Roofline
+from rematree.finetune.callbacks import StepMeter
+from rematree.finetune.run_folder import RunFolder
 from rematree.integrations import metrics
 from rematree.integrations.metrics import MemoryMetrics, device_memory
 from rematree.ladder import Ladder
 from rematree.measure import resident_peak_bytes
 from rematree.units import GIB
+from test_finetune_tiny import FixedMeter
 
 COST = Roofline(5e10, 1e10)
 PREDICTED = {
@@ -192,6 +195,37 @@ def test_a_gpu_is_told_by_the_names_of_torchtitan(monkeypatch: pytest.MonkeyPatc
         "memory/num_ooms": 1,
     }
     assert reset == [torch.device("cuda", 0)]
+
+
+def test_the_counters_of_a_gpu_are_reset_by_one_callback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two would each lose what the other has read; before the first step, and with each log after that."""
+    order: list[str] = []
+    counters = {f"{name}_bytes.all.peak": 3 * GIB for name in ("active", "reserved")}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {**counters, "num_alloc_retries": 0, "num_ooms": 0})
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: order.append("read") or 7)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: order.append("reset"))
+    properties = type("Properties", (), {"total_memory": 24 * GIB})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    model: Any = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 0))]))
+    monkeypatch.setattr(metrics, "applied_handle", lambda model: None)
+    meter = StepMeter(RunFolder(tmp_path), FixedMeter)
+    state = SimpleNamespace(global_step=0, max_steps=9, log_history=[])
+    callbacks = [MemoryMetrics(), meter]
+
+    def event(name: str, **more: Any) -> None:
+        for callback in callbacks:
+            getattr(callback, name)(None, state, None, model=model, optimizer=None, **more)
+
+    event("on_train_begin")
+    for _ in range(3):
+        event("on_step_begin")
+        state.global_step += 1
+        event("on_step_end")
+        event("on_log", logs={"loss": 1.0})
+    assert order == ["reset", *["read", "reset"] * 3]
+    assert [entry["peak_bytes"] for entry in RunFolder(tmp_path).steps()] == [7, 7, 7]
 
 
 @pytest.mark.gpu

@@ -17,6 +17,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from rematree.errors import UsageError
+
 _HOOKS_OF_FSDP: Final = "torch.distributed.fsdp"
 _MARKS_OF_FSDP: Final = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _META: Final = torch.device("meta")
@@ -27,6 +29,19 @@ def without_engine(model: nn.Module) -> nn.Module:
     if torch.distributed.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module
     return model
+
+
+def refuse_deepspeed(model: nn.Module) -> None:
+    """Refuse a model under DeepSpeed: what it partitions is not counted, and ZeRO-3's weights are not gathered.
+
+    Raises:
+        UsageError: `model` is its engine, or ZeRO-3 has partitioned parameters of it.
+    """
+    if type(model).__name__ == "DeepSpeedEngine" or any("ds_id" in p.__dict__ for p in model.parameters()):
+        raise UsageError(
+            "the model is under DeepSpeed, which plans do not cover: what its ZeRO stages partition is not counted",
+            remedies=["FSDP2 (fully_shard; accelerate launch --use_fsdp --fsdp_version 2), or DDP"],
+        )
 
 
 def is_sharded(module: nn.Module) -> bool:

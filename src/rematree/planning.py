@@ -21,6 +21,7 @@ from rematree.devices import overhead_of
 from rematree.engines import any_sharded, without_engine
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.input_grads import as_leaves
+from rematree.execute.own_compile import refuse_compiled
 from rematree.fingerprint import describe_batch, describe_model, versions
 from rematree.folding import block_kinds
 from rematree.notes import notes_on
@@ -100,9 +101,8 @@ class Planner:
         if not any(p.requires_grad for p in model.parameters()):
             raise UsageError("no parameter of the model requires grad: there is no training step to plan")
         if cost is None and device is not None and is_absent(device):
-            raise UsageError(
-                f"no {device.type} device is here to measure", remedies=["pass cost=, for example a Roofline"]
-            )
+            raise UsageError(f"no {device.type} device is here to measure", remedies=["pass cost=, say a Roofline"])
+        refuse_compiled(model)
         self._twin = Twin(model, batch, loss, device=device, capability=capability)
         self.fingerprint = replace(describe_model(model), batch=describe_batch(batch), device=self._twin.device.type)
         if not self._twin.model.training:

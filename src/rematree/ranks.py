@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from rematree.accounts import BUCKETS, GATHERED, GATHERING, GRADIENTS, REDUCING, STATE, STEP, weights
-from rematree.engines import any_sharded
+from rematree.engines import any_sharded, refuse_deepspeed
 from rematree.errors import UsageError
 from rematree.ledger import Segment
 
@@ -77,7 +77,12 @@ class Ranks:
 
 
 def ranks_of(model: nn.Module) -> Ranks | None:
-    """How `model` is distributed, read off the model: wrapped by DDP, or sharded by FSDP2. None if it is neither."""
+    """How `model` is distributed, read off the model: wrapped by DDP, or sharded by FSDP2. None if it is neither.
+
+    Raises:
+        UsageError: DeepSpeed distributes it.
+    """
+    refuse_deepspeed(model)
     distributed = torch.distributed
     if not distributed.is_available():
         return None

@@ -6,7 +6,7 @@ Design rules R4 and R5. Autocast is restored by `torch.utils.checkpoint` itself.
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -292,9 +292,9 @@ class World:
         self._state = ModuleState(modules, ("", *contents.paths), known.buffers)
         self._captured = [(item, item.read()) for item in captured]
 
-    def settle(self) -> None:
-        """The forward is over."""
-        self._state.settle()
+    def settle(self, skipped: Collection[str] = ()) -> None:
+        """The forward is over; its rerun will not run the modules at the paths `skipped` within the region."""
+        self._state.settle(skipped)
 
     @contextlib.contextmanager
     def restored(self, region: str) -> Generator[None]:

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, Self
 import torch
 from torch import nn
 
-from rematree.engines import without_engine
+from rematree.engines import refuse_deepspeed, without_engine
 from rematree.errors import PlanMismatchError, UsageError
 from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
@@ -20,6 +20,7 @@ from rematree.execute.context import Captured
 from rematree.execute.group import Group
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
+from rematree.execute.own_compile import refuse_compiled
 from rematree.execute.own_switch import OwnSwitch
 from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
 from rematree.execute.recompute import Executor
@@ -277,10 +278,12 @@ def apply(
         A handle with `remove()`, also a context manager. Applying an equal plan again returns the same handle.
     Raises:
         PlanMismatchError: the model, its trainable set, dropout, dtypes or attention implementation differ.
-        UsageError: another plan is in force on this model, or one of several compiles blocks.
+        UsageError: another plan is in force on this model, one of several compiles blocks, or the user compiled it.
         UnsupportedModelError: an evaluation has rewritten 4-bit weights of the model for inference.
     """
+    refuse_deepspeed(model)
     model = without_engine(model)
+    refuse_compiled(model)
     present = model.__dict__.get(_ATTRIBUTE)
     if isinstance(present, Handle):
         if present.plans == (*smaller, plan):

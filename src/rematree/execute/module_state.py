@@ -5,12 +5,16 @@ another tensor. A recomputed region saves no weight, so versions and storages ar
 changes by itself (running statistics, the vectors of spectral norm) are put back to what the forward found, and after
 the rerun to what they are now: they change once a step.
 
+An optimizer may step in the middle of backward, each weight as soon as its gradient is there. The gradients of a saved
+region come before the rerun of what is around it, which skips that region: its weights may have changed. They are taken
+away for that rerun, so that whatever would use them after all fails.
+
 Not covered: writes into the memory of `.data`, which no version counts; autograd does not see those either. The storage
 of tensors that stand for several (DTensor, quantised subclasses), and of weights that DeepSpeed gathers anew each time.
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -44,12 +48,13 @@ class ModuleState:
         A pass over parameters and buffers; the first call copies every buffer for its own duration.
     """
 
-    __slots__ = ("_before", "_changing", "_marks", "_modules", "_paths", "_places")
+    __slots__ = ("_before", "_changing", "_marks", "_modules", "_paths", "_places", "_skipped")
 
     def __init__(self, modules: Sequence[nn.Module], paths: Sequence[str], changing: ChangingBuffers) -> None:
         self._modules = modules
         self._paths = paths
         self._changing = changing
+        self._skipped: tuple[str, ...] = ()
         buffers = self._named_buffers()
         if changing.names is not None:
             buffers = [(name, buffer) for name, buffer in buffers if name in changing.names or buffer.numel() <= _SMALL]
@@ -68,8 +73,13 @@ class ModuleState:
                     found.setdefault(id(buffer), (join_path(path, name), buffer))
         return list(found.values())
 
-    def settle(self) -> None:
-        """The forward is over: whatever it changed by itself is no reason to refuse the rerun."""
+    def settle(self, skipped: Collection[str] = ()) -> None:
+        """The forward is over: whatever it changed by itself is no reason to refuse the rerun.
+
+        Args:
+            skipped: Paths within the region of what the rerun will not run.
+        """
+        self._skipped = tuple(skipped)
         if self._changing.names is None:
             self._changing.names = frozenset(
                 join_path(path, name)
@@ -94,8 +104,10 @@ class ModuleState:
         Raises:
             RecomputeMismatchError: a weight or a fixed buffer was written to or replaced since the forward.
         """
-        for tensor, mark in self._marks:
-            if _mark(tensor) != mark:
+        changed = [tensor for tensor, mark in self._marks if _mark(tensor) != mark]
+        if changed:
+            run = self._ids_of_what_is_run()
+            for tensor in [each for each in changed if id(each) in run][:1]:
                 root = self._modules[0]
                 named = (*root.named_parameters(), *root.named_buffers())
                 name = next((name for name, other in named if other is tensor), "a weight")
@@ -107,10 +119,24 @@ class ModuleState:
         for place, then in self._places:  # a tensor that was assigned since: autograd keeps the old one as well
             if place.keys() != then.keys() or any(place[name] is not then[name] for name in then):
                 replace_entries(place, then, undo)
+        hidden = {id(tensor) for tensor in changed}
+        for place, _ in self._places if hidden else ():
+            if any(id(tensor) in hidden for tensor in place.values()):
+                kept = {name: None if id(tensor) in hidden else tensor for name, tensor in place.items()}
+                replace_entries(place, kept, undo)
         if self._before:
             # `.data` has a version of its own: what autograd saved of a buffer is not called modified.
             undo.callback(_write, [(buffer, buffer.detach().clone()) for buffer, _ in self._before.values()])
             _write(self._before.values())
+
+    def _ids_of_what_is_run(self) -> set[int]:
+        """Of all tensors but those that are in skipped modules alone."""
+        return {
+            id(tensor)
+            for path, part in zip(self._paths, self._modules, strict=True)
+            if not any(path == each or path.startswith(f"{each}.") for each in self._skipped)
+            for tensor in (*part._parameters.values(), *part._buffers.values())
+        }
 
 
 def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -85,7 +85,8 @@ class _Frame:
         """The forward is over. Yields saved regions whose output the rest of it has written to."""
         self.reached(now)
         self.noted = None
-        self.world.settle()
+        inside = f"{self.region}." if self.region else ""
+        self.world.settle({call.region.removeprefix(inside) for call in self.calls})
         for call in self.calls:
             for leaf in call.leaves:
                 if isinstance(leaf, Leaf) and leaf.counter is not None:

@@ -59,6 +59,16 @@ class MemoryMetrics(TrainerCallback):
 
     def __init__(self) -> None:
         self._said: Plan | None = None
+        self._counting = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._counting = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What loading and planning took is no part of the first log."""
+        if not self._counting:
+            self._counting = True
+            reset_peak(next(kwargs["model"].parameters()).device)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:  # of an evaluation, or the sums at the end of training
@@ -89,8 +99,14 @@ def device_memory(device: torch.device) -> dict[str, Any]:
         found[f"memory/{name}(%)"] = 100 * counted[counter] / total
     found["memory/num_alloc_retries"] = counted["num_alloc_retries"]
     found["memory/num_ooms"] = counted["num_ooms"]
-    torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     return found
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak of `device` from now on; nothing, where it does not count."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def plan_metrics(plan: Plan) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rematree.cost import Cost
 from rematree.errors import UsageError
 from rematree.execute.handle import Handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
+from rematree.execute.own_compile import refuse_compiled
 from rematree.in_effect import BUDGET_KEY, requested_budget
 from rematree.integrations.batches import read_batches
 from rematree.integrations.trl import as_called, fused_head_call
@@ -101,6 +102,7 @@ class BudgetCallback(TrainerCallback):
         Raises:
             UsageError: no budget is given anywhere, or two different ones.
             InfeasibleBudgetError: nothing fits.
+            UsageError: `torch_compile=True` or `deepspeed=` is among the arguments, or the model is compiled.
             UnsupportedModelError: the adapter is prefix tuning.
         Warns:
             UserWarning: the arguments ask for checkpointing in a way that has no effect under a plan.
@@ -113,6 +115,20 @@ class BudgetCallback(TrainerCallback):
             self.plan, self.plans = None, ()
             self.say("no plan: the training arguments name a budget, and switch checkpointing off")
             return
+        refuse_compiled(model)
+        if getattr(args, "deepspeed", None):  # its engine is a wrapper that the callback does not see
+            raise UsageError(
+                "TrainingArguments(deepspeed=...): plans do not cover DeepSpeed, whose ZeRO stages partition the model",
+                remedies=["FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), or DDP"],
+            )
+        if getattr(args, "torch_compile", False):  # accelerate compiles a wrapper that the callback does not see
+            raise UsageError(
+                "TrainingArguments(torch_compile=True): a plan cannot be put around regions inside a graph",
+                remedies=[
+                    "torch_compile=False",
+                    "rematree train --compile   (blocks are compiled)",
+                ],
+            )
         _warn_of_what_has_no_effect(args)
         self._inputs = SuspendedInputGrads(model)
         try:

@@ -1,0 +1,107 @@
+"""Runs that a test kills: `rematree train`, and a Trainer with a budget, each in a process of its own.
+
+The processes are forked from a server that has imported what they need, so that a start costs no import.
+"""
+
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from models import build, with_lora
+from rematree import BudgetCallback
+from rematree.cli.main import main
+from rematree.cost import Roofline
+from rematree.finetune.callbacks import CheckpointMark, StepMeter
+from rematree.finetune.run_folder import RunFolder
+from test_budget_callback import pad, rows_of
+from test_finetune_tiny import FixedMeter
+
+QUICK = ("chunked_loss", "lean_adapters", "groups")  # not used, so that planning takes seconds
+LENGTHS = (12, 40, 9, 33, 21, 40, 17, 8, 30, 25, 11, 38, 16, 24, 32, 40)
+_PATIENCE = 600.0
+
+
+def train_command(inputs: Path, folder: Path, steps: int) -> None:
+    """`rematree train` as a shell would start it."""
+    words = ["train", "--model", inputs / "model", "--data", inputs / "sums.jsonl", "--budget", "1300KiB"]
+    words += ["--output-dir", folder, "--max-steps", steps, "--save-steps", 2, "--max-length", 64, "--dtype", "float32"]
+    words += ["--per-device-train-batch-size", 2, "--learning-rate", 1e-2, "--lora-r", 4, "--lora-dropout", 0.1]
+    words += ["--max-new-tokens", 4, "--logging-steps", 1]
+    for lever in QUICK:
+        words += ["--forbid", lever]
+    main([str(word) for word in words])
+
+
+def trainer(inputs: Path, folder: Path, steps: int) -> None:
+    """A Trainer with a budget and batches of several lengths, resumed from its newest whole checkpoint."""
+    run_folder = RunFolder(folder)
+    checkpoint, _ = run_folder.recover()
+    folder.mkdir(exist_ok=True)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=steps,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=2,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=5,
+    )
+    meter = StepMeter(run_folder, FixedMeter)
+    budget = BudgetCallback("1300KiB", cost=Roofline(1e11, 1e10), forbid=QUICK, say=lambda text: None)
+    made = Trainer(
+        model=with_lora(build("llama", layers=2)),
+        args=arguments,
+        train_dataset=rows_of(*LENGTHS),
+        data_collator=pad,
+        callbacks=[CheckpointMark(run_folder), meter, budget],
+    )
+    made.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    assert len(budget.plans) > 1
+    assert not budget.plans[0].recomputes
+    assert budget.plans[-1].recomputes
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    made.save_model(str(folder / "adapter"))
+    run_folder.write("result.json", {"losses": losses})
+
+
+def start(job: Callable[..., None], log: Path, *args: Any) -> Any:
+    """`job(*args)` in a process of its own, what it prints added to `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed"])
+    process = context.Process(target=_quietly, args=(log, job, args))
+    process.start()
+    return process
+
+
+def _quietly(log: Path, job: Callable[..., None], args: tuple[Any, ...]) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    job(*args)
+
+
+def kill_at_random(process: Any, folder: Path, draw: random.Random) -> str:
+    """Kill `process` a moment after one of its next three steps, or before the first of them; says when it was."""
+    made, further, moment = len(RunFolder(folder).steps()), draw.randint(0, 3), draw.uniform(0, 0.3)
+    until = time.monotonic() + _PATIENCE
+    while process.is_alive() and len(RunFolder(folder).steps()) < made + further:
+        assert time.monotonic() < until, "no step"
+        time.sleep(0.002)
+    time.sleep(moment if further else 10 * moment)  # planning and resuming take longer than a step and a save
+    process.kill()
+    process.join()
+    return f"step {made + further} and {moment:.3f} s"

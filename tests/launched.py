@@ -1,0 +1,61 @@
+"""What `accelerate launch` starts in each process: a Trainer with a budget.
+
+Arguments: file for the result, rows of a batch, budget.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from killed import LENGTHS, QUICK
+from models import build, with_lora
+from rematree import BudgetCallback
+from rematree.cost import Roofline
+from test_budget_callback import pad, rows_of
+
+
+def main(result: Path, rows: int, budget: str) -> None:
+    """Without dropout: ranks draw other masks than one process that has all rows."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=rows,
+            max_steps=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
+            seed=5,
+        )
+        callback = BudgetCallback(budget, cost=Roofline(1e11, 1e10), forbid=QUICK, say=lambda text: None)
+        trainer = Trainer(
+            model=with_lora(build("llama", layers=2), lora_dropout=0.0),
+            args=arguments,
+            train_dataset=rows_of(*LENGTHS),
+            data_collator=pad,
+            callbacks=[callback],
+        )
+        trainer.train()
+    assert callback.plan is not None
+    torch.save(
+        {
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "plan": callback.plan.to_json(),
+            "ranks": arguments.world_size,
+            "wrapper": type(trainer.model_wrapped).__name__,
+            "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else "",
+        },
+        result.with_name(f"{result.name}.{arguments.process_index}"),
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
