@@ -170,7 +170,8 @@ class ChunkedLoss:
         if params and (reduction == "none" or any(getattr(p, "_backward_hooks", None) for p in params)):
             return None
         job = RowLoss(
-            logits=rows.logits,
+            head=rows.raw,
+            finish=rows.source.finished,
             params=params,
             target=target,
             weight=weight,
