@@ -95,6 +95,12 @@ class Simulation:
         assert segment is not None
         return segment
 
+    def with_head(self, ratio: float) -> "Simulation":
+        """The same with the seconds of the head multiplied by `ratio`."""
+        head = replace(self.head, seconds=self.head.seconds * ratio)
+        segments = tuple(head if segment.label == _HEAD else segment for segment in self.segments)
+        return replace(self, segments=segments, seconds=sum(segment.seconds for segment in segments))
+
 
 class Referee:
     """Runs decisions on a twin.
@@ -115,6 +121,7 @@ class Referee:
         pace: What the prices of the ops of a block are multiplied by, by kind (`rematree.pace`); default 1.
     Attributes:
         kinds, pace, profiles, ranks: As above.
+        head_pace: The same for the head (`rematree.head_pace`), by rows of a chunk of the loss.
         layout: What the ranks do to the bytes of this model.
     """
 
@@ -147,6 +154,7 @@ class Referee:
         self._container = list_of(twin.model, blocks) if folds else None
         self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
         self.pace = dict(pace or {})
+        self.head_pace: Mapping[int | None, float] = {}
         self.ranks = ranks
         self.layout = Layout(ranks, twin.model, blocks)
         self._static = self._existing()
@@ -236,7 +244,7 @@ class Referee:
             tuple(marks.graph[image] for image in chain.images),
             ledger.slack_bytes,
         )
-        return self.paced(result)
+        return self.paced(result).with_head(self.head_pace.get(levers.loss_chunk_rows, 1.0))
 
     def paced(self, unpaced: Simulation) -> Simulation:
         """`unpaced`, with the seconds of its blocks multiplied by `pace`."""

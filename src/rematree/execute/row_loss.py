@@ -141,7 +141,7 @@ def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, div
     inputs = [*([hidden] if wants_hidden else []), *job.params]
     grad_raw = torch.empty_like(raw) if raw.requires_grad else None
     losses: list[Tensor] = []
-    seed = functools.cache(lambda dtype: _seed(job, dtype, divide))
+    seed = functools.cache(functools.partial(_seed, job, divide))
     tile = max(1, _TILE_BYTES.get(raw.device.type, _TILE_BYTES_ELSEWHERE) // (4 * max(raw.shape[-1], 1)))
     for start in range(0, max(raw.shape[0], 1), tile):
         rows = slice(start, start + tile)
@@ -154,7 +154,7 @@ def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, div
     return [whole, *(() if wants_hidden else (None,)), *grads]
 
 
-def _seed(job: RowLoss, dtype: torch.dtype, divide: bool) -> Tensor:
+def _seed(job: RowLoss, divide: bool, dtype: torch.dtype) -> Tensor:
     """What the gradient of each row's loss begins with; the plain kernel, too, divides by N before the log-softmax."""
     return job.denominator(dtype).reciprocal() if divide else torch.ones((), dtype=dtype, device=job.target.device)
 
