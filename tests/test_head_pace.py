@@ -79,7 +79,7 @@ def test_plans_are_made_and_confirmed_with_what_was_measured(monkeypatch: pytest
     monkeypatch.setattr(HeadClock, "seconds", lambda *_: 86400.0)
     planner = Planner(model, batch_for(model), optimizer="none")
     assert [head.seconds for head in planner.survey.problem.heads] == [86400.0, 86400.0]
-    assert planner.plain_step()[1] == pytest.approx(86400.0, rel=1e-3)
-    assert planner.plan().predicted_step_seconds == pytest.approx(86400.0, rel=1e-3)
+    assert planner.plain_step()[1] == pytest.approx(86400.0, rel=0.01)
+    assert planner.plan().predicted_step_seconds == pytest.approx(86400.0, rel=0.01)
     other = planner.for_batch(batch_for(model, tokens=16))
     assert other.plan().predicted_step_seconds > 3600.0

@@ -25,8 +25,8 @@ from rematree.units import MIB
 # Of logits in fp32: what stays in the caches of a processor's cores, or what keeps a GPU busy.
 _TILE_BYTES = {"cpu": 3 * MIB // 2}
 _TILE_BYTES_ELSEWHERE = 64 * MIB
-_WINDOW_ROWS = 32
-_WINDOW_CHUNK_ROWS = 8
+_WINDOW_ROWS = 8  # few: whole, they must not need more than the smallest chunk does
+_WINDOW_CHUNK_ROWS = 4
 # Largest difference, relative to the largest gradient, that rounding can explain: a head that mixes rows is off by
 # tenths. fp32 allows for TF32 products.
 _WINDOW_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -198,7 +198,7 @@ def verify_window(rows: LogitRows, job: RowLoss, name: str) -> bool:
         VerificationError: The two differ by more than rounding.
     """
     # Rows that count come first; an even number, because the plain run sees them as [n/2, 2, D] where the chunks are
-    # [1, 8, D], so that no dimension can be mixed unnoticed.
+    # [1, 4, D], so that no dimension can be mixed unnoticed.
     order = (job.target == job.ignore_index).to(torch.int8).argsort(stable=True)[:_WINDOW_ROWS]
     order = order[: len(order) // 2 * 2]
     target = job.target[order]
