@@ -25,7 +25,6 @@ from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.input_grads import as_leaves
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.folding import block_kinds
-from rematree.head_pace import HeadClock
 from rematree.notes import notes_on
 from rematree.observe import LossFunction, Twin
 from rematree.options import describe_groups, describe_option
@@ -125,25 +124,22 @@ class Planner:
             ranks=self.ranks,
         )
         plain = self._referee.run(Levers())
-        clock: HeadClock | None = None
-        if is_measured(self._cost) and is_live(model, self._twin.device) and not any_sharded(model):
+        runs = is_measured(self._cost) and is_live(model, self._twin.device) and not any_sharded(model)
+        if runs:
             self._referee.pace = measure_pace(model, self._referee, plain)
             plain = self._referee.paced(plain)
-            clock = HeadClock(model, self._twin, chain.blocks) if loss is None else None
-        chunk = "chunked_loss" not in self._forbid and loss is None
         if allow_compile is None:
             allow_compile = steps is not None and steps >= _WORTH_COMPILING
-        compiler = Profiler(model, steps) if allow_compile and "compile" not in self._forbid else None
         self.survey: Survey = survey(
             self._referee,
             chain,
             plain,
-            chunk=chunk,
+            chunk="chunked_loss" not in self._forbid and loss is None,
             lean="lean_adapters" not in self._forbid,
             # Their all-gathers are not priced, so a plan takes none but those of the step itself.
             groups="groups" not in self._forbid and not (self.ranks and self.ranks.gathers_for_groups),
-            compiler=compiler,
-            clock=clock,
+            compiler=Profiler(model, steps) if allow_compile and "compile" not in self._forbid else None,
+            live=model if runs and loss is None else None,
         )
         self._search = Search(self.survey, self._referee, self._fixed)
         self._scaled = False
@@ -161,7 +157,6 @@ class Planner:
         other._twin = self._twin.with_batch(batch)
         other.fingerprint = replace(self.fingerprint, batch=describe_batch(batch))
         other._referee = self._referee.for_twin(other._twin)
-        other._referee.head_pace = self._referee.head_pace
         other.survey = scaled(self.survey, tokens_of(batch) / tokens_of(self._twin.batch))
         other._search = Search(other.survey, other._referee, self._fixed)
         other._scaled = True

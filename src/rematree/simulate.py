@@ -162,7 +162,7 @@ class Referee:
 
     def for_twin(self, twin: Twin) -> "Referee":
         """A referee of the same model with another batch."""
-        return Referee(
+        other = Referee(
             twin,
             self.blocks,
             self.cost,
@@ -174,6 +174,8 @@ class Referee:
             profiles=self.profiles,
             ranks=self.ranks,
         )
+        other.head_pace = self.head_pace
+        return other
 
     def run(self, levers: Levers) -> Simulation:
         """Simulate one step under `levers`."""

@@ -81,7 +81,7 @@ def survey(
     lean: bool,
     groups: bool,
     compiler: Profiler | None = None,
-    clock: HeadClock | None = None,
+    live: nn.Module | None = None,
 ) -> Survey:
     """Survey the twin of `referee`.
 
@@ -93,12 +93,13 @@ def survey(
         lean: Whether adapter layers may be lean.
         groups: Whether blocks may be recomputed in groups.
         compiler: Compiles and measures blocks, if they may be compiled.
-        clock: Runs the head for its time, where it can be run.
+        live: The model itself, if its head may be run for its time.
     Cost:
         About 15 simulated steps of a few blocks; seconds for a model of any size.
     """
     twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
     kinds, representatives = _kinds(referee, plain)
+    clock = None if live is None else HeadClock(live, twin, chain.blocks)
     compiled = NOT_COMPILED
     if compiler is not None:
         compiled = compiler.measure(referee, plain, representatives)
