@@ -190,6 +190,34 @@ def test_a_single_chunk_is_bit_equal() -> None:
     assert worst(grads, chunked_grads) == 0.0
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "lora-head"])
+def test_a_chunk_in_tiles_has_the_same_bits_and_only_a_tile_of_it_is_in_fp32(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wide(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            wide = [x for x in tree_iter(result) if isinstance(x, Tensor) and x.dtype == torch.float32]
+            self.largest = max(self.largest, *(x.numel() for x in wide if x.shape[-1:] == (V,)), 0)
+            return result
+
+    model, batch = make(name, torch.bfloat16), make_batch()
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for tile in (1000, 3):
+        monkeypatch.setattr("rematree.execute.row_loss._TILE_BYTES", {"cpu": 4 * V * tile})
+        handle = attach_chunked_loss(model, 16, check=False)
+        with Wide() as seen:
+            loss, grads, _ = step(model, **batch)
+        handle.remove()
+        found.append((loss, grads))
+        assert seen.largest == V * min(tile, 16)
+    (loss, grads), (tiled_loss, tiled_grads) = found
+    assert torch.equal(loss, tiled_loss)
+    assert all(torch.equal(grads[n], tiled_grads[n]) for n in grads)
+
+
 def test_all_labels_ignored_is_as_plain() -> None:
     model, batch = make("llama"), make_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)

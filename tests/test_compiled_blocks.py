@@ -47,21 +47,23 @@ def _largest(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) 
     return max(float((e - found[n]).norm() / e.norm().clamp_min(1e-12)) for n, e in expected.items())
 
 
-def test_one_compilation_for_all_blocks_and_lengths_with_the_draws_of_the_plain_model():
+def test_two_compilations_for_all_blocks_and_lengths_with_the_draws_of_the_plain_model():
     model = with_lora(build("llama"), lora_dropout=0.05)
     paths = find_chain(model).blocks
-    longer, shorter = batch_for(model), batch_for(model, tokens=20)
-    plain = {tokens: gradients(model, batch) for tokens, batch in ((32, longer), (20, shorter))}
+    longer, shorter, shortest = (batch_for(model, tokens=tokens) for tokens in (32, 20, 11))
+    plain = {tokens: gradients(model, batch) for tokens, batch in ((32, longer), (20, shorter), (11, shortest))}
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     handle, blocks = _apply(_plan(model, dict.fromkeys(paths, 1.0)), model)
-    for tokens, batch in ((32, longer), (20, shorter), (32, longer)):
+    made: list[int] = []
+    for tokens, batch in ((32, longer), (20, shorter), (11, shortest), (32, longer)):
         assert _largest(plain[tokens], gradients(model, batch)) < TOLERANCE
-    assert len(blocks.seconds) == 1
+        made.append(len(blocks.seconds))
+    assert made == [1, 2, 2, 2]  # for the first batch's sizes, and for all others
     model.eval()
     with torch.no_grad():
         model(**batch_for(model, tokens=9))
     model.train()
-    assert len(blocks.seconds) == 1  # R7: nothing is compiled for an evaluation
+    assert len(blocks.seconds) == 2  # R7: nothing is compiled for an evaluation
     handle.remove()
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
     assert_same(plain[32], gradients(model, longer))

@@ -1,9 +1,10 @@
 """Profiles of compiled blocks: one real block of each kind, alone on the device, compiled and measured.
 
 What compiled code keeps and takes cannot be found on fake tensors. So a copy of one block is run for real, on inputs
-of the layout it gets in the step: memory from the allocation events, seconds beside the plain block in turns. The
-seconds of every other option are sums of op prices, which differ from a run by what is around an op; the plain
-block's run says by how much, and the compiled block's seconds are put on the same scale.
+of the layout it gets in the step: memory from the allocation events, seconds beside the plain block in turns, both
+from caches that hold nothing of it, as in a step. The seconds of every other option are sums of op prices, which differ
+from a run by what is around an op; the plain block's run says by how much, and the compiled block's seconds are put on
+the same scale.
 """
 
 import functools
@@ -11,7 +12,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -24,7 +25,7 @@ from rematree.errors import UnsupportedModelError
 from rematree.execute.compiled import call_compiled, compiled_forward, why_no_compiler, why_not_compiled
 from rematree.execute.stand_in import CompiledProfile
 from rematree.measure import allocation_changes, storage_bytes
-from rematree.pace import calls_of, copy_of, is_live, made_up
+from rematree.pace import MOST_CACHED, calls_of, copy_of, is_live, made_up, timed
 from rematree.regions import block_kind
 from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption
@@ -32,7 +33,7 @@ from rematree.units import format_seconds
 
 _BUDGETS: Final = (1.0, 0.3, 0.0)
 _WARM_RUNS: Final = 1
-_RUNS: Final = 5
+_RUNS: Final = 7
 _SEED: Final = 0
 _Key = tuple[Any, float]  # kind of block, budget
 
@@ -146,7 +147,7 @@ class Profiler:
             raise UnsupportedModelError(f"{path} cannot be compiled: {reason}")
         with torch.random.fork_rng([twin.device] if twin.device.type == "cuda" else []):
             bench = _Bench(path, block, calls_of(twin, {0: path})[0], twin.device)
-            return {budget: bench.compiled(budget, priced) for budget in self._budgets}
+            return bench.compiled(self._budgets, priced)
 
 
 class _Bench:
@@ -165,18 +166,26 @@ class _Bench:
     def _plain(self) -> Any:
         return self.block.forward(*self._args, **self._kwargs)
 
-    def compiled(self, budget: float, priced: float) -> CompiledProfile:
-        """Compile with `budget` and measure; `priced` are the seconds of the plain block on the planner's scale."""
-        function = compiled_forward(budget, [])
-        plain = self._plain
+    def compiled(self, budgets: Sequence[float], priced: float) -> dict[float, CompiledProfile]:
+        """Compile with each of `budgets` and measure; `priced`: seconds of the plain block on the planner's scale."""
+        runs = {budget: self._run_of(compiled_forward(budget, [])) for budget in budgets}
+        found = {budget: self._profile(run) for budget, run in runs.items()}
+        (slow, slow_back), *fast = self._seconds([self._plain, *runs.values()])
+        scale = priced / (slow + slow_back)
+        return {
+            budget: replace(profile, forward_seconds=forward * scale, backward_seconds=backward * scale)
+            for (budget, profile), (forward, backward) in zip(found.items(), fast, strict=True)
+        }
 
-        def run() -> Any:
-            return call_compiled(self._path, function, self.block, self._args, self._kwargs)
+    def _run_of(self, function: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: call_compiled(self._path, function, self.block, self._args, self._kwargs)
 
+    def _profile(self, run: Callable[[], Any]) -> CompiledProfile:
+        """What `run`, which compiles when first called, keeps and needs; its seconds are still to be measured."""
         start = time.perf_counter()
         self._backward(run())
         compile_seconds = time.perf_counter() - start
-        difference, draws = self._difference(plain, run)
+        difference, draws = self._difference(self._plain, run)
         kept = self._kept(run)
         out, forward_peak, after = self._memory(run)
         tensors = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)]
@@ -184,17 +193,14 @@ class _Bench:
         leaves, structure = tree_flatten(out)
         _, backward_peak, _ = self._memory(functools.partial(self._backward, out, self._ones(out)))
         shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else None for x in leaves)
-        del out, tensors, leaves
-        slow, fast = self._seconds([plain, run])
-        scale = priced / (slow[0] + slow[1])
         return CompiledProfile(
             max(0, after - outputs),
             kept[0],
             kept[1],
             forward_peak,
             backward_peak,
-            fast[0] * scale,
-            fast[1] * scale,
+            0.0,
+            0.0,
             compile_seconds,
             difference,
             draws,
@@ -258,21 +264,15 @@ class _Bench:
     def _seconds(self, runs: Sequence[Callable[[], Any]]) -> list[tuple[float, float]]:
         """Median (forward, backward) of each of `runs`, in turns."""
         found: list[list[tuple[float, float]]] = [[] for _ in runs]
+        between = torch.empty(MOST_CACHED, dtype=torch.uint8, device=self._device)
         for turn in range(_WARM_RUNS + _RUNS):
             for times, run in zip(found, runs, strict=True):
-                start = self._now()
-                out = run()
-                middle = self._now()
-                self._backward(out)
-                end = self._now()
+                out, forward = timed(between, run)
+                _, backward = timed(between, functools.partial(self._backward, out, self._ones(out)))
+                del out
                 if turn >= _WARM_RUNS:
-                    times.append((middle - start, end - middle))
+                    times.append((forward, backward))
         return [(statistics.median(f for f, _ in x), statistics.median(b for _, b in x)) for x in found]
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def _trained_leaves(out: Any) -> list[torch.Tensor]:

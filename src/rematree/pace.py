@@ -25,11 +25,11 @@ from rematree.observe import Twin
 from rematree.simulate import Referee, Simulation
 from rematree.units import MIB
 
-_LARGEST: Final = 1024 * MIB  # saved by the block; a larger one is not run for its time
-_MOST_CACHED: Final = 256 * MIB  # bytes: more than the caches of a processor's core or of a GPU hold
+LARGEST: Final = 1024 * MIB  # saved by the block; a larger one is not run for its time
+MOST_CACHED: Final = 256 * MIB  # bytes: more than the caches of a processor's core or of a GPU hold
 _ENOUGH_SECONDS: Final = 1.0
 _MOST_RUNS: Final = 6
-_CANNOT_RUN: Final = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError)
+CANNOT_RUN: Final = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError)
 
 
 def measure_pace(model: nn.Module, referee: Referee, plain: Simulation) -> dict[int, float]:
@@ -48,7 +48,7 @@ def measure_pace(model: nn.Module, referee: Referee, plain: Simulation) -> dict[
     paths = {kind: referee.blocks[index] for kind, index in chosen.items()}
     device, found = referee.twin.device, dict[int, float]()
     # So many bytes of a step lie between two runs of a block in it.
-    between = torch.empty(min(plain.peak_bytes, _MOST_CACHED), dtype=torch.uint8, device=device)
+    between = torch.empty(min(plain.peak_bytes, MOST_CACHED), dtype=torch.uint8, device=device)
     for kind, (args, kwargs) in calls_of(referee.twin, paths).items():
         predicted = plain.block_seconds(chosen[kind])
         block = copy_of(model.get_submodule(paths[kind]))
@@ -57,7 +57,7 @@ def measure_pace(model: nn.Module, referee: Referee, plain: Simulation) -> dict[
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             try:
                 found[kind] = _seconds(block, args, kwargs, between) / predicted
-            except _CANNOT_RUN:  # on made-up inputs
+            except CANNOT_RUN:  # on made-up inputs
                 continue
     return found
 
@@ -75,7 +75,7 @@ def is_live(model: nn.Module, device: torch.device) -> bool:
 
 def _small_enough(plain: Simulation, block: int) -> bool:
     """Whether block number `block` keeps so little that running it for its time cannot be what runs out of memory."""
-    return plain.forward(block).peak_bytes - plain.forward(block).live_bytes <= _LARGEST
+    return plain.forward(block).peak_bytes - plain.forward(block).live_bytes <= LARGEST
 
 
 def calls_of(twin: Twin, blocks: Mapping[int, str]) -> dict[int, tuple[Any, Any]]:
@@ -108,7 +108,7 @@ def copy_of(block: nn.Module) -> nn.Module | None:
     """A copy that nothing of this library is installed on; None where copying fails."""
     try:
         copied = copy.deepcopy(block)
-    except _CANNOT_RUN:
+    except CANNOT_RUN:
         return None
     remove_overrides(copied)
     forget_attention(copied)
@@ -128,11 +128,11 @@ def _seconds(block: nn.Module, args: Any, kwargs: Any, between: torch.Tensor) ->
     wanted = [*inputs, *(p for p in block.parameters() if p.requires_grad)]
     times: list[float] = []
     while len(times) < _MOST_RUNS and (len(times) < 2 or sum(times) < _ENOUGH_SECONDS):
-        outputs, forward = _timed(between, lambda: _graded(block(*args, **kwargs)))
+        outputs, forward = timed(between, lambda: _graded(block(*args, **kwargs)))
         backward = 0.0
         if outputs and wanted:
             seeds = [torch.ones_like(t) for t in outputs]
-            grads, backward = _timed(
+            grads, backward = timed(
                 between, functools.partial(torch.autograd.grad, outputs, wanted, seeds, allow_unused=True)
             )
             del grads, seeds
@@ -147,7 +147,7 @@ def _graded(out: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
-def _timed(between: torch.Tensor, run: Callable[[], Any]) -> tuple[Any, float]:
+def timed(between: torch.Tensor, run: Callable[[], Any]) -> tuple[Any, float]:
     """What `run` returns and its seconds, from caches that hold nothing of it.
 
     In a step all other blocks run before this one runs again, and between its forward and its backward; writing over

@@ -126,22 +126,22 @@ class Planner:
             clips=clips,
         )
         plain = self._referee.run(Levers())
-        if is_measured(self._cost) and is_live(model, self._twin.device) and not any_sharded(model):
+        runs = is_measured(self._cost) and is_live(model, self._twin.device) and not any_sharded(model)
+        if runs:
             self._referee.pace = measure_pace(model, self._referee, plain)
             plain = self._referee.paced(plain)
-        chunk = "chunked_loss" not in self._forbid and loss is None
         if allow_compile is None:
             allow_compile = steps is not None and steps >= _WORTH_COMPILING
-        compiler = Profiler(model, steps) if allow_compile and "compile" not in self._forbid else None
         self.survey: Survey = survey(
             self._referee,
             chain,
             plain,
-            chunk=chunk,
+            chunk="chunked_loss" not in self._forbid and loss is None,
             lean="lean_adapters" not in self._forbid,
             # Their all-gathers are not priced, so a plan takes none but those of the step itself.
             groups="groups" not in self._forbid and not (self.ranks and self.ranks.gathers_for_groups),
-            compiler=compiler,
+            compiler=Profiler(model, steps) if allow_compile and "compile" not in self._forbid else None,
+            live=model if runs and loss is None else None,
         )
         self._search = Search(self.survey, self._referee, self._fixed)
         self._scaled = False

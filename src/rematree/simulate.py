@@ -99,6 +99,12 @@ class Simulation:
         assert segment is not None
         return segment
 
+    def with_head(self, ratio: float) -> "Simulation":
+        """The same with the seconds of the head multiplied by `ratio`."""
+        head = replace(self.head, seconds=self.head.seconds * ratio)
+        segments = tuple(head if segment.label == HEAD else segment for segment in self.segments)
+        return replace(self, segments=segments, seconds=sum(segment.seconds for segment in segments))
+
 
 class Referee:
     """Runs decisions on a twin.
@@ -120,6 +126,7 @@ class Referee:
         clips: Gradients are clipped before the optimizer's step.
     Attributes:
         clips, kinds, pace, profiles, ranks: As above.
+        head_pace: The same for the head (`rematree.head_pace`), by rows of a chunk of the loss.
         layout: What the ranks do to the bytes of this model.
     """
 
@@ -157,6 +164,7 @@ class Referee:
         self._container = list_of(twin.model, blocks) if folds else None
         self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
         self.pace = dict(pace or {})
+        self.head_pace: Mapping[int | None, float] = {}
         self.ranks = ranks
         self.layout = Layout(ranks, twin.model, blocks)
         self._static = self._existing()
@@ -164,7 +172,7 @@ class Referee:
 
     def for_twin(self, twin: Twin) -> "Referee":
         """A referee of the same model with another batch."""
-        return Referee(
+        other = Referee(
             twin,
             self.blocks,
             self.cost,
@@ -177,6 +185,8 @@ class Referee:
             ranks=self.ranks,
             clips=self.clips,
         )
+        other.head_pace = self.head_pace
+        return other
 
     def run(self, levers: Levers) -> Simulation:
         """Simulate one step under `levers`."""
@@ -250,7 +260,7 @@ class Referee:
             ledger.slack_bytes,
             tail,
         )
-        return self.paced(result)
+        return self.paced(result).with_head(self.head_pace.get(levers.loss_chunk_rows, 1.0))
 
     def paced(self, unpaced: Simulation) -> Simulation:
         """`unpaced`, with the seconds of its blocks multiplied by `pace`."""

@@ -17,6 +17,7 @@ from rematree.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.execute.adapters import lean_layers
 from rematree.execute.loss import find_head
 from rematree.folding import shortened
+from rematree.head_pace import HeadClock
 from rematree.options import levers_of, merged, observe_block
 from rematree.plans import Levers
 from rematree.regions import Chain
@@ -80,6 +81,7 @@ def survey(
     lean: bool,
     groups: bool,
     compiler: Profiler | None = None,
+    live: nn.Module | None = None,
 ) -> Survey:
     """Survey the twin of `referee`.
 
@@ -91,11 +93,13 @@ def survey(
         lean: Whether adapter layers may be lean.
         groups: Whether blocks may be recomputed in groups.
         compiler: Compiles and measures blocks, if they may be compiled.
+        live: The model itself, if its head may be run for its time.
     Cost:
         About 15 simulated steps of a few blocks; seconds for a model of any size.
     """
     twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
     kinds, representatives = _kinds(referee, plain)
+    clock = None if live is None else HeadClock(live, twin, chain.blocks)
     compiled = NOT_COMPILED
     if compiler is not None:
         compiled = compiler.measure(referee, plain, representatives)
@@ -139,7 +143,8 @@ def survey(
     with _shortened(twin.model, chain, few) as blocks:
         few_kinds = [referee.kinds[index] for index in few]
         smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
-        rows, heads = _measure_heads(smallest, chunk)
+        rows, heads, referee.head_pace = _measure_heads(smallest, chunk, clock)
+    plain = plain.with_head(referee.head_pace[None])
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
         stages=tuple(tuple(stages[kind]) for kind in kinds),
@@ -232,16 +237,24 @@ def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator
         yield tuple(chain.blocks[index] for index in kept)
 
 
-def _measure_heads(short: Referee, chunk: bool) -> tuple[list[int | None], list[HeadOption]]:
+def _measure_heads(
+    short: Referee, chunk: bool, clock: HeadClock | None
+) -> tuple[list[int | None], list[HeadOption], dict[int | None, float]]:
+    """Ways to compute the loss, what each takes, and its measured over its predicted seconds."""
     tokens = tokens_of(short.twin.batch)
     rows: list[int | None] = [None]
     if chunk and "labels" in short.twin.batch and find_head(short.twin.model) is not None:
         rows += [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
-    heads: list[HeadOption] = []
-    for count in rows:
-        head = short.run(Levers(loss_chunk_rows=count)).head
-        heads.append(HeadOption(head.peak_bytes - head.live_bytes, head.seconds))
-    return rows, heads
+    found = {count: short.run(Levers(loss_chunk_rows=count)).head for count in rows}
+    pace: dict[int | None, float] = {}
+    for count, head in found.items():
+        seconds = clock.seconds(count, head.peak_bytes - head.live_bytes) if clock is not None else None
+        if seconds is not None and head.seconds > 0:
+            pace[count] = seconds / head.seconds
+    known = list(pace.values()) or [1.0]
+    pace = {count: pace.get(count, known[0 if count is None else -1]) for count in rows}
+    heads = [HeadOption(h.peak_bytes - h.live_bytes, h.seconds * pace[count]) for count, h in found.items()]
+    return rows, heads, pace
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:

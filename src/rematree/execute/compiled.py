@@ -9,6 +9,7 @@ Random numbers do not: dropout draws from torch's own generator in the order of 
 """
 
 import contextlib
+import functools
 import os
 import time
 import types
@@ -19,7 +20,7 @@ from typing import Any, Final, Protocol, cast
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rematree.cost import present_device
 from rematree.errors import UnsupportedModelError
@@ -75,8 +76,9 @@ class BlockCompiler(Protocol):
 class CompiledBlocks:
     """Compiled forwards of some blocks of one model; nothing is compiled before a block is first called in training.
 
-    Blocks of one kind and budget share one compilation. It holds for every length and batch size from 2 on (sizes are
-    symbols in it); a mask where there was none, or a batch of one row, is compiled once more.
+    Blocks of one kind and budget share one compilation for the sizes of the first batch, and a second one for all
+    other lengths and batch sizes from 2 on, if there are any (sizes are symbols in it, which costs some 15 % of its
+    speed); a mask where there was none, or a batch of one row, is compiled once more.
 
     Args:
         model: Holds the blocks.
@@ -121,10 +123,34 @@ def compiled_forward(budget: float, seconds: list[float]) -> Callable[..., Any]:
         budget: Activation memory budget of the partitioner, 0..1.
         seconds: Gets the time of each compilation.
     """
+    return _BySizes(functools.partial(_compiled, budget, seconds))
+
+
+def _compiled(budget: float, seconds: list[float], dynamic: bool) -> Callable[..., Any]:
     # torch keeps compiled code with the code object, and layers of all of transformers share one: a copy starts empty.
     code = _forward_of.__code__.replace(co_name="compiled_block")
     function = types.FunctionType(code, _forward_of.__globals__, "compiled_block")
-    return _QuietAtFirst(torch.compile(function, backend=_Compiler(budget, seconds), fullgraph=True, dynamic=True))
+    return _QuietAtFirst(torch.compile(function, backend=_Compiler(budget, seconds), fullgraph=True, dynamic=dynamic))
+
+
+class _BySizes:
+    """Code for the sizes of the first call, and other code, for whatever size, for all calls of other sizes.
+
+    Args:
+        compiled: Gives a function that is compiled for symbolic sizes (True) or for those it meets (False).
+    """
+
+    def __init__(self, compiled: Callable[[bool], Callable[..., Any]]) -> None:
+        self._fixed = compiled(False)
+        self._any = compiled(True)
+        self._sizes: list[torch.Size] | None = None
+
+    def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        sizes = [leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if self._sizes is None:
+            self._sizes = sizes
+        run = self._fixed if sizes == self._sizes else self._any
+        return run(block, *args, **kwargs)
 
 
 def call_compiled(

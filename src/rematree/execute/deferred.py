@@ -90,8 +90,16 @@ class _Source:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], through the head and all recorded operations."""
+        return self.finished(self.raw(hidden))
+
+    def raw(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V], through the head alone."""
         with autocast_as(hidden.device.type, self.head.autocast):
-            logits = self.head.forward(hidden)
+            return self.head.forward(hidden)
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """[..., V] -> [..., V], through the recorded operations, each of which treats every element by itself."""
+        with autocast_as(logits.device.type, self.head.autocast):
             for op in self.ops:
                 logits = op(logits)
         return logits
@@ -124,8 +132,12 @@ class LogitRows:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, V]; the head sees as many dimensions as it would have seen."""
+        return self.source.finished(self.raw(hidden))
+
+    def raw(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, V], of the head alone."""
         lead = (1,) * (self.source.hidden.ndim - 2)
-        logits = self.source.logits(hidden.reshape(*lead, *hidden.shape))
+        logits = self.source.raw(hidden.reshape(*lead, *hidden.shape))
         return logits.reshape(hidden.shape[0], logits.shape[-1])
 
     def real(self, *, shared: bool = False) -> Tensor:
@@ -258,7 +270,8 @@ def _record(logits: DeferredLogits, name: str, func: Any, rest: tuple[Any, ...],
             return rows.copy(rows.hidden, op)
         if not rows.whole or rows.tracked != torch.is_grad_enabled():
             return None
-        rows.source.ops = (*rows.source.ops, op)
+        # Not in place: what it would write to may be a leaf of the graph by then.
+        rows.source.ops = (*rows.source.ops, lambda real: getattr(real, name.removesuffix("_"))(*rest, **options))
         return logits
     if name == "argmax":
         return _argmax(logits, *rest, **options)

@@ -273,7 +273,7 @@ def apply(
         smaller: Plans of the same model for smaller batches, in the order in which they are tried: each forward runs
             under the first one that covers its batch, else under `plan`. Choosing takes microseconds. None may compile.
         watcher: Told about placeholders and recomputations; the referee uses it.
-        check_loss: Compare the chunked loss with the model's own once, on at most 32 tokens of the first batch.
+        check_loss: Compare the chunked loss with the model's own once, on at most 8 tokens of the first batch.
     Returns:
         A handle with `remove()`, also a context manager. Applying an equal plan again returns the same handle.
     Raises:

@@ -40,7 +40,7 @@ def attach_chunked_loss(
     Args:
         model: A causal language model, bare or wrapped.
         rows: Rows of the batch, of B*T, whose logits exist at once.
-        check: Compare loss and gradient of a window of at most 32 rows with the plain head once, on the first loss,
+        check: Compare loss and gradient of a window of at most 8 rows with the plain head once, on the first loss,
             and warn once if a loss was not chunked. Off where there are no real numbers (fake tensors).
         when: Asked at every forward whether this is the one in use, where a model has several, of which one is at a
             time. None: it is the only one.
@@ -170,7 +170,8 @@ class ChunkedLoss:
         if params and (reduction == "none" or any(getattr(p, "_backward_hooks", None) for p in params)):
             return None
         job = RowLoss(
-            logits=rows.logits,
+            head=rows.raw,
+            finish=rows.source.finished,
             params=params,
             target=target,
             weight=weight,

@@ -1,6 +1,13 @@
-"""Cross-entropy over rows of deferred logits, computed with its gradient a few rows at a time."""
+"""Cross-entropy over rows of deferred logits, computed with its gradient a few rows at a time.
+
+Two sizes matter. A chunk is what the head is multiplied with at once: every chunk reads the whole output embedding, so
+few large ones are fast, and its logits and their gradient are what it needs memory for. What lies between these two is
+done a tile of rows at a time: softmax and loss in fp32 are some ten passes over three to four times the bytes of 16-bit
+logits, which stay in the caches of a processor that way, and never exist for a whole chunk.
+"""
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -13,9 +20,13 @@ from torch.nn import functional as F
 from rematree.errors import VerificationError
 from rematree.execute.deferred import LogitRows
 from rematree.execute.head import Unary, autocast_as
+from rematree.units import MIB
 
-_WINDOW_ROWS = 32
-_WINDOW_CHUNK_ROWS = 8
+# Of logits in fp32: what stays in the caches of a processor's cores, or what keeps a GPU busy.
+_TILE_BYTES = {"cpu": 3 * MIB // 2}
+_TILE_BYTES_ELSEWHERE = 64 * MIB
+_WINDOW_ROWS = 8  # few: whole, they must not need more than the smallest chunk does
+_WINDOW_CHUNK_ROWS = 4
 # Largest difference, relative to the largest gradient, that rounding can explain: a head that mixes rows is off by
 # tenths. fp32 allows for TF32 products.
 _WINDOW_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -26,14 +37,16 @@ class RowLoss:
     """One call of cross-entropy over rows.
 
     Attributes:
-        logits: [n, D] -> [n, V].
+        head: [n, D] -> [n, V].
+        finish: [n, V] -> [n, V], what is done to the head's output, element by element.
         params: Trainable parameters of the head.
         target: Class of each row, [N].
         rows: Rows a chunk.
         scale_late: Multiply by 1/N in backward, not before the head's gradient.
     """
 
-    logits: Unary
+    head: Unary
+    finish: Unary
     params: tuple[nn.Parameter, ...]
     target: Tensor
     weight: Tensor | None
@@ -43,10 +56,10 @@ class RowLoss:
     rows: int
     scale_late: bool
 
-    def losses(self, hidden: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
-        """[n, D], [n] -> [n], or a scalar for another reduction."""
+    def losses(self, logits: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
+        """[n, V], [n] -> [n], or a scalar for another reduction."""
         return F.cross_entropy(
-            self.logits(hidden),
+            logits,
             target,
             self.weight,
             ignore_index=self.ignore_index,
@@ -124,15 +137,39 @@ def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, div
     """Losses [n] of one chunk, gradient of its hidden states [n, D], gradients of the head's parameters."""
     hidden = hidden.detach().requires_grad_(wants_hidden)
     with torch.set_grad_enabled(wants_hidden or bool(job.params)):
-        losses = job.losses(hidden, target)
+        raw = job.head(hidden)
     inputs = [*([hidden] if wants_hidden else []), *job.params]
-    if not losses.requires_grad:
-        return [losses, None, *(None for _ in job.params)]
-    # The plain kernel, too, divides by N before the gradient goes through the log-softmax.
-    seed = job.denominator(losses.dtype).reciprocal() if divide else torch.ones_like(losses[:1]).sum()
+    grad_raw = torch.empty_like(raw) if raw.requires_grad else None
+    losses: list[Tensor] = []
+    seed = functools.cache(functools.partial(_seed, job, divide))
+    tile = max(1, _TILE_BYTES.get(raw.device.type, _TILE_BYTES_ELSEWHERE) // (4 * max(raw.shape[-1], 1)))
+    for start in range(0, max(raw.shape[0], 1), tile):
+        rows = slice(start, start + tile)
+        losses.append(_tile(job, raw.detach()[rows], target[rows], seed, None if grad_raw is None else grad_raw[rows]))
+    whole = losses[0] if len(losses) == 1 else torch.cat(losses)
+    if grad_raw is None:
+        return [whole, None, *(None for _ in job.params)]
     with autocast_as(hidden.device.type, None):  # as backward usually is: it would cast products again
-        grads = torch.autograd.grad(losses, inputs, seed.expand(losses.shape), allow_unused=True)
-    return [losses.detach(), *(() if wants_hidden else (None,)), *grads]
+        grads = torch.autograd.grad(raw, inputs, grad_raw, allow_unused=True)
+    return [whole, *(() if wants_hidden else (None,)), *grads]
+
+
+def _seed(job: RowLoss, divide: bool, dtype: torch.dtype) -> Tensor:
+    """What the gradient of each row's loss begins with; the plain kernel, too, divides by N before the log-softmax."""
+    return job.denominator(dtype).reciprocal() if divide else torch.ones((), dtype=dtype, device=job.target.device)
+
+
+def _tile(
+    job: RowLoss, raw: Tensor, target: Tensor, seed: Callable[[torch.dtype], Tensor], into: Tensor | None
+) -> Tensor:
+    """Losses [n] of the head's output [n, V]; their gradient goes `into` [n, V], if it is wanted."""
+    with torch.set_grad_enabled(into is not None):
+        raw.requires_grad_(into is not None)
+        losses = job.losses(job.finish(raw), target)
+    if into is not None:
+        with autocast_as(raw.device.type, None):
+            into.copy_(torch.autograd.grad(losses, raw, seed(losses.dtype).expand(losses.shape))[0])
+    return losses.detach()
 
 
 def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
@@ -161,7 +198,7 @@ def verify_window(rows: LogitRows, job: RowLoss, name: str) -> bool:
         VerificationError: The two differ by more than rounding.
     """
     # Rows that count come first; an even number, because the plain run sees them as [n/2, 2, D] where the chunks are
-    # [1, 8, D], so that no dimension can be mixed unnoticed.
+    # [1, 4, D], so that no dimension can be mixed unnoticed.
     order = (job.target == job.ignore_index).to(torch.int8).argsort(stable=True)[:_WINDOW_ROWS]
     order = order[: len(order) // 2 * 2]
     target = job.target[order]
@@ -178,7 +215,7 @@ def verify_window(rows: LogitRows, job: RowLoss, name: str) -> bool:
 
     with torch.enable_grad():
         plain_hidden, chunked_hidden = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-        plain = replace(window, logits=whole).losses(plain_hidden, target, "mean")
+        plain = window.losses(whole(plain_hidden), target, "mean")
         _refuse_foreign_leaves(plain, [plain_hidden, *rows.source.head.params], name)
         chunked = chunked_loss(window, chunked_hidden)
     with autocast_as(hidden.device.type, None):

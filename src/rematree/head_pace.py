@@ -1,0 +1,152 @@
+"""What the head takes: run for real, with the loss whole and in chunks of every size a plan may take.
+
+The price of a chunk is the sum of its ops' prices. What is between them costs as much here as it does in a block: each
+chunk reads the whole output embedding again, and its logits are memory that was just given back. So where the model
+lives on the device that prices the ops, a copy of it that shares its weights and has no blocks is run from the output
+of the last block to the gradient of that output.
+"""
+
+import copy
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from rematree.engines import copy_without_engine
+from rematree.execute.attention import forget_attention
+from rematree.execute.handle import forget_handle
+from rematree.execute.loss import attach_chunked_loss
+from rematree.execute.override import ForwardOverride, remove_overrides
+from rematree.observe import Twin, loss_of
+from rematree.pace import CANNOT_RUN, LARGEST, MOST_CACHED, made_up
+from rematree.quantised import hidden_tensors
+
+_FEWEST_RUNS: Final = 2
+_MOST_RUNS: Final = 4
+_ENOUGH_SECONDS: Final = 0.5
+_MOST_SECONDS: Final = 12.0  # for all sizes of chunks together
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class HeadClock:
+    """Runs the head of a live model.
+
+    Args:
+        model: Copied from, not changed; on the device that prices ops.
+        twin: It under fake tensors, with the batch.
+        blocks: Module paths of its blocks, in order.
+    Cost:
+        Of each measurement two to four runs of the head, and what they need in memory beside the weights.
+        Within some 12 seconds for all of them; what is left then gets no answer.
+    """
+
+    def __init__(self, model: nn.Module, twin: Twin, blocks: Sequence[str]) -> None:
+        self._device = twin.device
+        self._model: nn.Module | None = None
+        self._spent = 0.0
+        try:
+            self._real = functools.partial(made_up, device=self._device)
+            self._batch = tree_map_only(FakeTensor, self._real, twin.batch)
+            self._behind = _output_of(twin, blocks[-1])
+            self._model = self._without_blocks(model, blocks)
+        except CANNOT_RUN:
+            return
+
+    def seconds(self, rows: int | None, workspace_bytes: int) -> float | None:
+        """Of the head with a loss in chunks of `rows`, or whole (None); no answer where it cannot be run.
+
+        Args:
+            rows: Rows of a chunk.
+            workspace_bytes: What the head needs beside all that is there when it begins. More than 1 GiB is not run.
+        """
+        if self._model is None or workspace_bytes > LARGEST or self._spent > _MOST_SECONDS:
+            return None
+        chunked = None
+        times: list[float] = []
+        try:
+            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+                if rows is not None:
+                    chunked = attach_chunked_loss(self._model, rows, check=False)
+                if not self._spent:
+                    self._spent += self._run()  # whatever is done once
+                while len(times) < _FEWEST_RUNS or (len(times) < _MOST_RUNS and sum(times) < _ENOUGH_SECONDS):
+                    times.append(self._run())
+        except CANNOT_RUN:
+            return None
+        finally:
+            if chunked is not None:
+                chunked.remove()
+        self._spent += sum(times)
+        return statistics.median(times)
+
+    def _run(self) -> float:
+        assert self._model is not None
+        self._hidden = tree_map_only(FakeTensor, self._real, self._behind)
+        with torch.enable_grad():
+            loss = loss_of(self._model(**self._batch))
+            wanted = [t for t in tree_leaves(self._hidden) if isinstance(t, torch.Tensor) and t.requires_grad]
+            wanted += [p for p in self._model.parameters() if p.requires_grad]
+            torch.autograd.grad(loss, wanted, allow_unused=True)
+        return _now(self._device) - self._start
+
+    def _after_the_blocks(self, _inner: Any, *_args: Any, **_kwargs: Any) -> Any:
+        """The output of every block; of the last one, the moment at which the head begins."""
+        self._between.zero_()
+        self._start = _now(self._device)
+        return self._hidden
+
+    @functools.cached_property
+    def _between(self) -> torch.Tensor:
+        """Overwritten, so that caches hold nothing of the head, as behind the blocks of a step."""
+        return torch.empty(MOST_CACHED, dtype=torch.uint8, device=self._device)
+
+    def _without_blocks(self, model: nn.Module, blocks: Sequence[str]) -> nn.Module:
+        kept = [*model.parameters(), *hidden_tensors(model)]
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in kept}
+        for path in blocks:
+            block = model.get_submodule(path)
+            hollow = memo[id(block)] = copy.copy(block)
+            empty: dict[str, Any] = {"_modules": {}, "_parameters": {}, "_buffers": {}}
+            vars(hollow).update(empty, **{name: type(vars(block)[name])() for name in _HOOKS})
+            vars(hollow).pop("forward", None)
+        copied = copy_without_engine(model, memo)
+        forget_handle(copied)
+        remove_overrides(copied)
+        forget_attention(copied)
+        for module in copied.modules():
+            if module.__dict__.get("gradient_checkpointing") is True:
+                module.__dict__["gradient_checkpointing"] = False
+        for path in blocks:
+            ForwardOverride(copied.get_submodule(path), self._after_the_blocks)
+        return copied.train()
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once everything that was started on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _output_of(twin: Twin, path: str) -> Any:
+    """What the block at `path` returns, fake."""
+    found: list[Any] = []
+
+    def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        found.append(tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), out))
+        return out
+
+    override = ForwardOverride(twin.model.get_submodule(path), around)
+    try:
+        with twin.mode:
+            twin.loss()
+    finally:
+        override.remove()
+    return found[0]

@@ -1,0 +1,95 @@
+"""The head, run for its time: what it scales, and that nobody notices it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from models import batch_for, build, gradients, with_lora
+from rematree.cost import Roofline
+from rematree.execute.loss import find_head
+from rematree.head_pace import HeadClock
+from rematree.observe import Twin
+from rematree.pace import LARGEST
+from rematree.planning import Planner
+from rematree.plans import Levers
+from rematree.regions import find_chain
+from rematree.simulate import Referee
+
+COST = Roofline(5e10, 1e10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_the_head_is_run_with_every_loss_and_nothing_is_left_of_it(family: str) -> None:
+    model = with_lora(build(family))
+    batch = batch_for(model)
+    blocks = find_chain(model).blocks
+    ran: list[Any] = []
+    hook = model.get_submodule(blocks[0]).register_forward_hook(lambda *_: ran.append(0))
+    heads: list[torch.Size] = []
+    found = find_head(model)
+    assert found is not None
+    head_hook = found[1].register_forward_pre_hook(lambda _, args: heads.append(args[0].shape))
+    twin = Twin(model, batch)
+    before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    attributes = [dict(vars(module)) for module in model.modules()]
+    random = torch.get_rng_state()
+    clock = HeadClock(model, twin, blocks)
+    ran.clear()  # the twin's blocks, whose output it asks for, have the hook too
+    heads.clear()
+    seconds = [clock.seconds(rows, 0) for rows in (None, 8)]
+    assert all(value is not None and value > 0 for value in seconds)
+    assert not ran
+    assert len(heads) >= 5  # once for whatever is done once, at least twice for each loss
+    assert {shape.numel() // shape[-1] for shape in heads} == {64}
+    assert torch.equal(torch.get_rng_state(), random)
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is value and torch.equal(value, old) for name, (value, old) in before.items())
+    assert all(p.grad is None for p in model.parameters())
+    assert [dict(vars(module)) for module in model.modules()] == attributes
+    hook.remove()
+    head_hook.remove()
+    assert gradients(model, batch)
+
+
+def test_a_head_too_large_to_be_run_gets_no_answer() -> None:
+    model = with_lora(build("llama"))
+    clock = HeadClock(model, Twin(model, batch_for(model)), find_chain(model).blocks)
+    assert clock.seconds(None, LARGEST + 1) is None
+    assert clock.seconds(None, LARGEST) is not None
+
+
+def test_a_ratio_scales_the_head_with_that_loss_and_nothing_else() -> None:
+    model = with_lora(build("llama"))
+    twin = Twin(model, batch_for(model))
+    referee = Referee(twin, find_chain(twin.model).blocks, COST)
+    plain, chunked = (referee.run(Levers(loss_chunk_rows=rows)) for rows in (None, 32))
+    referee.head_pace = {None: 1.0, 32: 3.0}
+    assert referee.run(Levers()) == plain
+    scaled = referee.run(Levers(loss_chunk_rows=32))
+    for was, now in zip(chunked.segments, scaled.segments, strict=True):
+        assert now.seconds == was.seconds * (3.0 if was.label == "head" else 1.0), was.label
+        assert (now.label, now.peak_bytes, now.live_bytes) == (was.label, was.peak_bytes, was.live_bytes)
+    assert scaled.seconds == sum(segment.seconds for segment in scaled.segments)
+
+
+def test_a_planner_runs_the_head_of_a_live_model_unless_the_loss_is_another() -> None:
+    model = with_lora(build("llama"))
+    batch = batch_for(model)
+    ratios = Planner(model, batch, optimizer="none")._referee.head_pace
+    assert ratios.keys() == {None, 32}
+    assert all(ratio != 1.0 for ratio in ratios.values())
+    other = Planner(model, batch, optimizer="none", loss=lambda output: output.loss)
+    assert other._referee.head_pace == {None: 1.0}
+
+
+def test_plans_are_made_and_confirmed_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_lora(build("llama"))
+    # The whole loss and chunks of 32 take as long as a day here, and there is no other choice.
+    monkeypatch.setattr(HeadClock, "seconds", lambda *_: 86400.0)
+    planner = Planner(model, batch_for(model), optimizer="none")
+    assert [head.seconds for head in planner.survey.problem.heads] == [86400.0, 86400.0]
+    assert planner.plain_step()[1] == pytest.approx(86400.0, rel=0.01)
+    assert planner.plan().predicted_step_seconds == pytest.approx(86400.0, rel=0.01)
+    other = planner.for_batch(batch_for(model, tokens=16))
+    assert other.plan().predicted_step_seconds > 3600.0
