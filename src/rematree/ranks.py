@@ -142,6 +142,8 @@ class Layout:
         inside = [list(model.get_submodule(path).parameters()) for path in blocks]
         known = {id(p) for each in inside for p in each}
         self._blocks = [self._unit(each) for each in inside]
+        if ranks is None:  # nothing else is asked, and a survey makes a few of these
+            return
         self._outside = self._unit(p for p in model.parameters() if id(p) not in known)
         self._static: dict[str, int] = {}
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
