@@ -1,10 +1,21 @@
 """The chain solver against every choice there is, and the block frontier against its own definition."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rematree.solve.block import enumerate_options, evaluate
-from rematree.solve.chain import ChainProblem, HeadOption, StageOption, least_peak, position_peak, solve_chain
+from rematree.solve.chain import (
+    ChainChoice,
+    ChainProblem,
+    HeadOption,
+    StageOption,
+    in_runs,
+    least_peak,
+    position_peak,
+    solve_chain,
+)
 from rematree.solve.exhaustive import solve_exhaustively
 from rematree.trace import BlockTrace, TraceOp, TraceSave
 
@@ -35,6 +46,37 @@ def test_dynamic_program_is_optimal(problem: ChainProblem, limit: int) -> None:
     if found is not None and best is not None:
         assert found.seconds == best.seconds
         assert position_peak(problem, found.blocks, found.head) <= limit
+
+
+@given(problems(), st.integers(1, 4), st.integers(0, 400))
+def test_blocks_that_are_alike_trade_options_within_the_limit(problem: ChainProblem, times: int, limit: int) -> None:
+    chain = replace(problem, stages=problem.stages * times, gradients=problem.gradients * times)
+    found = solve_chain(chain, limit, 1)
+    if found is None:
+        return
+    ordered = in_runs(chain, found, limit)
+    assert ordered.seconds == found.seconds
+    assert ordered.head == found.head
+    assert position_peak(chain, ordered.blocks, ordered.head) <= limit
+    for kind in set(zip(chain.stages, chain.gradients, strict=True)):
+        places = [i for i, of in enumerate(zip(chain.stages, chain.gradients, strict=True)) if of == kind]
+        assert sorted(ordered.blocks[i] for i in places) == sorted(found.blocks[i] for i in places)
+        if ordered != found:
+            kept = [kind[0][ordered.blocks[i]].kept for i in places]
+            assert kept == sorted(kept)
+
+
+def test_options_stand_in_runs_where_that_fits() -> None:
+    small, large = StageOption(1, 1, 1, 2.0), StageOption(3, 3, 3, 0.0)
+    chain = ChainProblem(0, ((small, large),) * 4, (0,) * 4, (HeadOption(0, 0.0),))
+    mixed = ChainChoice((1, 0, 1, 0), 0, 4.0)
+    assert in_runs(chain, mixed, 8) == replace(mixed, blocks=(0, 0, 1, 1))
+    # What keeps more also needs more while it runs: at the end of the chain that is one byte too many.
+    greedy = replace(chain, stages=((small, StageOption(3, 6, 6, 0.0)),) * 4)
+    assert in_runs(greedy, mixed, 10) == mixed
+    assert in_runs(greedy, mixed, 11) == replace(mixed, blocks=(0, 0, 1, 1))
+    grouped = replace(mixed, groups=((1, 3),))
+    assert in_runs(chain, grouped, 8) == grouped
 
 
 @given(problems(), st.integers(0, 160), st.integers(1, 7))
@@ -91,7 +133,7 @@ def test_a_packed_output_counts_packed() -> None:
     assert evaluate(packed, ("a",)).kept_bytes == 104
 
 
-def test_frontier_is_sorted_and_ends_with_saving_everything() -> None:
+def test_frontier_is_orderedand_ends_with_saving_everything() -> None:
     options = enumerate_options(block(), 12)
     assert options[0].kept_bytes == 0
     assert options[-1].saves_all

@@ -13,7 +13,7 @@ from rematree.errors import UnsupportedModelError
 from rematree.plans import Levers
 from rematree.simulate import Referee, Simulation
 from rematree.solve.bound import lower_bound
-from rematree.solve.chain import ChainChoice, least_peak, solve_chain
+from rematree.solve.chain import ChainChoice, in_runs, least_peak, solve_chain
 from rematree.solve.groups import Group, choice_peak
 from rematree.solve.nested import least_grouped_peak, quantum_for, solve_groups
 from rematree.survey import Survey
@@ -89,6 +89,8 @@ class Search:
         """The fastest choice; without groups if they would win next to nothing, for the referee's sake."""
         problem = self._survey.problem
         alone = solve_chain(problem, limit, self._quantum)
+        if alone is not None:
+            alone = in_runs(problem, alone, limit)
         if not problem.advances:
             return alone
         grouped = solve_groups(problem, limit, quantum_for(problem, limit, self._quantum))

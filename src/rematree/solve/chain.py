@@ -10,7 +10,7 @@ option is cheaper to hold at the end of the chain than at its start.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +112,25 @@ def position_peak(problem: ChainProblem, blocks: Sequence[int], head: int) -> in
         peak = max(peak, live + option.forward, live + option.backward + later)
         live += option.kept
     return max(peak, live + problem.heads[head].peak)
+
+
+def in_runs(problem: ChainProblem, choice: ChainChoice, limit: int) -> ChainChoice:
+    """`choice` with the options of blocks that are alike in order of what they keep, if that stays within `limit`.
+
+    The seconds are the same, and the earlier blocks keep less, of which all later ones have the use. What it is for:
+    blocks of equal options side by side, which a simulated step folds (`rematree.folding`) and a reader sees as one.
+    """
+    if choice.groups:
+        return choice
+    alike: dict[tuple[tuple[StageOption, ...], int], list[int]] = {}
+    for block, of in enumerate(zip(problem.stages, problem.gradients, strict=True)):
+        alike.setdefault(of, []).append(block)
+    blocks = list(choice.blocks)
+    for (stage, _), places in alike.items():
+        chosen = sorted((choice.blocks[place] for place in places), key=lambda index: (stage[index].kept, index))
+        for place, index in zip(places, chosen, strict=True):
+            blocks[place] = index
+    return replace(choice, blocks=tuple(blocks)) if position_peak(problem, blocks, choice.head) <= limit else choice
 
 
 def solve_chain(problem: ChainProblem, limit: int, quantum: int) -> ChainChoice | None:
