@@ -21,7 +21,7 @@ import rematree
 from rematree.finetune.compare import Batch, hf_checkpointing, train_step, weights_kept
 from rematree.integrations.bitsandbytes import Quantisation, quantisation_config
 from rematree.measure import PeakMeter
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 
 # Shares of the way from the smallest to the largest useful budget.
 SHARES = (0.0, 1 / 3, 2 / 3)

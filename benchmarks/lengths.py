@@ -34,9 +34,9 @@ from peers import hf_flag, plain
 from workloads import Built, Workload, build, default_dtype, plain_loss, step
 
 import rematree
-from rematree.ladder import build_ladder, table
 from rematree.measure import PeakMeter, storage_bytes
-from rematree.planning import Planner
+from rematree.planning.ladder import build_ladder, table
+from rematree.planning.planner import Planner
 from rematree.quantised import hidden_tensors
 from rematree.units import format_bytes
 

@@ -12,7 +12,7 @@ from workloads import Built, Loss, plain_loss
 
 import rematree
 from rematree.execute.input_grads import as_leaves
-from rematree.planning import LEVERS, Planner
+from rematree.planning.planner import LEVERS, Planner
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.units import MIB
 

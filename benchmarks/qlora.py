@@ -36,12 +36,12 @@ from rematree.finetune.result import device_name, library_versions
 from rematree.finetune.setup import Setup, add_adapters, load_base, prepare
 from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter, storage_bytes
-from rematree.observe import Twin
-from rematree.planning import Planner
+from rematree.observation.observe import Twin
+from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.quantised import hidden_tensors
+from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
-from rematree.simulate import Referee
 from rematree.table import render_table
 from rematree.units import MIB, format_bytes, format_seconds
 

@@ -33,7 +33,7 @@ from workloads import Workload, build, default_dtype
 
 import rematree
 from rematree.execute.override import ForwardOverride
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 
 MIB = 2**20
 SIZES = {"tiny": (8, 128), "smollm2": (16, 128)}

@@ -26,7 +26,7 @@ from rematree.finetune.config import TrainConfig
 from rematree.finetune.demo import demo_settings
 from rematree.finetune.setup import prepare
 from rematree.measure import PeakMeter
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.units import MIB, format_bytes, format_seconds
 
 Row = dict[str, float | int | None]

@@ -18,9 +18,9 @@ from transformers import Trainer, TrainingArguments
 from models import build, with_lora
 from rematree import BudgetCallback
 from rematree.cli.main import main
-from rematree.cost import Roofline
 from rematree.finetune.callbacks import CheckpointMark, StepMeter
 from rematree.finetune.run_folder import RunFolder
+from rematree.pricing.cost import Roofline
 from test_budget_callback import pad, rows_of
 from test_finetune_tiny import FixedMeter
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from killed import LENGTHS, QUICK
 from models import build, with_lora
 from rematree import BudgetCallback
-from rematree.cost import Roofline
+from rematree.pricing.cost import Roofline
 from test_budget_callback import pad, rows_of
 
 

@@ -18,8 +18,8 @@ from models import batch_for, build, with_lora
 from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter
 from rematree.plans import Action, Decision, Levers, Plan
-from rematree.ranks import Ranks
-from rematree.roofline import Roofline
+from rematree.pricing.roofline import Roofline
+from rematree.referee.ranks import Ranks
 
 LONG = batch_for(nn.Module())
 

@@ -21,7 +21,7 @@ _PATIENCE = timedelta(minutes=10)
 def run(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(rank, *args)` in `count` processes; the results by rank. The first error of any is raised here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["several_ranks", "models", "rematree.planning", "rematree.execute.handle"])
+    context.set_forkserver_preload(["several_ranks", "models", "rematree.planning.planner", "rematree.execute.handle"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

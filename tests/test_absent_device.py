@@ -8,14 +8,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from models import batch_for, build, with_lora
-from rematree.attention_kernels import choose_kernel
-from rematree.cost import Roofline
 from rematree.errors import UsageError
-from rematree.observe import Twin, TwinMode
-from rematree.planning import Planner
+from rematree.observation.attention_kernels import choose_kernel
+from rematree.observation.observe import Twin, TwinMode
+from rematree.planning.planner import Planner
 from rematree.plans import Levers
+from rematree.pricing.cost import Roofline
+from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
-from rematree.simulate import Referee
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the device is here")
 

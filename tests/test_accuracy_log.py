@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from models import batch_for, build, with_lora
-from rematree.cost import Measured
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Measured
 from rematree.units import KIB, MIB
 
 SLACK = 256 * KIB + 64  # in every prediction; much of a toy's peak. And scalars that come and go at it

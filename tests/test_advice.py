@@ -8,11 +8,11 @@ import torch
 from command_line import rematree
 from models import batch_for, build, with_lora
 from rematree.advice import advise
-from rematree.cost import Roofline
 from rematree.errors import InfeasibleBudgetError
 from rematree.finetune.compare import hf_checkpointing
 from rematree.measure import PeakMeter
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Roofline
 from rematree.verification import PEAK_SLACK
 from test_finetune_tiny import save_tiny_model
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rematree.allocator import CachingAllocator, rounded, segment_bytes
+from rematree.memory.allocator import CachingAllocator, rounded, segment_bytes
 from rematree.units import KIB, MIB
 
 

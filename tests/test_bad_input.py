@@ -18,9 +18,9 @@ from torch import nn
 import rematree as library
 from command_line import Outcome, rematree, remedies
 from models import assert_same, batch_for, build, with_lora
-from rematree.cost import Roofline
 from rematree.errors import InfeasibleBudgetError, PlanMismatchError, UnsupportedModelError, UsageError
 from rematree.finetune import gguf_cache
+from rematree.pricing.cost import Roofline
 from rematree.units import GIB, KIB, MIB, format_bytes, parse_bytes
 from test_finetune_tiny import save_tiny_model, sums, tiny_model, tiny_tokenizer, write_jsonl
 
@@ -36,7 +36,7 @@ def quick() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rematree.planning.Measured", lambda device: COST)
+        patch.setattr("rematree.planning.planner.Measured", lambda device: COST)
         yield
     torch.set_num_threads(threads)
 

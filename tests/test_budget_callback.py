@@ -12,11 +12,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from models import build, with_lora
 from rematree import BudgetCallback, is_activation_checkpointing, prepare_model_for_kbit_training
-from rematree.cost import Roofline
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.handle import applied_handle
 from rematree.measure import PeakMeter
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Roofline
 from rematree.units import parse_bytes
 
 COST = Roofline(1e11, 1e10)

@@ -31,9 +31,9 @@ from checkpointed_models import (
     upstream_is_wrong,
 )
 from models import assert_same, batch_for, build, with_lora
-from rematree.cost import Roofline
 from rematree.errors import RecomputeMismatchError, UnsupportedModelError, UsageError
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Roofline
 
 BOTH = pytest.mark.parametrize("use_reentrant", [False, True])
 ENCODER_DECODERS = ("t5", "bart")

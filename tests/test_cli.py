@@ -17,10 +17,10 @@ import typer
 from command_line import Outcome, rematree, remedies
 from rematree.cli import output
 from rematree.cli.main import app
-from rematree.cost import Roofline
 from rematree.errors import VerificationError
 from rematree.finetune.config import TrainConfig
 from rematree.plans import Plan
+from rematree.pricing.cost import Roofline
 from rematree.units import MIB, parse_bytes
 from test_finetune_tiny import save_tiny_model, sums, write_jsonl
 
@@ -37,7 +37,7 @@ def quick() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rematree.planning.Measured", lambda device: Roofline(1e11, 1e10))
+        patch.setattr("rematree.planning.planner.Measured", lambda device: Roofline(1e11, 1e10))
         yield
     torch.set_num_threads(threads)
 

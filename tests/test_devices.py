@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rematree.calibration import calibrate
 from rematree.cli.main import main
-from rematree.devices import Device, Profile, aliases, find_device, known_devices, read_profile
 from rematree.errors import UsageError
+from rematree.pricing.devices import Device, Profile, aliases, find_device, known_devices, read_profile
+from rematree.pricing.roofline import Roofline
+from rematree.pricing.workload import Kind
 from rematree.report.devices import device_markdown
-from rematree.roofline import Roofline
 from rematree.units import GIB, KIB, MIB
-from rematree.workload import Kind
 
 DEVICES = known_devices()
 

@@ -22,7 +22,7 @@ from both_paths import EVERY_WAY, Ours, differ
 from checkpointed_models import by_transformers, upstream_is_wrong
 from models import assert_same, batch_for, build, with_lora
 from rematree import BudgetCallback
-from rematree.cost import Roofline
+from rematree.pricing.cost import Roofline
 from test_budget_callback import LastStepPeak, adapters
 from test_finetune_tiny import save_tiny_model
 from test_plans_by_length import plans_for

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from models import ARCHITECTURES, assert_same, batch_for, build, gradients, with_lora
-from rematree.cost import Roofline
 from rematree.execute.handle import apply
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.plans import Action
+from rematree.pricing.cost import Roofline
 
 # Prices do not matter for exactness; a fixed roofline makes the plans the same on every machine.
 COST = Roofline(5e10, 1e10)

@@ -10,12 +10,12 @@ from torch import nn
 
 import rematree
 from models import assert_same, batch_for, build, gradients, with_lora
-from rematree.cost import Roofline
 from rematree.errors import PlanMismatchError, RecomputeMismatchError, UsageError
 from rematree.execute.dropout import draw, pack, packed_bytes, scale, unpack
 from rematree.measure import PeakMeter
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers
+from rematree.pricing.cost import Roofline
 
 COST = Roofline(5e10, 1e10)
 

@@ -9,14 +9,14 @@ from torch import nn
 
 import rematree
 from models import with_lora
-from rematree.cost import Measured
 from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter
-from rematree.observe import Twin
-from rematree.optimizers import Optimizer, make_optimizer
+from rematree.memory.optimizers import Optimizer, make_optimizer
+from rematree.observation.observe import Twin
 from rematree.plans import Action, Decision, Levers, Plan
+from rematree.pricing.cost import Measured
+from rematree.referee.simulate import Referee, Simulation
 from rematree.regions import find_chain
-from rematree.simulate import Referee, Simulation
 from rematree.units import KIB, MIB
 
 CLOSE = 8 * KIB  # scalars and generator states; the smallest peak below is 11 MiB

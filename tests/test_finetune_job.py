@@ -30,7 +30,7 @@ from rematree.finetune.job import run
 from rematree.finetune.result import TrainResult
 from rematree.finetune.setup import Engine, prepare
 from rematree.measure import PeakMeter
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.plans import Plan
 from test_finetune_tiny import plain_engine, save_tiny_model, sums, tiny_config, tiny_model, write_jsonl
 

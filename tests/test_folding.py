@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models import batch_for, build, quantised, with_lora
-from rematree.cost import Roofline
 from rematree.execute.attention import attention_modules
-from rematree.folding import fold, list_of, whole
-from rematree.observe import Twin
+from rematree.observation.observe import Twin
 from rematree.plans import Action, Decision, Levers
+from rematree.pricing.cost import Roofline
+from rematree.referee.folding import fold, list_of, whole
+from rematree.referee.simulate import Referee, Simulation
 from rematree.regions import find_chain, inner_regions
-from rematree.simulate import Referee, Simulation
 
 COST = Roofline(5e10, 1e10)
 NARROW = ["q_proj", "down_proj"]

@@ -16,19 +16,19 @@ import rematree
 from both_paths import AGAIN, KEEP, SAVE, plan_of
 from checkpointed_models import EXPERTS, qwen3_moe
 from models import assert_same, batch_for, build, gradients, with_lora
-from rematree.cost import Roofline
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.group import _Frame, _Holder
 from rematree.execute.handle import Handle
 from rematree.execute.noted import Kept, Link
 from rematree.measure import PeakMeter
-from rematree.observe import Twin
-from rematree.planning import Planner
+from rematree.observation.observe import Twin
+from rematree.planning.planner import Planner
 from rematree.plans import Decision, Levers, Plan
+from rematree.pricing.cost import Roofline
+from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
 from rematree.report.explanation import explain_facts, explain_text
 from rematree.report.tables import plan_facts
-from rematree.simulate import Referee
 from rematree.solve.chain import ChainChoice
 
 COST = Roofline(5e10, 1e10)

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from models import batch_for, build, gradients, with_lora
-from rematree.cost import Roofline
 from rematree.execute.loss import find_head
-from rematree.head_pace import HeadClock
-from rematree.observe import Twin
-from rematree.pace import LARGEST
-from rematree.planning import Planner
+from rematree.observation.observe import Twin
+from rematree.planning.head_pace import HeadClock
+from rematree.planning.pace import LARGEST
+from rematree.planning.planner import Planner
 from rematree.plans import Levers
+from rematree.pricing.cost import Roofline
+from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
-from rematree.simulate import Referee
 
 COST = Roofline(5e10, 1e10)
 

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 
 import rematree
 from models import build, with_lora
-from rematree.cost import Roofline
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.integrations.batches import read_batches
-from rematree.ladder import batch_weights, build_ladder, differ, rung_lengths, table
 from rematree.measure import PeakMeter
-from rematree.planning import Planner
+from rematree.planning.ladder import batch_weights, build_ladder, differ, rung_lengths, table
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Roofline
 from test_budget_callback import pad, rows_of
 
 COST = Roofline(1e11, 1e10)

@@ -12,15 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rematree
 from both_paths import AGAIN, KEEP, SAVE, plan_of
 from models import assert_same, batch_for, build, gradients, quantised, with_lora
-from rematree.cost import Roofline
 from rematree.errors import PlanMismatchError
 from rematree.execute.adapters import lean_layers
 from rematree.measure import PeakMeter
-from rematree.observe import Twin
-from rematree.planning import Planner
+from rematree.observation.observe import Twin
+from rematree.planning.planner import Planner
 from rematree.plans import Decision, Levers, Plan
+from rematree.pricing.cost import Roofline
+from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
-from rematree.simulate import Referee
 from rematree.verification import PEAK_SLACK
 
 COST = Roofline(5e10, 4e10)  # tensors of this size are in caches

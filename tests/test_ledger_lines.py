@@ -9,19 +9,19 @@ import transformers
 from torch import nn
 
 from models import batch_for, build, quantised, with_lora
-from rematree.accounts import how_workspaces_are_known, ledger_lines
-from rematree.cost import Measured
-from rematree.devices import find_device, overhead_of
 from rematree.measure import storage_bytes
-from rematree.observe import Twin
-from rematree.optimizers import Optimizer
-from rematree.planning import Planner
+from rematree.memory.accounts import how_workspaces_are_known, ledger_lines
+from rematree.memory.optimizers import Optimizer
+from rematree.observation.observe import Twin
+from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, LedgerLine, Levers, Plan
-from rematree.price import Cost, Free, Overhead
+from rematree.pricing.cost import Measured
+from rematree.pricing.devices import find_device, overhead_of
+from rematree.pricing.price import Cost, Free, Overhead
+from rematree.pricing.roofline import Roofline
 from rematree.quantised import hidden_tensors
+from rematree.referee.simulate import Referee, Simulation
 from rematree.regions import find_chain
-from rematree.roofline import Roofline
-from rematree.simulate import Referee, Simulation
 from rematree.units import KIB, MIB
 
 COST = Roofline(5e10, 1e10)

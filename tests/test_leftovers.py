@@ -9,8 +9,8 @@ from torch import nn
 
 import rematree
 from models import batch_for, build, with_lora
-from rematree.cost import Roofline
 from rematree.plans import Action
+from rematree.pricing.cost import Roofline
 
 Batch = dict[str, torch.Tensor]
 

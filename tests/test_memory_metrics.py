@@ -10,13 +10,13 @@ from transformers import Trainer, TrainingArguments
 
 import rematree
 from models import batch_for, build, with_lora
-from rematree.cost import Roofline
 from rematree.finetune.callbacks import StepMeter
 from rematree.finetune.run_folder import RunFolder
 from rematree.integrations import metrics
 from rematree.integrations.metrics import MemoryMetrics, device_memory
-from rematree.ladder import Ladder
 from rematree.measure import resident_peak_bytes
+from rematree.planning.ladder import Ladder
+from rematree.pricing.cost import Roofline
 from rematree.units import GIB
 from test_finetune_tiny import FixedMeter
 

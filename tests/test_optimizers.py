@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rematree.errors import UsageError
 from rematree.measure import storage_bytes
-from rematree.optimizers import OPTIMIZERS, Optimizer, make_optimizer, optimizer_with_state
+from rematree.memory.optimizers import OPTIMIZERS, Optimizer, make_optimizer, optimizer_with_state
 
 SHAPES = ((100, 50), (10,), (4096,), (4095,), (300, 1000), (7, 999))
 
@@ -88,7 +88,7 @@ def test_none_and_the_list() -> None:
 
 
 def test_without_bitsandbytes_the_real_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rematree.optimizers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rematree.memory.optimizers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="optimizer 'adamw_8bit' needs bitsandbytes, which is not installed"):
         make_optimizer("adamw_8bit", parameters())
     mode, trained = fake_parameters()

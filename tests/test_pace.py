@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from models import batch_for, build, gradients, with_lora
-from rematree import pace
-from rematree.cost import Measured, Roofline
-from rematree.observe import Twin
-from rematree.planning import Planner
+from rematree.observation.observe import Twin
+from rematree.planning import pace
+from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers
+from rematree.pricing.cost import Measured, Roofline
+from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
-from rematree.simulate import Referee
 
 COST = Roofline(5e10, 1e10)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rematree import cost, pages
-from rematree.cost import Measured, Roofline
-from rematree.pages import Pages, measure_pages, page_faults
+from rematree.pricing.cost import Measured, Roofline
+from rematree.pricing.pages import Pages, measure_pages, page_faults
 from rematree.units import KIB, MIB
 
 ADD_ = torch.ops.aten.add_.Tensor

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-import rematree.simulate
+import rematree.referee.simulate
 from models import batch_for, build, quantised, with_lora
-from rematree.absent import is_absent
-from rematree.ledger import Ledger
-from rematree.observe import Twin
-from rematree.planning import Planner
+from rematree.memory.ledger import Ledger
+from rematree.observation.absent import is_absent
+from rematree.observation.observe import Twin
+from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers
-from rematree.price import Cost
+from rematree.pricing.price import Cost
+from rematree.pricing.roofline import Roofline
+from rematree.referee.simulate import Referee, Simulation
 from rematree.regions import find_chain
-from rematree.roofline import Roofline
-from rematree.simulate import Referee, Simulation
 from rematree.units import MIB
 
 COST = Roofline(5e10, 1e10)
@@ -36,7 +36,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     inner = Referee._run
 
-    def run(referee: Referee, levers: Levers, chain: rematree.simulate.Fold) -> Simulation:
+    def run(referee: Referee, levers: Levers, chain: rematree.referee.simulate.Fold) -> Simulation:
         found.append(len(chain.kept))
         return inner(referee, levers, chain)
 
@@ -80,5 +80,5 @@ def test_an_op_that_is_remembered_counts_as_one_that_is_not(
         return Ledger(cost, device_type)
 
     remembered = [Referee(twin, blocks, COST, folds=False).run(levers) for _ in range(2)]
-    monkeypatch.setattr(rematree.simulate, "Ledger", without)
+    monkeypatch.setattr(rematree.referee.simulate, "Ledger", without)
     assert remembered == [Referee(twin, blocks, COST, folds=False).run(levers)] * 2

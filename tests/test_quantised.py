@@ -14,18 +14,18 @@ from torch import nn
 
 import rematree
 from models import assert_same, batch_for, build, gradients, quantised, with_lora
-from rematree.cost import Free, Measured, OpPrice, Roofline
 from rematree.errors import PlanMismatchError, UnsupportedModelError
 from rematree.execute.override import ForwardOverride
 from rematree.execute.quantised import keep_no_input
 from rematree.finetune.compare import hf_checkpointing
 from rematree.fingerprint import describe_model
-from rematree.ledger import Ledger
 from rematree.measure import PeakMeter, storage_bytes
-from rematree.observe import Twin, TwinMode
-from rematree.optimizers import make_optimizer
-from rematree.planning import Planner
+from rematree.memory.ledger import Ledger
+from rematree.memory.optimizers import make_optimizer
+from rematree.observation.observe import Twin, TwinMode
+from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Plan
+from rematree.pricing.cost import Free, Measured, OpPrice, Roofline
 from rematree.quantised import four_bit_linears, frozen_int8_linears, hidden_tensors
 from rematree.verification import PEAK_SLACK
 

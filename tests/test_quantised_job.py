@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import rematree as library
 from command_line import rematree
 from models import quantised
-from rematree.cost import Measured, Roofline
 from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.evaluate import heldout_loss
 from rematree.finetune.model import BUILTIN, Quantisation, load_model
 from rematree.finetune.setup import prepare
 from rematree.finetune.synthetic import prepare_shape
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.plans import Plan
+from rematree.pricing.cost import Measured, Roofline
 from rematree.quantised import four_bit_linears, frozen_int8_linears
 from test_finetune_tiny import sums, tiny_model, tiny_tokenizer, write_jsonl
 
@@ -34,7 +34,7 @@ SHAPE = ["--batch-size", "32", "--max-length", "128", *ADAPTERS]
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rematree.planning.Measured", lambda device: Roofline(1e11, 1e10))
+        patch.setattr("rematree.planning.planner.Measured", lambda device: Roofline(1e11, 1e10))
         yield
 
 

@@ -16,10 +16,10 @@ import ranked
 import rematree
 import several_ranks
 from models import batch_for
-from rematree.agreement import chosen_plan
 from rematree.errors import PlanMismatchError, UsageError
+from rematree.planning.agreement import chosen_plan
 from rematree.plans import Fingerprint, Levers, Plan
-from rematree.ranks import Ranks
+from rematree.referee.ranks import Ranks
 from rematree.units import KIB
 from rematree.verification import PEAK_SLACK
 

@@ -12,7 +12,7 @@ import rematree
 from command_line import rematree as command
 from models import assert_same, batch_for, build, gradients, with_lora
 from rematree.cli.main import app
-from rematree.cost import Roofline
+from rematree.pricing.cost import Roofline
 from rematree.units import parse_bytes
 
 
@@ -34,7 +34,7 @@ def test_the_python_runs_as_it_is_written(
     readme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a tiny Llama under LoRA; of the text only the budget is another one, so that it binds."""
-    monkeypatch.setattr("rematree.planning.Measured", lambda device: Roofline(5e10, 1e10))
+    monkeypatch.setattr("rematree.planning.planner.Measured", lambda device: Roofline(5e10, 1e10))
     model = with_lora(build("llama", layers=2))
     batch = batch_for(model, rows=8)
     planner = rematree.Planner(model, batch)

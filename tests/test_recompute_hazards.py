@@ -26,9 +26,9 @@ from both_paths import (
 )
 from checkpointed_models import Block, Plain, step, upstream_is_wrong
 from models import assert_same, with_lora
-from rematree.cost import Roofline
 from rematree.errors import RecomputeMismatchError, UnsupportedModelError
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Roofline
 
 Found = dict[str, torch.Tensor]
 LAYERS = "base_model.model.model.layers"

@@ -16,7 +16,6 @@ from rich.console import Console
 import browser
 from browser import Browser
 from command_line import rematree
-from rematree.cost import Roofline
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.handle import apply
 from rematree.finetune.demo import run_demo
@@ -25,8 +24,9 @@ from rematree.finetune.run_folder import RunFolder
 from rematree.finetune.run_page import run_page
 from rematree.finetune.setup import Engine, prepare
 from rematree.measure import PeakMeter
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.plans import Plan
+from rematree.pricing.cost import Roofline
 from rematree.report.page import byte_ticks, page_data, render, slider_budgets
 from rematree.report.stored_frontier import Kind, StoredFrontier, stored_frontier
 from rematree.units import MIB, format_bytes, format_seconds
@@ -277,7 +277,7 @@ def test_a_run_that_is_going_on_has_a_page(finished: Path, tmp_path: Path) -> No
 def test_a_run_without_a_frontier_gets_one_of_its_config_alone(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rematree.planning.Measured", lambda device: COST)
+    monkeypatch.setattr("rematree.planning.planner.Measured", lambda device: COST)
     copy = tmp_path / "old"
     shutil.copytree(finished, copy)
     (copy / "frontier.json").unlink()

@@ -17,7 +17,7 @@ from torch import nn
 import rematree
 from checkpointed_models import PLAIN_BATCH, Batch, Plain, step
 from models import assert_same, batch_for, build, with_lora
-from rematree.cost import Roofline
+from rematree.pricing.cost import Roofline
 
 COST = Roofline(5e10, 1e10)
 Make = Callable[[], tuple[Any, Batch]]

@@ -7,14 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import batch_for, build, with_lora
-from rematree.clipping import clipping_seconds
-from rematree.cost import OpPrice, Roofline
-from rematree.observe import Twin
-from rematree.planning import Planner
+from rematree.observation.observe import Twin
+from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers
+from rematree.pricing.cost import OpPrice, Roofline
+from rematree.pricing.workload import Kind, work_of
+from rematree.referee.clipping import clipping_seconds
+from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
-from rematree.simulate import Referee
-from rematree.workload import Kind, work_of
 
 COST = Roofline(5e10, 1e10)
 
@@ -56,7 +56,7 @@ def test_clipping_is_priced_as_the_ops_that_really_run() -> None:
     trained = list(twin.model.parameters())
     for name in names:
         views = name in {"detach", "_to_copy"}
-        priced = clipping_seconds(trained, ByName(name), "cpu", twin.mode)
+        priced = clipping_seconds(trained, ByName(name), torch.device("cpu"), twin.mode)
         assert views or priced == real.seen.count(name), name
     assert all(p.grad is None for p in trained)
 
@@ -76,7 +76,7 @@ def test_clipping_reads_all_gradients_twice_and_writes_them_once() -> None:
                 moved.append(work.moved_bytes)
             return OpPrice(0.0, 0)
 
-    clipping_seconds(trained, Counts(), "cpu", twin.mode)
+    clipping_seconds(trained, Counts(), torch.device("cpu"), twin.mode)
     scalars = 4 * len(trained) + 4  # the norms, and the factor
     assert sum(moved) == 3 * size + scalars
 
@@ -86,7 +86,7 @@ def test_a_step_that_is_clipped_takes_that_longer_and_no_byte_more(family: str) 
     model = build(family)
     clipped, bare = referee(model, clips=True).run(Levers()), referee(model).run(Levers())
     twin = Twin(model, batch_for(model))
-    seconds = clipping_seconds(list(twin.model.parameters()), COST, "cpu", twin.mode)
+    seconds = clipping_seconds(list(twin.model.parameters()), COST, torch.device("cpu"), twin.mode)
     assert seconds > 0
     assert clipped.segments[-1].label == "optimizer"
     assert clipped.segments[-1].seconds == bare.segments[-1].seconds + seconds

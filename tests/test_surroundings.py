@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rematree.cost import Measured, Roofline, _layout
-from rematree.pace import made_up
-from rematree.surroundings import Recency, cache_bytes, measure_cold_rate, measure_overhead
+from rematree.planning.pace import made_up
+from rematree.pricing.cost import Measured, Roofline, _layout
+from rematree.pricing.surroundings import Recency, cache_bytes, measure_cold_rate, measure_overhead
 from rematree.units import KIB, MIB
 
 
@@ -80,15 +80,15 @@ def test_a_grouped_matmul_is_priced_on_groups_of_one_size(
     a: tuple[int, ...], b: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    import rematree.cost
+    import rematree.pricing.cost
 
-    balance = rematree.cost._balance_groups
+    balance = rematree.pricing.cost._balance_groups
 
     def spy(*args: torch.Tensor) -> None:
         balance(*args)
         seen.append(args[2].tolist())
 
-    monkeypatch.setattr(rematree.cost, "_balance_groups", spy)
+    monkeypatch.setattr(rematree.pricing.cost, "_balance_groups", spy)
     args = (torch.ones(a), torch.ones(b), torch.tensor([16, 32, 48, 64], dtype=torch.int32))
     out = torch.ops.aten._grouped_mm.default(*args)
     Measured(torch.device("cpu")).price(torch.ops.aten._grouped_mm.default, args, {}, [out])

@@ -11,9 +11,9 @@ from transformers import Trainer, TrainingArguments
 import rematree
 from models import build, with_lora
 from rematree import BudgetCallback
-from rematree.cost import Roofline
 from rematree.errors import OutOfMemoryError, UsageError
 from rematree.integrations.survival import StepGuard, survive_out_of_memory
+from rematree.pricing.cost import Roofline
 from test_budget_callback import pad, rows_of
 
 COST = Roofline(1e11, 1e10)

@@ -19,9 +19,9 @@ import rematree
 from checkpointed_models import Batch, step
 from models import assert_same, batch_for, build, with_lora
 from rematree import BudgetCallback, checkpointing_in_effect, prepare_model_for_kbit_training
-from rematree.cost import Roofline
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.handle import applied_handle
+from rematree.pricing.cost import Roofline
 
 COST = Roofline(1e11, 1e10)
 AMPLE = "64MiB"

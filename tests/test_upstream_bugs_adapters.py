@@ -12,9 +12,9 @@ import rematree
 from both_paths import EVERY_WAY, Ours, assert_same_or_refused, by_plan, differ
 from checkpointed_models import by_transformers, step, upstream_is_wrong
 from models import assert_same, batch_for, build, with_lora
-from rematree.cost import Roofline
 from rematree.errors import RecomputeMismatchError
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Roofline
 
 Found = dict[str, torch.Tensor]
 QUERY = "base_model.model.model.layers.1.self_attn.q_proj"

@@ -12,9 +12,9 @@ import rematree
 from both_paths import EVERY_WAY, Ours, assert_same_or_refused, by_plan
 from checkpointed_models import by_rematree, by_transformers, step
 from models import assert_same, batch_for, build, with_lora
-from rematree.cost import Roofline
 from rematree.errors import UnsupportedModelError
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Roofline
 
 Found = dict[str, torch.Tensor]
 

@@ -18,8 +18,8 @@ import rematree
 from both_paths import EVERY_WAY, NOT_REENTRANT, Ours, assert_same_or_refused, differ
 from checkpointed_models import CASES, EXPERTS, by_transformers, qwen3_moe, step, upstream_is_wrong
 from models import assert_same, with_lora
-from rematree.cost import Roofline
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Roofline
 
 Found = dict[str, torch.Tensor]
 BOTH = pytest.mark.parametrize("use_reentrant", [False, True])

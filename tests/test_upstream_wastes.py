@@ -16,9 +16,9 @@ import rematree
 from both_paths import EVERY_WAY, NOT_REENTRANT, WAYS, Ours
 from checkpointed_models import by_transformers, step, upstream_is_wrong
 from models import assert_same, batch_for, build, with_lora
-from rematree.cost import Roofline
 from rematree.measure import PeakMeter
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
+from rematree.pricing.cost import Roofline
 from rematree.verification import PEAK_SLACK
 
 LAYERS = "base_model.model.model.layers"

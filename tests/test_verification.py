@@ -14,10 +14,10 @@ from torch import nn
 
 import rematree
 from models import assert_same, batch_for, build, gradients, with_lora
-from rematree.cost import Roofline
 from rematree.errors import PlanMismatchError, UsageError, VerificationError
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.plans import Action, Decision, Plan
+from rematree.pricing.cost import Roofline
 from rematree.units import KIB, format_bytes
 
 COST = Roofline(5e10, 1e10)
@@ -288,7 +288,7 @@ def test_everything_is_as_before_when_it_fails(plan: Plan, model: nn.Module, bat
     with pytest.raises(VerificationError):
         rematree.verify(dataclasses.replace(plan, predicted_peak_bytes=1), model, batch, rounds=1)
     with pytest.raises(UsageError, match="returned no loss"):
-        rematree.verify(plan, model, batch, rounds=1, loss=lambda output: rematree.observe.loss_of({}))
+        rematree.verify(plan, model, batch, rounds=1, loss=lambda output: rematree.observation.observe.loss_of({}))
     with pytest.raises(PlanMismatchError, match="another model, batch shape or trainable set"):
         rematree.verify(plan, model, batch_for(model, rows=3), rounds=1)
     before.assert_equal(State.of(model, optimizer))

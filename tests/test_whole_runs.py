@@ -19,8 +19,8 @@ import rematree
 from killed import LENGTHS, QUICK
 from models import assert_same, batch_for, build, with_lora
 from rematree import BudgetCallback
-from rematree.cost import Roofline
 from rematree.errors import InfeasibleBudgetError, UsageError
+from rematree.pricing.cost import Roofline
 from rematree.units import KIB
 from test_budget_callback import adapters, pad, rows_of
 from test_plans_by_length import plans_for

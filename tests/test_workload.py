@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rematree.roofline import Rates, Roofline
-from rematree.workload import Kind, Work, attention_flops, grouped_matmul_flops, work_of
+from rematree.pricing.roofline import Rates, Roofline
+from rematree.pricing.workload import Kind, Work, attention_flops, grouped_matmul_flops, work_of
 
 aten = torch.ops.aten
 

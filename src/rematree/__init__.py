@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from rematree.agreement import agreed_plan
     from rematree.checkpointing import (
         activation_checkpointing_disable,
         activation_checkpointing_enable,
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
         gradient_checkpointing_enable,
         is_activation_checkpointing,
     )
-    from rematree.cost import Measured
     from rematree.errors import (
         InfeasibleBudgetError,
         OutOfMemoryError,
@@ -35,11 +33,13 @@ if TYPE_CHECKING:
     from rematree.integrations.survival import survive_out_of_memory
     from rematree.integrations.trainer import BudgetCallback
     from rematree.measure import PeakMeter
-    from rematree.planning import Planner, frontier, plan
+    from rematree.planning.agreement import agreed_plan
+    from rematree.planning.planner import Planner, frontier, plan
     from rematree.plans import Plan
     from rematree.prepare import prepare_model_for_kbit_training
-    from rematree.ranks import Ranks
-    from rematree.roofline import Roofline
+    from rematree.pricing.cost import Measured
+    from rematree.pricing.roofline import Roofline
+    from rematree.referee.ranks import Ranks
     from rematree.saved import SavedTensor, saved_tensors
     from rematree.verification import Verification, verify
 
@@ -48,16 +48,16 @@ _HOMES: Final = {
     "CheckpointingInEffect": "rematree.in_effect",
     "Handle": "rematree.execute.handle",
     "InfeasibleBudgetError": "rematree.errors",
-    "Measured": "rematree.cost",
+    "Measured": "rematree.pricing.cost",
     "PeakMeter": "rematree.measure",
     "Plan": "rematree.plans",
     "PlanMismatchError": "rematree.errors",
     "OutOfMemoryError": "rematree.errors",
-    "Planner": "rematree.planning",
-    "Ranks": "rematree.ranks",
+    "Planner": "rematree.planning.planner",
+    "Ranks": "rematree.referee.ranks",
     "RecomputeMismatchError": "rematree.errors",
     "RematreeError": "rematree.errors",
-    "Roofline": "rematree.roofline",
+    "Roofline": "rematree.pricing.roofline",
     "SavedTensor": "rematree.saved",
     "UnsupportedModelError": "rematree.errors",
     "UsageError": "rematree.errors",
@@ -65,18 +65,18 @@ _HOMES: Final = {
     "VerificationError": "rematree.errors",
     "activation_checkpointing_disable": "rematree.checkpointing",
     "activation_checkpointing_enable": "rematree.checkpointing",
-    "agreed_plan": "rematree.agreement",
+    "agreed_plan": "rematree.planning.agreement",
     "apply": "rematree.execute.handle",
     "checkpointing_in_effect": "rematree.in_effect",
     "disable_input_require_grads": "rematree.checkpointing",
     "enable_input_require_grads": "rematree.checkpointing",
-    "frontier": "rematree.planning",
+    "frontier": "rematree.planning.planner",
     "gradient_checkpointing_disable": "rematree.checkpointing",
     "gradient_checkpointing_enable": "rematree.checkpointing",
     "is_activation_checkpointing": "rematree.checkpointing",
     "keep_trainable": "rematree.execute.quantised",
     "log_memory": "rematree.integrations.metrics",
-    "plan": "rematree.planning",
+    "plan": "rematree.planning.planner",
     "prepare_model_for_kbit_training": "rematree.prepare",
     "requested_budget": "rematree.in_effect",
     "saved_tensors": "rematree.saved",

@@ -7,7 +7,7 @@ computed for the case at hand: the plain step, the same with the loss in chunks,
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.plans import Plan
 from rematree.units import format_bytes, format_seconds
 

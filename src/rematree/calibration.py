@@ -14,9 +14,9 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
-from rematree.devices import CONTEXT_BYTES, Device, Profile, cublas_workspace_bytes, default_efficiency
+from rematree.pricing.devices import CONTEXT_BYTES, Device, Profile, cublas_workspace_bytes, default_efficiency
+from rematree.pricing.workload import Kind, attention_flops
 from rematree.units import MIB
-from rematree.workload import Kind, attention_flops
 
 _SIDES: Final = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192)}
 _STREAM_BYTES: Final = {"cpu": 64 * MIB, "cuda": 512 * MIB}

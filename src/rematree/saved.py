@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rematree.cost import Free
 from rematree.execute.attention import attention_modules
 from rematree.execute.override import ForwardOverride
-from rematree.ledger import Ledger
-from rematree.observe import LossFunction, RegionStack, Twin, is_plumbing, source_line
+from rematree.memory.ledger import Ledger
+from rematree.observation.observe import LossFunction, RegionStack, Twin, is_plumbing, source_line
+from rematree.pricing.cost import Free
 from rematree.quantised import frozen_int8_linears, hidden_tensors
 from rematree.regions import ATTENTION_SUFFIX, inner_regions
 from rematree.table import fold_paths, render_table

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import CheckpointError
 from rematree.errors import UsageError, VerificationError
 from rematree.execute.handle import applied_handle, apply
 from rematree.measure import PeakMeter
-from rematree.observe import LossFunction, loss_of
-from rematree.optimizers import Optimizer, make_optimizer
+from rematree.memory.optimizers import Optimizer, make_optimizer
+from rematree.observation.observe import LossFunction, loss_of
 from rematree.plans import Plan
 from rematree.units import KIB, format_bytes
 

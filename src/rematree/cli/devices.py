@@ -4,7 +4,7 @@ import dataclasses
 
 from rematree.cli import options
 from rematree.cli.output import emit_json, emit_table
-from rematree.devices import known_devices
+from rematree.pricing.devices import known_devices
 from rematree.report.devices import device_columns
 
 

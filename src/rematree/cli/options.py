@@ -20,7 +20,7 @@ from rematree.finetune.target import Target
 from rematree.units import parse_bytes
 
 if TYPE_CHECKING:
-    from rematree.planning import Planner
+    from rematree.planning.planner import Planner
 
 DEFAULT: Final[dict[str, Any]] = {
     item.name: item.default for item in dataclasses.fields(TrainConfig) if item.default is not dataclasses.MISSING
@@ -221,7 +221,7 @@ def plan_only() -> None:
             import bitsandbytes as bitsandbytes
         import peft as peft
 
-        from rematree import planning as planning
+        from rematree.planning import planner as planner
     finally:
         if cold:  # else there may be garbage of others among it
             gc.freeze()

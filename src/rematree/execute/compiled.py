@@ -22,10 +22,10 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from rematree.cost import present_device
 from rematree.errors import UnsupportedModelError
 from rematree.execute.context import builds_graph
 from rematree.execute.override import ForwardOverride
+from rematree.pricing.cost import present_device
 from rematree.regions import block_kind
 
 WITHOUT_COMPILER: Final = ("plan with forbid=['compile'], or --forbid compile",)

@@ -190,7 +190,7 @@ class DeferredLogits(Tensor):
             (*hidden.shape[:-1], head.num_classes),
             strides=(*strides, 1),
             dtype=rows.source.dtype,
-            # autograd asks for streams, which a device that a twin only imagines does not have (rematree.absent)
+            # autograd asks for streams, which a device that a twin only imagines does not have (`absent.py`)
             device=getattr(getattr(hidden, "fake_mode", None), "engine_device", None) or head.device,
         )
         deferred.rows = rows

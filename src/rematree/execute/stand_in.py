@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
-from rematree.accounts import COMPILED
 from rematree.errors import UsageError
 from rematree.execute.context import builds_graph
+from rematree.memory.accounts import COMPILED
 from rematree.regions import block_kind
 
 

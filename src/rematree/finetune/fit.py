@@ -13,7 +13,7 @@ from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.finetune.config import TrainConfig, flag
 from rematree.finetune.synthetic import Shape, synthetic_batch_like
 from rematree.finetune.target import Target
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.plans import Plan
 from rematree.units import format_bytes
 

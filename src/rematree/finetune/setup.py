@@ -13,7 +13,7 @@ from rematree.finetune.base import add_adapters, load_base, training_device
 from rematree.finetune.callbacks import MakeMeter
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.data import DataSplit, load_data, planning_batch
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.plans import Plan
 from rematree.report.stored_frontier import StoredFrontier, stored_frontier
 

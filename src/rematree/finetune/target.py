@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from rematree.catalogue.configs import needs_no_weights
-from rematree.devices import Device, find_device
 from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
+from rematree.pricing.devices import Device, find_device
 from rematree.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from rematree.finetune.synthetic import Shape
-    from rematree.planning import Planner
+    from rematree.planning.planner import Planner
 
 # ROCm answers to the name of CUDA in torch.
 _TORCH_DEVICE: Final = {"cuda": "cuda", "rocm": "cuda", "cpu": "cpu", "mps": "mps"}
@@ -107,7 +107,7 @@ class Target:
             UsageError: the device cannot be planned for.
         """
         from rematree.finetune.base import training_device
-        from rematree.planning import Planner
+        from rematree.planning.planner import Planner
 
         options: dict[str, Any] = {
             "accumulation_steps": config.gradient_accumulation_steps,
@@ -147,6 +147,6 @@ def named_targets(names: Sequence[str]) -> list[Target]:
 
 def all_targets() -> list[Target]:
     """Every device of the table that steps can be timed for and torch computes on."""
-    from rematree.devices import known_devices
+    from rematree.pricing.devices import known_devices
 
     return [Target(device) for device in known_devices() if device.flops_per_second and device.overhead.caches]

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from rematree.errors import UsageError
-from rematree.ladder import batch_weights
+from rematree.planning.ladder import batch_weights
 
 _LENGTH_COLUMNS: Final = ("input_ids", "tokens", "labels")
 _PREFERENCE_COLUMNS: Final = ("prompt_ids", "chosen_ids", "rejected_ids")  # of TRL's DPO

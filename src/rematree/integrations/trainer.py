@@ -3,7 +3,7 @@
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[rematree.BudgetCallback("14GiB")])
 
 Before the first step the callback reads the lengths of the data, plans for the longest batch and for a few shorter ones
-(`rematree.ladder`), and applies the plans; each batch runs under the one it fits. When training ends it takes them off.
+(`planning.ladder`), and applies the plans; each batch runs under the one it fits. When training ends it takes them off.
 Checkpointing that the arguments or the model ask for is switched off meanwhile: the plan takes its place. What was in
 force before is in force again afterwards.
 """
@@ -18,9 +18,7 @@ from typing import Any, Final
 import torch
 from transformers import TrainerCallback
 
-from rematree.agreement import agreed_plan
 from rematree.checkpointing import take_budget_from_transformers
-from rematree.cost import Cost
 from rematree.errors import UsageError
 from rematree.execute.handle import Handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
@@ -28,11 +26,13 @@ from rematree.execute.own_compile import refuse_compiled
 from rematree.in_effect import BUDGET_KEY, requested_budget
 from rematree.integrations.batches import read_batches
 from rematree.integrations.trl import as_called, fused_head_call
-from rematree.ladder import Ladder, build_ladder, table
-from rematree.planning import Planner
+from rematree.planning.agreement import agreed_plan
+from rematree.planning.ladder import Ladder, build_ladder, table
+from rematree.planning.planner import Planner
 from rematree.plans import Plan
-from rematree.ranks import launched_ranks
-from rematree.simulate import Optimizer
+from rematree.pricing.cost import Cost
+from rematree.referee.ranks import launched_ranks
+from rematree.referee.simulate import Optimizer
 from rematree.units import format_bytes, format_seconds, parse_bytes
 
 _ADAM_LIKE: Final = ("adam", "lamb", "lion")

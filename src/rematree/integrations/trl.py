@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from rematree.execute.override import ForwardOverride
-from rematree.observe import LossFunction
+from rematree.observation.observe import LossFunction
 from rematree.regions import unwrap
 
 _SWITCH: Final = "fused_lm_head"

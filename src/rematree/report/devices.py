@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rematree.devices import Device, Profile
+from rematree.pricing.devices import Device, Profile
 from rematree.report.tables import Columns
 from rematree.units import format_bytes, format_seconds
 

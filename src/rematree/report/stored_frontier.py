@@ -16,8 +16,8 @@ from rematree.plans import Action, BlockRow, Plan
 from rematree.typed_json import read_typed
 
 if TYPE_CHECKING:
-    from rematree.planning import Planner
-    from rematree.simulate import Simulation
+    from rematree.planning.planner import Planner
+    from rematree.referee.simulate import Simulation
 
 FRONTIER_FORMAT: Final = 1
 POINTS: Final = 8  # each costs a solved chain and a simulated step before training begins

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.report.tables import FrontierPoint, PlainStep
 
 

@@ -118,7 +118,7 @@ def in_runs(problem: ChainProblem, choice: ChainChoice, limit: int) -> ChainChoi
     """`choice` with the options of blocks that are alike in order of what they keep, if that stays within `limit`.
 
     The seconds are the same, and the earlier blocks keep less, of which all later ones have the use. What it is for:
-    blocks of equal options side by side, which a simulated step folds (`rematree.folding`) and a reader sees as one.
+    blocks of equal options side by side, which a simulated step folds (`folding.py`) and a reader sees as one.
     """
     if choice.groups:
         return choice

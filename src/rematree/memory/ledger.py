@@ -14,12 +14,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rematree.accounts import DEQUANTISED, MASKS, RECOMPUTED, ROUNDING, SAVED, WORKSPACE
-from rematree.allocator import CachingAllocator, rounded
-from rematree.devices import overhead_of
-from rematree.price import Cost, Free, OpPrice, tensors_in
-from rematree.recipes import Recipes, draws_numbers, mutated
-from rematree.roofline import Roofline
+from rematree.memory.accounts import DEQUANTISED, MASKS, RECOMPUTED, ROUNDING, SAVED, WORKSPACE
+from rematree.memory.allocator import CachingAllocator, rounded
+from rematree.memory.recipes import Recipes, draws_numbers, mutated
+from rematree.pricing.devices import overhead_of
+from rematree.pricing.price import Cost, Free, OpPrice, tensors_in
+from rematree.pricing.roofline import Roofline
 from rematree.trace import OpRecord, Segment
 
 # Ops that look at a tensor's shape, never at its values.

@@ -12,32 +12,32 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from rematree.absent import is_absent
-from rematree.accounts import CONTEXT, HOST, LIBRARY, SLACK, how_workspaces_are_known, ledger_lines
-from rematree.attention_kernels import Capability
-from rematree.compile_profile import Profiler
-from rematree.cost import Cost, Measured
-from rematree.devices import overhead_of
 from rematree.engines import any_sharded, without_engine
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.input_grads import as_leaves
 from rematree.execute.own_compile import refuse_compiled
 from rematree.fingerprint import describe_batch, describe_model, versions
-from rematree.folding import block_kinds
-from rematree.notes import notes_on
-from rematree.observe import LossFunction, Twin
-from rematree.options import describe_groups, describe_option
-from rematree.pace import is_live, is_measured, measure_pace
+from rematree.memory.accounts import CONTEXT, HOST, LIBRARY, SLACK, how_workspaces_are_known, ledger_lines
+from rematree.observation.absent import is_absent
+from rematree.observation.attention_kernels import Capability
+from rematree.observation.observe import LossFunction, Twin
+from rematree.observation.running import running_chain
+from rematree.planning.compile_profile import Profiler
+from rematree.planning.notes import notes_on
+from rematree.planning.options import describe_groups, describe_option
+from rematree.planning.pace import is_live, is_measured, measure_pace
+from rematree.planning.scaling import bytes_before, scaled
+from rematree.planning.search import Confirmed, Search
+from rematree.planning.survey import Survey, survey, tokens_of
 from rematree.plans import Action, BlockRow, Decision, LedgerLine, Levers, Plan
-from rematree.ranks import Ranks, ranks_of
+from rematree.pricing.cost import Cost, Measured
+from rematree.pricing.devices import overhead_of
+from rematree.referee.folding import block_kinds
+from rematree.referee.ranks import Ranks, ranks_of
+from rematree.referee.simulate import Optimizer, Referee, Simulation
 from rematree.regions import find_chain
-from rematree.running import running_chain
-from rematree.scaling import bytes_before, scaled
-from rematree.search import Confirmed, Search
-from rematree.simulate import Optimizer, Referee, Simulation
 from rematree.solve.chain import position_peak
 from rematree.solve.groups import by_block
-from rematree.survey import Survey, survey, tokens_of
 from rematree.units import KIB, MIB, format_bytes, parse_bytes
 
 LEVERS: Final = frozenset({"chunked_loss", "lean_adapters", "compile", "groups"})
@@ -149,7 +149,7 @@ class Planner:
     def for_batch(self, batch: Mapping[str, Any]) -> "Planner":
         """A planner for `batch`, the same tensors in other shapes, from this one's survey, in milliseconds.
 
-        The solver chooses by numbers scaled with the tokens (`rematree.scaling`); the referee confirms every plan at
+        The solver chooses by numbers scaled with the tokens (`scaling.py`); the referee confirms every plan at
         its own shape, whose bytes and seconds it is given.
 
         Raises:
@@ -318,7 +318,7 @@ def plan(
 ) -> Plan:
     """The fastest training step of `model` on batches like `batch` whose peak stays within `budget`.
 
-    Same arguments and errors as `Planner`; `budget` is bytes or a text with a unit ("14GiB"). The model is not run.
+    Same arguments and errors as `Planner`; `budget` is bytes or a text with a unit ("14GiB").
 
     Raises:
         InfeasibleBudgetError: nothing fits; carries `min_peak`.

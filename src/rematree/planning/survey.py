@@ -13,18 +13,18 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from rematree.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.execute.adapters import lean_layers
 from rematree.execute.loss import find_head
-from rematree.folding import shortened
-from rematree.head_pace import HeadClock
-from rematree.options import levers_of, merged, observe_block
+from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
+from rematree.planning.head_pace import HeadClock
+from rematree.planning.options import levers_of, merged, observe_block
+from rematree.planning.stages import length_for, measure_advances, measure_options
 from rematree.plans import Levers
+from rematree.referee.folding import shortened
+from rematree.referee.simulate import Referee, Simulation
 from rematree.regions import Chain
-from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainChoice, ChainProblem, HeadOption
-from rematree.stages import length_for, measure_advances, measure_options
 
 _OPTIONS_PER_KIND: Final = 16
 _MANY: Final = 12  # blocks of one kind, over which options are mixed so finely that the lower convex hull is enough

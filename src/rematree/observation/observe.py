@@ -22,9 +22,6 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
 
-from rematree.absent import DeviceView, is_absent
-from rematree.attention_kernels import DEFAULT_CAPABILITY, Capability
-from rematree.cost import present_device
 from rematree.engines import copy_without_engine, is_shard, whole_on_meta
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.attention import AttentionRegions, declare_unpacked, forget_attention
@@ -32,8 +29,11 @@ from rematree.execute.dropout import draw, mask_can_be_kept, scale
 from rematree.execute.handle import forget_handle
 from rematree.execute.override import ForwardOverride, remove_overrides
 from rematree.execute.quantised import keep_trainable
+from rematree.memory.recipes import META, Recipes
+from rematree.observation.absent import DeviceView, is_absent
+from rematree.observation.attention_kernels import DEFAULT_CAPABILITY, Capability
+from rematree.pricing.cost import present_device
 from rematree.quantised import attributes_of, hidden_tensors
-from rematree.recipes import META, Recipes
 
 LossFunction = Callable[[Any], torch.Tensor]
 

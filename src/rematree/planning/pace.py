@@ -18,11 +18,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rematree.cost import Cost, Measured, unexpanded
 from rematree.execute.attention import forget_attention
 from rematree.execute.override import ForwardOverride, remove_overrides
-from rematree.observe import Twin
-from rematree.simulate import Referee, Simulation
+from rematree.observation.observe import Twin
+from rematree.pricing.cost import Cost, Measured, unexpanded
+from rematree.referee.simulate import Referee, Simulation
 from rematree.units import MIB
 
 LARGEST: Final = 1024 * MIB  # saved by the block; a larger one is not run for its time

@@ -8,7 +8,7 @@ import torch
 
 from rematree.errors import UnsupportedModelError
 from rematree.execute.override import ForwardOverride
-from rematree.observe import Twin
+from rematree.observation.observe import Twin
 from rematree.regions import Chain
 from rematree.table import fold_paths
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from rematree.price import num_bytes, tensors_in
+from rematree.pricing.price import num_bytes, tensors_in
 
 _BITSANDBYTES: Final = "bitsandbytes"
 # Narrower than one tile of a matmul kernel in some dimension: most of the tile is idle.

@@ -23,8 +23,8 @@ from rematree.execute.attention import forget_attention
 from rematree.execute.handle import forget_handle
 from rematree.execute.loss import attach_chunked_loss
 from rematree.execute.override import ForwardOverride, remove_overrides
-from rematree.observe import Twin, loss_of
-from rematree.pace import CANNOT_RUN, LARGEST, MOST_CACHED, made_up
+from rematree.observation.observe import Twin, loss_of
+from rematree.planning.pace import CANNOT_RUN, LARGEST, MOST_CACHED, made_up
 from rematree.quantised import hidden_tensors
 
 _FEWEST_RUNS: Final = 2

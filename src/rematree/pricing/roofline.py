@@ -6,8 +6,8 @@ from typing import Any, Final, Self
 
 import torch
 
-from rematree.price import OpPrice, Overhead, num_bytes, price_key
-from rematree.workload import Kind, Work, work_of
+from rematree.pricing.price import OpPrice, Overhead, num_bytes, price_key
+from rematree.pricing.workload import Kind, Work, work_of
 
 _OVERHEAD_SECONDS: Final = 5e-6
 _NAMES: Final = {
@@ -72,7 +72,7 @@ class Roofline:
         rates: What ops are priced with.
         overhead: What the device takes beside tensors; None if it is the device of the tensors that says.
     See Also:
-        `Roofline.of`: with peaks by dtype and efficiencies by kind; `rematree.devices.Device.roofline`.
+        `Roofline.of`: with peaks by dtype and efficiencies by kind; `rematree.pricing.devices.Device.roofline`.
     """
 
     def __init__(self, flops_per_second: float, bytes_per_second: float, efficiency: float = 0.6) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rematree.cost import Cost
 from rematree.execute.adapters import DrawBits, dropouts_of, is_part, lean_forward
 from rematree.execute.attention import attention_modules
 from rematree.execute.dropout import draw_bits, packed_bytes
 from rematree.execute.override import ForwardOverride
-from rematree.ledger import Ledger, OpRecord
-from rematree.observe import RegionStack, Twin
+from rematree.memory.ledger import Ledger, OpRecord
+from rematree.observation.observe import RegionStack, Twin
 from rematree.plans import Action, Decision, Levers
+from rematree.pricing.cost import Cost
 from rematree.quantised import hidden_tensors
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, inner_regions, join_path
 from rematree.solve.block import BlockOption

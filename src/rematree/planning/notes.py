@@ -2,10 +2,10 @@
 
 from torch import nn
 
+from rematree.planning.survey import Survey
 from rematree.plans import Levers
 from rematree.quantised import frozen_int8_linears
-from rematree.ranks import Ranks
-from rematree.survey import Survey
+from rematree.referee.ranks import Ranks
 
 
 def notes_on(known: Survey, levers: Levers, model: nn.Module, ranks: Ranks | None) -> tuple[str, ...]:

@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rematree.ledger import BEFORE_THE_BLOCKS
-from rematree.simulate import Simulation
+from rematree.memory.ledger import BEFORE_THE_BLOCKS
+from rematree.planning.survey import Survey
+from rematree.referee.simulate import Simulation
 from rematree.solve.chain import Advance, ChainProblem, HeadOption, StageOption
-from rematree.survey import Survey
 
 
 def bytes_before(plain: Simulation) -> int:

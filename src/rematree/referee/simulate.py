@@ -13,14 +13,18 @@ from typing import Final
 import torch
 from torch.utils._pytree import tree_leaves
 
-from rematree.accounts import BATCH, GRADIENTS, SAVED, STATE, STEP, weights
-from rematree.clipping import clipping_seconds
-from rematree.cost import Cost
-from rematree.devices import overhead_of
 from rematree.execute.handle import Handle
 from rematree.execute.override import ForwardOverride
 from rematree.execute.stand_in import Profiles, StandIns
-from rematree.folding import (
+from rematree.memory.accounts import BATCH, GRADIENTS, SAVED, STATE, STEP, weights
+from rematree.memory.ledger import BEFORE_THE_BLOCKS, Ledger, Segment
+from rematree.memory.optimizers import Optimizer, optimizer_with_state
+from rematree.observation.observe import Twin
+from rematree.plans import Fingerprint, Levers, Plan
+from rematree.pricing.cost import Cost
+from rematree.pricing.devices import overhead_of
+from rematree.referee.clipping import clipping_seconds
+from rematree.referee.folding import (
     FarReadError,
     Fold,
     Neighbours,
@@ -33,12 +37,8 @@ from rematree.folding import (
     unfold,
     whole,
 )
-from rematree.ledger import BEFORE_THE_BLOCKS, Ledger, Segment
-from rematree.marks import HEAD, BlockMarks
-from rematree.observe import Twin
-from rematree.optimizers import Optimizer, optimizer_with_state
-from rematree.plans import Fingerprint, Levers, Plan
-from rematree.ranks import Layout, Ranks
+from rematree.referee.marks import HEAD, BlockMarks
+from rematree.referee.ranks import Layout, Ranks
 
 _BETWEEN: Final = "between backward and optimizer"
 _NOBODY: Final = Fingerprint("", "", "", "", (), "", "")  # the executor checks it only against live models
@@ -110,7 +110,7 @@ class Referee:
     """Runs decisions on a twin.
 
     Blocks whose part in the step is known from others are left out of the run and put back into its result
-    (`rematree.folding`); the result is that of the whole step.
+    (`rematree.referee.folding`); the result is that of the whole step.
 
     Args:
         twin: Model and batch under fake tensors.
@@ -122,11 +122,11 @@ class Referee:
         folds: Whether blocks may be left out.
         ranks: Over which ranks the step is distributed; the result is that of one of them.
         profiles: What compiled blocks keep and take; without one a block cannot be simulated as compiled.
-        pace: What the prices of the ops of a block are multiplied by, by kind (`rematree.pace`); default 1.
+        pace: What the prices of the ops of a block are multiplied by, by kind (`rematree.planning.pace`); default 1.
         clips: Gradients are clipped before the optimizer's step.
     Attributes:
         clips, kinds, pace, profiles, ranks: As above.
-        head_pace: The same for the head (`rematree.head_pace`), by rows of a chunk of the loss.
+        head_pace: The same for the head (`rematree.planning.head_pace`), by rows of a chunk of the loss.
         layout: What the ranks do to the bytes of this model.
     """
 
@@ -160,7 +160,7 @@ class Referee:
         self.clips = clips
         self._clipping_seconds = 0.0
         if clips and self._stepper is not None:
-            self._clipping_seconds = clipping_seconds(self.trainable, cost, twin.device.type, twin.mode)
+            self._clipping_seconds = clipping_seconds(self.trainable, cost, twin.device, twin.mode)
         self._container = list_of(twin.model, blocks) if folds else None
         self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
         self.pace = dict(pace or {})

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from rematree.attention_kernels import Capability, choose_kernel, run_kernel
-from rematree.recipes import META
+from rematree.memory.recipes import META
+from rematree.observation.attention_kernels import Capability, choose_kernel, run_kernel
 
 _F: Final = torch.nn.functional
 _ATTENTION: Final = _F.scaled_dot_product_attention

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from rematree.plans import ALLOCATOR_SLACK, CUDA_CONTEXT, LedgerLine
-from rematree.price import Cost
+from rematree.pricing.price import Cost
+from rematree.pricing.roofline import Roofline
 from rematree.quantised import four_bit_linears, frozen_int8_linears, hidden_tensors
-from rematree.roofline import Roofline
 
 SAVED: Final = "saved tensors"
 MASKS: Final = "attention masks"

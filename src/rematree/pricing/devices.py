@@ -20,8 +20,8 @@ from rematree.typed_json import read_typed
 from rematree.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
-    from rematree.price import Cost, Overhead
-    from rematree.roofline import Roofline
+    from rematree.pricing.price import Cost, Overhead
+    from rematree.pricing.roofline import Roofline
 
 PROFILE_FORMAT: Final = 1
 _TABLE: Final = "data/devices.toml"
@@ -59,7 +59,7 @@ class Device:
         bytes_per_second: Memory bandwidth.
         flops_per_second: Dense peak by dtype: "bf16", "fp16", "tf32", "fp32", "int8". Empty when none is published.
         host_bytes_per_second: To or from the host, one direction; None when memory is shared with it.
-        efficiency: Fraction of the peak reached, by `rematree.workload.Kind`.
+        efficiency: Fraction of the peak reached, by `rematree.pricing.workload.Kind`.
         launch_seconds: Least time between two ops.
         context_bytes: Of the CUDA context with its loaded kernels.
         workspace_bytes: cuBLAS workspace of one thread.
@@ -89,7 +89,7 @@ class Device:
     @property
     def overhead(self) -> "Overhead":
         """What it takes beside the tensors of a step; nothing on a CPU."""
-        from rematree.price import Overhead
+        from rematree.pricing.price import Overhead
 
         caches = self.backend in {"cuda", "rocm"}
         return Overhead(caches, self.context_bytes, _MATMUL_THREADS * self.workspace_bytes)
@@ -102,8 +102,8 @@ class Device:
         Raises:
             UsageError: no rate of the device is published.
         """
-        from rematree.roofline import Rates, Roofline
-        from rematree.workload import Kind
+        from rematree.pricing.roofline import Rates, Roofline
+        from rematree.pricing.workload import Kind
 
         if not self.flops_per_second:
             raise UsageError(
@@ -287,7 +287,7 @@ def cublas_workspace_bytes(major: int) -> int:
 
 def overhead_of(cost: "Cost", device_type: str) -> "Overhead":
     """What a step takes beside its tensors: on the device that `cost` stands for, or on the one that is here."""
-    from rematree.price import Overhead
+    from rematree.pricing.price import Overhead
 
     stated: Overhead | None = getattr(cost, "overhead", None)
     if stated is not None or device_type != "cuda":

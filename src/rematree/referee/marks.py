@@ -7,8 +7,8 @@ from typing import Any, Final
 import torch
 from torch.utils._pytree import tree_leaves
 
-from rematree.accounts import BACKWARD, LOGITS
-from rematree.ledger import Ledger
+from rematree.memory.accounts import BACKWARD, LOGITS
+from rematree.memory.ledger import Ledger
 
 HEAD: Final = "head"  # the mark of everything between the last block's forward and its backward
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rematree.errors import InfeasibleBudgetError
-from rematree.planning import Planner
+from rematree.planning.planner import Planner
 from rematree.plans import Plan
 from rematree.table import render_table
 from rematree.units import format_bytes, format_seconds

@@ -33,10 +33,10 @@ from typing import Final, Literal, get_args
 import torch
 from torch import nn
 
-from rematree.accounts import BUCKETS, GATHERED, GATHERING, GRADIENTS, REDUCING, STATE, STEP, weights
 from rematree.engines import any_sharded, refuse_deepspeed
 from rematree.errors import UsageError
-from rematree.ledger import Segment
+from rematree.memory.accounts import BUCKETS, GATHERED, GATHERING, GRADIENTS, REDUCING, STATE, STEP, weights
+from rematree.memory.ledger import Segment
 
 Engine = Literal["ddp", "fsdp2"]
 ENGINES: Final[tuple[str, ...]] = get_args(Engine)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from rematree.price import tensors_in
+from rematree.pricing.price import tensors_in
 
 META: Final = torch.device("meta")
 _PLAIN: Final = frozenset(

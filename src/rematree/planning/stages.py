@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rematree.options import levers_of
+from rematree.planning.options import levers_of
+from rematree.referee.simulate import Referee, Simulation
 from rematree.regions import join_path
-from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption
 from rematree.solve.chain import Advance, StageOption
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from rematree.errors import UnsupportedModelError
+from rematree.planning.survey import Survey
 from rematree.plans import Levers
-from rematree.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee, Simulation
 from rematree.solve.bound import lower_bound
 from rematree.solve.chain import ChainChoice, in_runs, least_peak, solve_chain
 from rematree.solve.groups import Group, choice_peak
 from rematree.solve.nested import least_grouped_peak, quantum_for, solve_groups
-from rematree.survey import Survey
 from rematree.units import KIB
 
 _RESOLUTION: Final = 4096  # quanta of the chain solver between the first block's start and the plain peak

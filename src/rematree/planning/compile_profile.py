@@ -25,9 +25,9 @@ from rematree.errors import UnsupportedModelError
 from rematree.execute.compiled import call_compiled, compiled_forward, why_no_compiler, why_not_compiled
 from rematree.execute.stand_in import CompiledProfile
 from rematree.measure import allocation_changes, storage_bytes
-from rematree.pace import MOST_CACHED, calls_of, copy_of, is_live, made_up, timed
+from rematree.planning.pace import MOST_CACHED, calls_of, copy_of, is_live, made_up, timed
+from rematree.referee.simulate import Referee, Simulation
 from rematree.regions import block_kind
-from rematree.simulate import Referee, Simulation
 from rematree.solve.block import BlockOption
 from rematree.units import format_seconds
 

@@ -15,10 +15,10 @@ from torch.autograd.profiler import ProfilerConfig, ProfilerState
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from rematree.pages import Pages, measure_pages, page_faults
-from rematree.price import Cost, Free, OpPrice, num_bytes, price_key, tensors_in
-from rematree.roofline import Roofline
-from rematree.surroundings import Recency, measure_cold_rate, measure_overhead
+from rematree.pricing.pages import Pages, measure_pages, page_faults
+from rematree.pricing.price import Cost, Free, OpPrice, num_bytes, price_key, tensors_in
+from rematree.pricing.roofline import Roofline
+from rematree.pricing.surroundings import Recency, measure_cold_rate, measure_overhead
 from rematree.units import MIB
 
 __all__ = ["Cost", "Free", "Measured", "OpPrice", "Roofline", "present_device", "tensors_in"]
@@ -44,7 +44,7 @@ class Measured:
 
     Alone, an op finds its operands in the caches and nothing around it. On a CPU three things are added that it has in
     a step: reading from memory what was last touched long ago, the fresh pages of what it allocates
-    (`rematree.pages`), and the calls from Python and autograd that lead to it. Their rates are measured once.
+    (`rematree.pricing.pages`), and the calls from Python and autograd that lead to it. Their rates are measured once.
 
     Args:
         device: Where the step will run.

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from rematree.ledger import Ledger, OpRecord, Segment
+from rematree.memory.ledger import Ledger, OpRecord, Segment
 from rematree.plans import Levers
 from rematree.regions import POSITIONAL_ATTRIBUTES, block_kind
 

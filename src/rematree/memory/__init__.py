@@ -1,0 +1,1 @@
+"""What lives on the device: a ledger of every allocation, and the rules of the allocator."""
