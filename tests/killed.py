@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from models import build, with_lora
 from rematree import BudgetCallback
@@ -21,8 +21,8 @@ from rematree.cli.main import main
 from rematree.finetune.callbacks import CheckpointMark, StepMeter
 from rematree.finetune.run_folder import RunFolder
 from rematree.pricing.cost import Roofline
-from test_budget_callback import pad, rows_of
 from test_finetune_tiny import FixedMeter
+from trainers import pad, quiet_arguments, rows_of
 
 QUICK = ("chunked_loss", "lean_adapters", "groups")  # not used, so that planning takes seconds
 LENGTHS = (12, 40, 9, 33, 21, 40, 17, 8, 30, 25, 11, 38, 16, 24, 32, 40)
@@ -45,19 +45,7 @@ def trainer(inputs: Path, folder: Path, steps: int) -> None:
     run_folder = RunFolder(folder)
     checkpoint, _ = run_folder.recover()
     folder.mkdir(exist_ok=True)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        max_steps=steps,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_steps=2,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=5,
-    )
+    arguments = quiet_arguments(folder, max_steps=steps, save_steps=2, save_strategy="steps")
     meter = StepMeter(run_folder, FixedMeter)
     budget = BudgetCallback("1300KiB", cost=Roofline(1e11, 1e10), forbid=QUICK, say=lambda text: None)
     made = Trainer(

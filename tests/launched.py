@@ -8,32 +8,21 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from killed import LENGTHS, QUICK
 from models import build, with_lora
 from rematree import BudgetCallback
 from rematree.pricing.cost import Roofline
-from test_budget_callback import pad, rows_of
+from trainers import pad, quiet_arguments, rows_of
 
 
 def main(result: Path, rows: int, budget: str) -> None:
     """Without dropout: ranks draw other masks than one process that has all rows."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=rows,
-            max_steps=4,
-            learning_rate=1e-2,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            ddp_find_unused_parameters=False,
-            seed=5,
+        arguments = quiet_arguments(
+            folder, per_device_train_batch_size=rows, max_steps=4, ddp_find_unused_parameters=False
         )
         callback = BudgetCallback(budget, cost=Roofline(1e11, 1e10), forbid=QUICK, say=lambda text: None)
         trainer = Trainer(

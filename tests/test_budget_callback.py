@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from models import build, with_lora
 from rematree import BudgetCallback, is_activation_checkpointing, prepare_model_for_kbit_training
@@ -18,24 +17,9 @@ from rematree.measure import PeakMeter
 from rematree.planning.planner import Planner
 from rematree.pricing.cost import Roofline
 from rematree.units import parse_bytes
+from trainers import adapters, pad, quiet_arguments, rows_of
 
 COST = Roofline(1e11, 1e10)
-
-
-def rows_of(*lengths: int) -> Dataset:
-    generator = torch.Generator().manual_seed(3)
-    ids = [torch.randint(3, 151, (length,), generator=generator).tolist() for length in lengths]
-    return Dataset.from_dict({"input_ids": ids, "labels": ids})
-
-
-def pad(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    longest = max(len(e["input_ids"]) for e in examples)
-
-    def filled(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([list(e[name]) + [value] * (longest - len(e[name])) for e in examples])
-
-    ids = filled("input_ids", 0)
-    return {"input_ids": ids, "labels": filled("labels", -100), "attention_mask": (ids != 0).long()}
 
 
 LENGTHS = (12, 40, 9, 33, 21, 40, 17, 8, 30, 25, 11, 38)
@@ -66,20 +50,7 @@ def train(
     folder: Path, *callbacks: TrainerCallback, model: Any = None, lengths: tuple[int, ...] = LENGTHS, **settings: Any
 ) -> tuple[Any, list[float]]:
     model = model if model is not None else with_lora(build("llama"))
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        max_steps=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=5,
-        **settings,
-    )
+    arguments = quiet_arguments(folder, max_steps=4, **settings)
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows_of(*lengths), data_collator=pad, callbacks=list(callbacks)
     )
@@ -101,10 +72,6 @@ def limits() -> tuple[int, int]:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[float]]:
     model, losses = train(tmp_path_factory.mktemp("plain"))
     return adapters(model), losses
-
-
-def adapters(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def same_run(first: tuple[dict[str, torch.Tensor], list[float]], model: Any, losses: list[float]) -> None:

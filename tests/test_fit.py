@@ -81,7 +81,10 @@ def test_the_answer_fits_and_the_next_value_does_not(
 @pytest.mark.parametrize(
     ("find", "words", "option"),
     [
-        ("batch-size", ["--lora-r", "4", "--max-length", "32", "--budget", "560MiB"], "--batch-size"),
+        pytest.param(
+            *("batch-size", ["--lora-r", "4", "--max-length", "32", "--budget", "560MiB"], "--batch-size"),
+            marks=pytest.mark.slow,  # the same search, half a minute
+        ),
         ("max-length", ["--lora-r", "4", "--batch-size", "128", "--budget", "600MiB"], "--max-length"),
     ],
 )

@@ -18,7 +18,7 @@ from rematree.measure import PeakMeter
 from rematree.planning.ladder import batch_weights, build_ladder, differ, rung_lengths, table
 from rematree.planning.planner import Planner
 from rematree.pricing.cost import Roofline
-from test_budget_callback import pad, rows_of
+from trainers import pad, rows_of
 
 COST = Roofline(1e11, 1e10)
 SLACK = 256 << 10  # that every prediction holds

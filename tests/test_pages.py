@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from rematree import cost, pages
+from rematree.pricing import cost, pages
 from rematree.pricing.cost import Measured, Roofline
 from rematree.pricing.pages import Pages, measure_pages, page_faults
 from rematree.units import KIB, MIB

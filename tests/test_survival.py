@@ -14,7 +14,7 @@ from rematree import BudgetCallback
 from rematree.errors import OutOfMemoryError, UsageError
 from rematree.integrations.survival import StepGuard, survive_out_of_memory
 from rematree.pricing.cost import Roofline
-from test_budget_callback import pad, rows_of
+from trainers import pad, quiet_arguments, rows_of
 
 COST = Roofline(1e11, 1e10)
 QUICK = ("chunked_loss", "lean_adapters", "groups")  # so that planning takes seconds
@@ -56,19 +56,7 @@ def run(
     settings.setdefault("max_steps", 8)
     said: list[str] = []
     callback = BudgetCallback("64MiB", cost=COST, forbid=QUICK, say=said.append)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=8,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=5,
-        **settings,
-    )
+    arguments = quiet_arguments(folder, per_device_train_batch_size=8, **settings)
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows_of(*LENGTHS), data_collator=pad, callbacks=[callback]
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import rematree
 from checkpointed_models import Batch, step
@@ -22,6 +22,7 @@ from rematree import BudgetCallback, checkpointing_in_effect, prepare_model_for_
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.handle import applied_handle
 from rematree.pricing.cost import Roofline
+from trainers import quiet_arguments
 
 COST = Roofline(1e11, 1e10)
 AMPLE = "64MiB"
@@ -50,21 +51,7 @@ class At(TrainerCallback):
 
 def trainer_for(folder: Path, model: Any, *callbacks: TrainerCallback, steps: int = 2, **settings: Any) -> Trainer:
     rows = Dataset.from_list([{name: t[0].tolist() for name, t in batch_for(model, tokens=12).items()}] * 8)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        max_steps=steps,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=5,
-        **settings,
-    )
+    arguments = quiet_arguments(folder, per_device_eval_batch_size=2, max_steps=steps, **settings)
     return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, callbacks=list(callbacks))  # pyright: ignore[reportArgumentType]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import rematree
 from killed import LENGTHS, QUICK
@@ -22,8 +22,8 @@ from rematree import BudgetCallback
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.pricing.cost import Roofline
 from rematree.units import KIB
-from test_budget_callback import adapters, pad, rows_of
 from test_plans_by_length import plans_for
+from trainers import adapters, pad, quiet_arguments, rows_of
 
 Found = dict[str, torch.Tensor]
 STEPS = (40, 12, 24, 33, 9, 40)  # tokens of each step's batch
@@ -271,21 +271,8 @@ class Asks(TrainerCallback):
 def train(folder: Path, *callbacks: TrainerCallback, resume: bool = False, **settings: Any) -> Found:
     """Losses, weights and answers of six steps with accumulation and clipping, evaluated every second one."""
     defaults: dict[str, Any] = {"max_steps": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=3,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=5,
-        **{**defaults, **settings},
+    arguments = quiet_arguments(
+        folder, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=3, **{**defaults, **settings}
     )
     asks = Asks()
     trainer = Trainer(
