@@ -22,9 +22,8 @@ from rematree.finetune.callbacks import CheckpointMark, StepMeter
 from rematree.finetune.run_folder import RunFolder
 from rematree.pricing.cost import Roofline
 from test_finetune_tiny import FixedMeter
-from trainers import pad, quiet_arguments, rows_of
+from trainers import QUICK, pad, quiet_arguments, rows_of
 
-QUICK = ("chunked_loss", "lean_adapters", "groups")  # not used, so that planning takes seconds
 LENGTHS = (12, 40, 9, 33, 21, 40, 17, 8, 30, 25, 11, 38, 16, 24, 32, 40)
 _PATIENCE = 600.0
 

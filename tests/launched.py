@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
-from killed import LENGTHS, QUICK
+from killed import LENGTHS
 from models import build, with_lora
 from rematree import BudgetCallback
 from rematree.pricing.cost import Roofline
-from trainers import pad, quiet_arguments, rows_of
+from trainers import QUICK, pad, quiet_arguments, rows_of
 
 
 def main(result: Path, rows: int, budget: str) -> None:

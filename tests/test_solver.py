@@ -133,7 +133,7 @@ def test_a_packed_output_counts_packed() -> None:
     assert evaluate(packed, ("a",)).kept_bytes == 104
 
 
-def test_frontier_is_orderedand_ends_with_saving_everything() -> None:
+def test_frontier_is_sorted_and_ends_with_saving_everything() -> None:
     options = enumerate_options(block(), 12)
     assert options[0].kept_bytes == 0
     assert options[-1].saves_all

@@ -14,10 +14,9 @@ from rematree import BudgetCallback
 from rematree.errors import OutOfMemoryError, UsageError
 from rematree.integrations.survival import StepGuard, survive_out_of_memory
 from rematree.pricing.cost import Roofline
-from trainers import pad, quiet_arguments, rows_of
+from trainers import QUICK, pad, quiet_arguments, rows_of
 
 COST = Roofline(1e11, 1e10)
-QUICK = ("chunked_loss", "lean_adapters", "groups")  # so that planning takes seconds
 LENGTHS = (12, 40, 9, 33, 21, 40, 17, 8, 30, 25, 11, 38, 16, 24, 32, 40)
 SAID = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 

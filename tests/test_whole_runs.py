@@ -16,14 +16,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import rematree
-from killed import LENGTHS, QUICK
+from killed import LENGTHS
 from models import assert_same, batch_for, build, with_lora
 from rematree import BudgetCallback
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.pricing.cost import Roofline
 from rematree.units import KIB
 from test_plans_by_length import plans_for
-from trainers import adapters, pad, quiet_arguments, rows_of
+from trainers import QUICK, adapters, pad, quiet_arguments, rows_of
 
 Found = dict[str, torch.Tensor]
 STEPS = (40, 12, 24, 33, 9, 40)  # tokens of each step's batch

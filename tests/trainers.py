@@ -7,6 +7,8 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
+QUICK = ("chunked_loss", "lean_adapters", "groups")  # levers not to use, so that planning takes seconds
+
 
 def quiet_arguments(folder: Path | str, **settings: Any) -> TrainingArguments:
     """On the CPU, every loss logged, nothing reported, nothing saved; `settings` come before these."""

@@ -9,7 +9,6 @@ of the last block to the gradient of that output.
 import copy
 import functools
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -19,12 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rematree.engines import copy_without_engine
-from rematree.execute.attention import forget_attention
 from rematree.execute.handle import forget_handle
 from rematree.execute.loss import attach_chunked_loss
-from rematree.execute.override import ForwardOverride, remove_overrides
+from rematree.execute.override import ForwardOverride
 from rematree.observation.observe import Twin, loss_of
-from rematree.planning.pace import CANNOT_RUN, LARGEST, MOST_CACHED, made_up
+from rematree.planning.pace import CANNOT_RUN, LARGEST, MOST_CACHED, cleared, made_up, now
 from rematree.quantised import hidden_tensors
 
 _FEWEST_RUNS: Final = 2
@@ -93,12 +91,12 @@ class HeadClock:
             wanted = [t for t in tree_leaves(self._hidden) if isinstance(t, torch.Tensor) and t.requires_grad]
             wanted += [p for p in self._model.parameters() if p.requires_grad]
             torch.autograd.grad(loss, wanted, allow_unused=True)
-        return _now(self._device) - self._start
+        return now(self._device) - self._start
 
     def _after_the_blocks(self, _inner: Any, *_args: Any, **_kwargs: Any) -> Any:
         """The output of every block; of the last one, the moment at which the head begins."""
         self._between.zero_()
-        self._start = _now(self._device)
+        self._start = now(self._device)
         return self._hidden
 
     @functools.cached_property
@@ -117,21 +115,10 @@ class HeadClock:
             vars(hollow).pop("forward", None)
         copied = copy_without_engine(model, memo)
         forget_handle(copied)
-        remove_overrides(copied)
-        forget_attention(copied)
-        for module in copied.modules():
-            if module.__dict__.get("gradient_checkpointing") is True:
-                module.__dict__["gradient_checkpointing"] = False
+        cleared(copied)
         for path in blocks:
             ForwardOverride(copied.get_submodule(path), self._after_the_blocks)
-        return copied.train()
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once everything that was started on `device` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return copied
 
 
 def _output_of(twin: Twin, path: str) -> Any:

@@ -110,13 +110,18 @@ def copy_of(block: nn.Module) -> nn.Module | None:
         copied = copy.deepcopy(block)
     except CANNOT_RUN:
         return None
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return cleared(copied)
+
+
+def cleared(copied: nn.Module) -> nn.Module:
+    """`copied`, in training, with nothing of this library on it and no checkpointing."""
     remove_overrides(copied)
     forget_attention(copied)
     for module in copied.modules():
         if module.__dict__.get("gradient_checkpointing") is True:
             module.__dict__["gradient_checkpointing"] = False
-    for parameter in copied.parameters():
-        parameter.grad = None
     return copied.train()
 
 
@@ -153,15 +158,17 @@ def timed(between: torch.Tensor, run: Callable[[], Any]) -> tuple[Any, float]:
     In a step all other blocks run before this one runs again, and between its forward and its backward; writing over
     `between` stands for them.
     """
-    device = between.device
     between.zero_()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = now(between.device)
     out = run()
+    return out, now(between.device) - start
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once everything that was started on `device` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return out, time.perf_counter() - start
+    return time.perf_counter()
 
 
 def made_up(fake: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -183,9 +183,9 @@ class Referee:
             pace=self.pace,
             profiles=self.profiles,
             ranks=self.ranks,
-            clips=self.clips,
         )
         other.head_pace = self.head_pace
+        other.clips, other._clipping_seconds = self.clips, self._clipping_seconds  # the same gradients
         return other
 
     def run(self, levers: Levers) -> Simulation:
