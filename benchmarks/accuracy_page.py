@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from speed import WITHIN
+
 from rematree.units import format_bytes
 
 Rows = Sequence[Mapping[str, Any]]
@@ -44,9 +46,12 @@ def _spread(rows: Rows) -> str:
     """How far the steps of one run are from each other: no prediction can be nearer to all of them."""
     spreads = [max(times) / min(times) - 1 for times in (row["all_seconds"] for row in rows)]
     median, worst = statistics.median(spreads), max(spreads)
+    steady = [abs(row["machine"] - 1) <= WITHIN for row in rows]
     return (
         "Of the timed steps of one run, which are all the same step, the slowest takes "
-        f"{median:.1%} longer than the fastest in the median over the runs, {worst:.1%} at worst."
+        f"{median:.1%} longer than the fastest in the median over the runs, {worst:.1%} at worst. "
+        f"{sum(steady)} of {len(rows)} runs were timed while the machine was within {WITHIN:.0%} of its speed when "
+        "their ops were priced."
     )
 
 
@@ -70,7 +75,7 @@ def _groups(rows: Rows) -> list[str]:
 def _table(rows: Rows) -> list[str]:
     reserved = any(row["reserved_bytes"] for row in rows)
     head = ["model", "step", "predicted peak", "measured", *(["reserved"] if reserved else []), "off by"]
-    head += ["first step's", "predicted time", "measured", "off by", ""]
+    head += ["first step's", "predicted time", "measured", "off by", "machine", ""]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 3) + "---|"]
     for row in rows:
         missed = [
@@ -85,5 +90,6 @@ def _table(rows: Rows) -> list[str]:
         cells += [format_bytes(row["reserved_bytes"] or 0)] if reserved else []
         cells += [f"{row['peak_error']:+.2%}", format_bytes(row["first_step_peak_bytes"])]
         cells += [f"{row['predicted_seconds']:.2f} s", f"{row['measured_seconds']:.2f} s", f"{row['time_error']:+.1%}"]
+        cells += [f"{row['machine'] - 1:+.0%}"]
         lines.append("| " + " | ".join([*cells, f"missed: {' and '.join(missed)}" if missed else ""]) + " |")
     return lines

@@ -6,6 +6,7 @@ flag, and with plans at three budgets. Peaks and times of every way are predicte
 
 import gc
 import importlib.util
+import math
 import statistics
 import tempfile
 import time
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from speed import WITHIN, Speed
 from torch import nn
 
 import rematree
@@ -28,6 +30,7 @@ SHARES = (0.0, 1 / 3, 2 / 3)
 SHAPES = ((1, 1024), (4, 256), (2, 512))
 MODES = ("lora", "qlora-nf4", "full")
 DTYPES = ("float32", "bfloat16")
+_PAUSE = 5.0  # seconds
 
 
 def _decoder(config: str, model: str, **fields: Any) -> nn.Module:
@@ -212,6 +215,7 @@ class Row:
     measured_seconds: float
     all_seconds: list[float]
     loss_chunk_rows: int | None
+    machine: float
 
     @property
     def peak_error(self) -> float:
@@ -247,50 +251,103 @@ def ways(model: Any, batch: Batch, planner: Planner) -> list[Way]:
     return found
 
 
-def measure(cell: Cell, device: torch.device, *, timed_steps: int, done: frozenset[str] = frozenset()) -> Iterator[Row]:
+def measure(
+    cell: Cell, device: torch.device, *, timed_steps: int, attempts: int = 1, done: frozenset[str] = frozenset()
+) -> Iterator[Row]:
     """Every way of `cell` that is not in `done`, predicted, then run.
 
     Peaks are those of the first two steps: in the first the optimizer's state is born, in the second it is there from
     the beginning. Times are of later steps, without the profiler, the median of `timed_steps`; the first of them does
-    not count, because it finds the heap as the profiled steps left it.
+    not count, because it finds the heap as the profiled steps left it. While the machine is at another speed than when
+    ops were priced, a way is timed again, `attempts` times, then everything is priced again, and the way timed again.
     """
     model = build_model(cell, device)
     batch = build_batch(cell, model, device)
-    planner = Planner(model, batch)
-    for name, budget, predicted, seconds, rows, way in ways(model, batch, planner):
+    speed = Speed(device)
+    priced = _priced(model, batch, speed, attempts)
+    for name in priced.ways:
         if name in done:
             continue
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        peaks: list[int] = []
-        reserved: list[int] = []
-        times: list[float] = []
-        with weights_kept(model, 1e-4) as optimizer, way():
-            for _ in range(2):
-                with PeakMeter(model, optimizer, batch) as meter:
-                    train_step(model, optimizer, batch, 1.0)
-                peaks.append(meter.peak_bytes)
-                if device.type == "cuda":
-                    reserved.append(torch.cuda.max_memory_reserved(device))
-            train_step(model, optimizer, batch, 1.0)
-            for _ in range(timed_steps):
-                start = time.perf_counter()
-                train_step(model, optimizer, batch, 1.0)  # its loss is read, so it has run
-                times.append(time.perf_counter() - start)
+        trial = _step(model, batch, priced.ways[name], speed, priced.speed, timed_steps, attempts)
+        if abs(trial.machine - 1) > WITHIN and attempts > 1:  # it does not come back to that speed
+            priced = _priced(model, batch, speed, attempts)
+            trial = _step(model, batch, priced.ways[name], speed, priced.speed, timed_steps, attempts)
+        _, budget, predicted, seconds, rows, _ = priced.ways[name]
         yield Row(
             cell.name,
             name,
             budget,
             predicted,
-            max(peaks),
-            peaks[0],
-            max(reserved, default=None),
+            max(trial.peaks),
+            trial.peaks[0],
+            max(trial.reserved, default=None),
             seconds,
-            statistics.median(times),
-            times,
+            statistics.median(trial.times),
+            trial.times,
             rows,
+            trial.machine,
         )
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """Ways of stepping as predicted, and the seconds of the speed's work when they were."""
+
+    ways: dict[str, Way]
+    speed: float
+
+
+def _priced(model: Any, batch: Batch, speed: Speed, attempts: int) -> _Priced:
+    """Predict every way, again if the machine's speed changed meanwhile."""
+    found, before, after = dict[str, Way](), 0.0, 0.0
+    for _ in range(attempts):
+        before = speed.seconds()
+        found = {way[0]: way for way in ways(model, batch, Planner(model, batch))}
+        after = speed.seconds()
+        if abs(after / before - 1) <= WITHIN:
+            break
+    return _Priced(found, (before + after) / 2)
+
+
+@dataclass
+class _Trial:
+    """What a few steps of one way gave; `machine` is the speed's work during them over that when they were priced."""
+
+    peaks: list[int]
+    reserved: list[int]
+    times: list[float]
+    machine: float
+
+
+def _step(
+    model: Any, batch: Batch, way: Way, speed: Speed, priced_at: float, timed_steps: int, attempts: int
+) -> _Trial:
+    """Step one way, its timed steps again while the machine is at another speed than when they were priced."""
+    trial = _Trial([], [], [], math.inf)
+    with weights_kept(model, 1e-4) as optimizer, way[-1]():
+        for _ in range(2):
+            with PeakMeter(model, optimizer, batch) as meter:
+                train_step(model, optimizer, batch, 1.0)
+            trial.peaks.append(meter.peak_bytes)
+            if model.device.type == "cuda":
+                trial.reserved.append(torch.cuda.max_memory_reserved(model.device))
+        for attempt in range(attempts):
+            time.sleep(attempt * _PAUSE)
+            train_step(model, optimizer, batch, 1.0)
+            before, times = speed.seconds(), list[float]()
+            for _ in range(timed_steps):
+                start = time.perf_counter()
+                train_step(model, optimizer, batch, 1.0)  # its loss is read, so it has run
+                times.append(time.perf_counter() - start)
+            machine = max(before, speed.seconds(), key=lambda found: abs(found / priced_at - 1)) / priced_at
+            if abs(machine - 1) < abs(trial.machine - 1):
+                trial.times, trial.machine = times, machine
+            if abs(machine - 1) <= WITHIN:
+                break
+    return trial
 
 
 def as_json(row: Row) -> dict[str, Any]:

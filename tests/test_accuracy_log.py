@@ -66,6 +66,7 @@ def row(peak: int, predicted: int, seconds: float = 1.0) -> dict[str, Any]:
         "measured_seconds": 1.0,
         "all_seconds": [0.9, 1.0, 1.08],
         "time_error": seconds - 1.0,
+        "machine": 1.02,
     }
 
 

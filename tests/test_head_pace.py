@@ -11,10 +11,12 @@ from rematree.observation.observe import Twin
 from rematree.planning.head_pace import HeadClock
 from rematree.planning.pace import LARGEST
 from rematree.planning.planner import Planner
+from rematree.planning.survey import _worth_their_memory
 from rematree.plans import Levers
 from rematree.pricing.cost import Roofline
 from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
+from rematree.solve.chain import HeadOption
 
 COST = Roofline(5e10, 1e10)
 
@@ -37,8 +39,9 @@ def test_the_head_is_run_with_every_loss_and_nothing_is_left_of_it(family: str) 
     clock = HeadClock(model, twin, blocks)
     ran.clear()  # the twin's blocks, whose output it asks for, have the hook too
     heads.clear()
-    seconds = [clock.seconds(rows, 0) for rows in (None, 8)]
-    assert all(value is not None and value > 0 for value in seconds)
+    seconds = clock.seconds({None: 0, 8: 0})
+    assert seconds.keys() == {None, 8}
+    assert all(value > 0 for value in seconds.values())
     assert not ran
     assert len(heads) >= 5  # once for whatever is done once, at least twice for each loss
     assert {shape.numel() // shape[-1] for shape in heads} == {64}
@@ -55,8 +58,7 @@ def test_the_head_is_run_with_every_loss_and_nothing_is_left_of_it(family: str) 
 def test_a_head_too_large_to_be_run_gets_no_answer() -> None:
     model = with_lora(build("llama"))
     clock = HeadClock(model, Twin(model, batch_for(model)), find_chain(model).blocks)
-    assert clock.seconds(None, LARGEST + 1) is None
-    assert clock.seconds(None, LARGEST) is not None
+    assert clock.seconds({None: LARGEST + 1, 32: LARGEST}).keys() == {32}
 
 
 def test_a_ratio_scales_the_head_with_that_loss_and_nothing_else() -> None:
@@ -86,10 +88,20 @@ def test_a_planner_runs_the_head_of_a_live_model_unless_the_loss_is_another() ->
 def test_plans_are_made_and_confirmed_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(build("llama"))
     # The whole loss and chunks of 32 take as long as a day here, and there is no other choice.
-    monkeypatch.setattr(HeadClock, "seconds", lambda *_: 86400.0)
+    monkeypatch.setattr(HeadClock, "seconds", lambda _, workspaces: dict.fromkeys(workspaces, 86400.0))
     planner = Planner(model, batch_for(model), optimizer="none")
     assert [head.seconds for head in planner.survey.problem.heads] == [86400.0, 86400.0]
     assert planner.plain_step()[1] == pytest.approx(86400.0, rel=0.01)
     assert planner.plan().predicted_step_seconds == pytest.approx(86400.0, rel=0.01)
     other = planner.for_batch(batch_for(model, tokens=16))
     assert other.plan().predicted_step_seconds > 3600.0
+
+
+def test_a_larger_chunk_is_offered_only_where_it_is_clearly_faster() -> None:
+    seconds = {None: 5.0, 256: 3.0, 128: 3.4, 64: 3.5, 32: 4.0}
+    heads = {rows: HeadOption(rows or 999, value) for rows, value in seconds.items()}
+    assert _worth_their_memory(heads) == [None, 64, 32]  # 256 is 14 % faster than 64
+    heads[256] = HeadOption(256, 2.9)
+    assert _worth_their_memory(heads) == [None, 256, 64, 32]
+    assert _worth_their_memory({None: heads[None]}) == [None]
+    assert _worth_their_memory({None: heads[None], 32: heads[32]}) == [None, 32]

@@ -9,7 +9,7 @@ of the last block to the gradient of that output.
 import copy
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -40,8 +40,8 @@ class HeadClock:
         twin: It under fake tensors, with the batch.
         blocks: Module paths of its blocks, in order.
     Cost:
-        Of each measurement two to four runs of the head, and what they need in memory beside the weights.
-        Within some 12 seconds for all of them; what is left then gets no answer.
+        Two to four runs of the head with each loss, and what one needs in memory beside the weights. Within some
+        12 seconds for all of them; what is left then gets no answer.
     """
 
     def __init__(self, model: nn.Module, twin: Twin, blocks: Sequence[str]) -> None:
@@ -56,42 +56,52 @@ class HeadClock:
         except CANNOT_RUN:
             return
 
-    def seconds(self, rows: int | None, workspace_bytes: int) -> float | None:
-        """Of the head with a loss in chunks of `rows`, or whole (None); no answer where it cannot be run.
+    def seconds(self, workspaces: Mapping[int | None, int]) -> dict[int | None, float]:
+        """Of the head with every loss asked for; without those that cannot be run.
+
+        All of them take turns, so that a slow second of the machine is not one loss's alone.
 
         Args:
-            rows: Rows of a chunk.
-            workspace_bytes: What the head needs beside all that is there when it begins. More than 1 GiB is not run.
+            workspaces: Rows of a chunk (None is the whole loss), with the bytes that the head needs beside all that is
+                there when it begins. More than 1 GiB is not run.
         """
-        if self._model is None or workspace_bytes > LARGEST or self._spent > _MOST_SECONDS:
-            return None
+        if self._model is None:
+            return {}
+        times: dict[int | None, list[float]] = {rows: [] for rows, size in workspaces.items() if size <= LARGEST}
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            for rows in list(times)[:1]:
+                self._run(rows)  # whatever is done once
+            for _ in range(_MOST_RUNS):
+                for rows in [rows for rows, found in times.items() if not _enough(found)]:
+                    if self._spent > _MOST_SECONDS:
+                        break
+                    seconds = self._run(rows)
+                    if seconds is None:
+                        del times[rows]
+                    else:
+                        times[rows].append(seconds)
+        return {rows: statistics.median(found) for rows, found in times.items() if found}
+
+    def _run(self, rows: int | None) -> float | None:
+        assert self._model is not None
         chunked = None
-        times: list[float] = []
         try:
-            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-                if rows is not None:
-                    chunked = attach_chunked_loss(self._model, rows, check=False)
-                if not self._spent:
-                    self._spent += self._run()  # whatever is done once
-                while len(times) < _FEWEST_RUNS or (len(times) < _MOST_RUNS and sum(times) < _ENOUGH_SECONDS):
-                    times.append(self._run())
+            if rows is not None:
+                chunked = attach_chunked_loss(self._model, rows, check=False)
+            self._hidden = tree_map_only(FakeTensor, self._real, self._behind)
+            with torch.enable_grad():
+                loss = loss_of(self._model(**self._batch))
+                wanted = [t for t in tree_leaves(self._hidden) if isinstance(t, torch.Tensor) and t.requires_grad]
+                wanted += [p for p in self._model.parameters() if p.requires_grad]
+                torch.autograd.grad(loss, wanted, allow_unused=True)
+            seconds = now(self._device) - self._start
         except CANNOT_RUN:
             return None
         finally:
             if chunked is not None:
                 chunked.remove()
-        self._spent += sum(times)
-        return statistics.median(times)
-
-    def _run(self) -> float:
-        assert self._model is not None
-        self._hidden = tree_map_only(FakeTensor, self._real, self._behind)
-        with torch.enable_grad():
-            loss = loss_of(self._model(**self._batch))
-            wanted = [t for t in tree_leaves(self._hidden) if isinstance(t, torch.Tensor) and t.requires_grad]
-            wanted += [p for p in self._model.parameters() if p.requires_grad]
-            torch.autograd.grad(loss, wanted, allow_unused=True)
-        return now(self._device) - self._start
+        self._spent += seconds
+        return seconds
 
     def _after_the_blocks(self, _inner: Any, *_args: Any, **_kwargs: Any) -> Any:
         """The output of every block; of the last one, the moment at which the head begins."""
@@ -119,6 +129,10 @@ class HeadClock:
         for path in blocks:
             ForwardOverride(copied.get_submodule(path), self._after_the_blocks)
         return copied
+
+
+def _enough(times: Sequence[float]) -> bool:
+    return len(times) >= _FEWEST_RUNS and sum(times) >= _ENOUGH_SECONDS
 
 
 def _output_of(twin: Twin, path: str) -> Any:

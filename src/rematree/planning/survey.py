@@ -33,6 +33,7 @@ _OPTIONS_OF_FEW: Final = 8  # of a kind that is at most this share of the chain:
 _FEW: Final = 1 / 24
 _CHUNK_ROWS: Final = (4096, 2048, 1024, 512, 256, 128, 64, 32)
 _MAX_CHUNKS: Final = 32  # more make the logits smaller than what else is live beside them, and the step slower
+_CLEARLY_FASTER: Final = 0.85  # of the seconds of a head with smaller chunks
 _SAVE_ALL: Final = BlockOption(("",), frozenset(), 0, 0.0)
 
 
@@ -246,15 +247,29 @@ def _measure_heads(
     if chunk and "labels" in short.twin.batch and find_head(short.twin.model) is not None:
         rows += [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
     found = {count: short.run(Levers(loss_chunk_rows=count)).head for count in rows}
-    pace: dict[int | None, float] = {}
-    for count, head in found.items():
-        seconds = clock.seconds(count, head.peak_bytes - head.live_bytes) if clock is not None else None
-        if seconds is not None and head.seconds > 0:
-            pace[count] = seconds / head.seconds
+    workspaces = {count: head.peak_bytes - head.live_bytes for count, head in found.items()}
+    timed = clock.seconds(workspaces) if clock is not None else {}
+    pace = {count: seconds / found[count].seconds for count, seconds in timed.items() if found[count].seconds > 0}
     known = list(pace.values()) or [1.0]
     pace = {count: pace.get(count, known[0 if count is None else -1]) for count in rows}
-    heads = [HeadOption(h.peak_bytes - h.live_bytes, h.seconds * pace[count]) for count, h in found.items()]
-    return rows, heads, pace
+    heads = {count: HeadOption(workspaces[count], head.seconds * pace[count]) for count, head in found.items()}
+    worth = _worth_their_memory(heads) if timed and short.twin.device.type == "cpu" else rows
+    return worth, [heads[count] for count in worth], pace
+
+
+def _worth_their_memory(heads: Mapping[int | None, HeadOption]) -> list[int | None]:
+    """Losses to choose from: larger chunks only where they are clearly faster than smaller ones.
+
+    Logits above some 16 MiB are memory that the C library gives back after each chunk and maps again, in a step far
+    more often than in a head that runs alone: what a larger chunk seems to win is lost again there.
+    """
+    whole, *chunks = heads
+    chunks.reverse()  # in rising order
+    kept = chunks[:2]  # two, so that what a row takes can be told
+    for count in chunks[2:]:
+        if heads[count].seconds < _CLEARLY_FASTER * heads[kept[-1]].seconds:
+            kept.append(count)
+    return [whole, *kept[::-1]]
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:
