@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from models import build, with_lora
 from rematree import BudgetCallback, is_activation_checkpointing, prepare_model_for_kbit_training
 from rematree.errors import InfeasibleBudgetError, UsageError
+from rematree.execute.compiled import why_no_compiler
 from rematree.execute.handle import applied_handle
 from rematree.measure import PeakMeter
 from rematree.planning.planner import Planner
@@ -205,6 +206,37 @@ def test_gradient_accumulation_is_planned_with_gradients_live(tmp_path: Path, li
     callback, peak = BudgetCallback(limits[1] * 2, cost=COST, say=lambda text: None), LastStepPeak()
     train(tmp_path, callback, peak, lengths=LONG, gradient_accumulation_steps=2)
     predicted_within_slack(callback, peak)
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self._steps
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.skipif(why_no_compiler(torch.device("cpu")) is not None, reason="nothing here to compile with")
+def test_blocks_are_compiled_where_that_is_allowed_and_batches_of_all_lengths_run(tmp_path: Path) -> None:
+    def run(*callbacks: TrainerCallback) -> list[float]:
+        model = with_lora(build("llama", layers=4), lora_dropout=0.1)
+        arguments = quiet_arguments(tmp_path, max_steps=10**6)  # enough to pay for compiling, were they all run
+        data = rows_of(*(length * 8 for length in LENGTHS))
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=data, data_collator=pad, callbacks=[*callbacks, StopAfter(6)]
+        )
+        trainer.train()
+        assert applied_handle(model) is None
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    callback = BudgetCallback("2GiB", allow_compile=True)
+    losses = run(callback)
+    assert callback.plan is not None
+    assert callback.plans == (callback.plan,)
+    assert len(callback.plan.compiled) == 4
+    # fp32, six steps: what fused sums are off by
+    assert losses == pytest.approx(run(), abs=1e-4)
 
 
 def test_messages(tmp_path: Path) -> None:

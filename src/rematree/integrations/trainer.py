@@ -63,6 +63,8 @@ class BudgetCallback(TrainerCallback):
     Args:
         budget: Bytes, or a text with a unit ("14GiB"). None: read it from there.
         forbid: Levers not to use, as for `rematree.plan`.
+        allow_compile: Whether blocks may be compiled, which changes rounding. What compiled blocks keep is measured for
+            the longest batch, so all batches run under one plan.
         cost: Prices ops; measured on the model's device by default.
         say: Receives the plan and the prediction as text; standard error by default.
 
@@ -83,6 +85,7 @@ class BudgetCallback(TrainerCallback):
         budget: int | str | None = None,
         *,
         forbid: Collection[str] = (),
+        allow_compile: bool = False,
         cost: Cost | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
@@ -90,6 +93,7 @@ class BudgetCallback(TrainerCallback):
         self.plans: tuple[Plan, ...] = ()
         self._budget = None if budget is None else parse_bytes(budget)
         self._forbid = tuple(forbid)
+        self._allow_compile = allow_compile
         self._cost = cost
         self.say = say or _to_stderr
         self._handle: Handle | None = None
@@ -125,19 +129,18 @@ class BudgetCallback(TrainerCallback):
             raise UsageError(
                 "TrainingArguments(torch_compile=True): a plan cannot be put around regions inside a graph",
                 remedies=[
-                    "torch_compile=False",
-                    "rematree train --compile   (blocks are compiled)",
+                    "torch_compile=False with BudgetCallback(budget, allow_compile=True)   (blocks are compiled)",
                 ],
             )
         _warn_of_what_has_no_effect(args)
         self._inputs = SuspendedInputGrads(model)
         try:
-            self._plan_and_apply(args, model, budget, kwargs)
+            self._plan_and_apply(args, state.max_steps, model, budget, kwargs)
         except BaseException:
             self._remove()
             raise
 
-    def _plan_and_apply(self, args: Any, model: Any, budget: int, kwargs: dict[str, Any]) -> None:
+    def _plan_and_apply(self, args: Any, steps: int, model: Any, budget: int, kwargs: dict[str, Any]) -> None:
         batches = read_batches(kwargs["train_dataloader"])
         extra, loss = fused_head_call(model)
 
@@ -156,6 +159,8 @@ class BudgetCallback(TrainerCallback):
                 forbid=self._forbid,
                 cost=self._cost,
                 loss=loss,
+                steps=steps * args.gradient_accumulation_steps,  # as often a block runs
+                allow_compile=self._allow_compile,
                 ranks=launched_ranks(model),
             )
 
@@ -166,6 +171,8 @@ class BudgetCallback(TrainerCallback):
         started = time.perf_counter()
         if launched_ranks(model) is not None:  # ranks see batches of different lengths in one step, and take one plan
             self._apply((agreed_plan(lone),))
+        elif self._allow_compile:
+            self._apply((lone(),))
         else:
             longest = planner(batches.longest)
             ladder = build_ladder(longest, budget, batches.weights, lambda length: called(batches.of(length)))
