@@ -246,6 +246,16 @@ def test_compiled_models_are_refused_by_name(compiled: Callable[[Any], Any], nam
         rematree.plan(model, batch_for(plain), None, cost=COST)
 
 
+@pytest.mark.parametrize("compiled", [whole, one_layer, wrapped])
+def test_a_model_compiled_under_a_plan_is_refused_when_it_runs(compiled: Callable[[Any], Any]) -> None:
+    model = with_lora(build("llama"))
+    batch = batch_for(model)
+    plan = plans_for(model)[-1]
+    with rematree.apply(plan, model), pytest.raises(UsageError, match="a model under a plan"):
+        compiled(model)(**batch)
+    torch._dynamo.reset()
+
+
 def test_a_trainer_that_compiles_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="torch_compile=True"):
         train(tmp_path, BudgetCallback("1GiB", cost=COST), torch_compile=True, torch_compile_backend="eager")

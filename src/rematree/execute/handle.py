@@ -20,7 +20,7 @@ from rematree.execute.context import Captured
 from rematree.execute.group import Group
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
 from rematree.execute.override import ForwardOverride
-from rematree.execute.own_compile import refuse_compiled
+from rematree.execute.own_compile import refuse_compiled, refuse_compiling
 from rematree.execute.own_switch import OwnSwitch
 from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
 from rematree.execute.recompute import Executor
@@ -191,6 +191,7 @@ class Handle:
     def _outermost(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
+        refuse_compiling(override.module for override in self._overrides)
         number = self._chosen.covering(kwargs)  # here and not further in, where PEFT has put a prompt before it
         if self._trains():
             if self._check is not None:

@@ -39,6 +39,11 @@ class ForwardOverride:
         return self._around(self._inner, *args, **kwargs)
 
     @property
+    def module(self) -> nn.Module:
+        """Whose forward is replaced."""
+        return self._module
+
+    @property
     def conditional(self) -> bool:
         """Whether it asks before it does anything."""
         return self._when is not None
