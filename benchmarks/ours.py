@@ -95,9 +95,7 @@ def peer_budgets(points: Iterable[Point], static: int, share: float, *, compiled
     return found
 
 
-def our_ways(
-    built: Built, planner: Planner, points: int, beside: Mapping[str, int], *, compiled: bool
-) -> list[Way]:
+def our_ways(built: Built, planner: Planner, points: int, beside: Mapping[str, int], *, compiled: bool) -> list[Way]:
     """Plans over the whole frontier of `planner`, fewest bytes first, and the fastest ones within other budgets.
 
     Args:
