@@ -9,8 +9,8 @@ blocks: what those take has to be measured, too. On a GPU a plan also has to lea
 use, which the bound does not know of.
 
 A plan's extra time is what its step takes over the fastest step of all. What is printed of it: its distance from that
-of the bound, relative to the step, which is what a user waits, and to the extra time itself where it is more than 1 % of
-the step.
+of the bound, relative to the step, which is what a user waits for, and to the extra time itself where it is more than
+1 % of the step.
 """
 
 import argparse

@@ -89,9 +89,10 @@ def peer_budgets(points: Iterable[Point], static: int, share: float, *, compiled
         if point.name == "HF flag":
             found[f"{share:g} of HF flag's peak"] = static + int(share * point.above_bytes)
             found["HF flag's peak"] = point.peak_bytes
-        elif point.name.startswith("by hand") and ("compiled" in point.name) == compiled:
-            if all(abs(point.peak_bytes - other) > _ALIKE * point.above_bytes for other in found.values()):
-                found[f"as {point.name}"] = point.peak_bytes
+            continue
+        by_hand = point.name.startswith("by hand") and ("compiled" in point.name) == compiled
+        if by_hand and all(abs(point.peak_bytes - other) > _ALIKE * point.above_bytes for other in found.values()):
+            found[f"as {point.name}"] = point.peak_bytes
     return found
 
 
