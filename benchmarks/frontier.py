@@ -47,7 +47,9 @@ def make_parser(description: str | None, output: str, names: Iterable[str]) -> a
     parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every way, at most")
     parser.add_argument("--minutes", type=float, default=None, help="for one workload, all included")
-    parser.add_argument("--points", type=int, default=None, help="budgets of each of our series, at most")
+    parser.add_argument(
+        "--points", type=int, default=None, help="budgets of each of our series, beside the peers' peaks"
+    )
     parser.add_argument(
         "--peers", choices=["all", "main", "none"], default=None, help="which; default: as the workload"
     )
