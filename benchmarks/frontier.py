@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 from accuracy import conditions
-from dominance import verdicts
+from dominance import SMALLEST, verdicts
 from frontier_page import page
 from interleave import Interleaved, as_json
-from ours import make_planner, our_ways, predictions
+from ours import make_planner, our_ways, peer_budgets, predictions
 from peers import Way, own_peers
 from peers_libraries import library_peers
 from picture import picture
@@ -47,7 +47,9 @@ def make_parser(description: str | None, output: str, names: Iterable[str]) -> a
     parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every way, at most")
     parser.add_argument("--minutes", type=float, default=None, help="for one workload, all included")
-    parser.add_argument("--points", type=int, default=None, help="budgets of each of our series, at most")
+    parser.add_argument(
+        "--points", type=int, default=None, help="budgets of each of our series, beside the peers' peaks"
+    )
     parser.add_argument(
         "--peers", choices=["all", "main", "none"], default=None, help="which; default: as the workload"
     )
@@ -105,17 +107,17 @@ def run_workload(
     plain, flag, *rest = wanted_peers(built, options)
     planner = make_planner(built, ["compile"])
     predicted = predictions(planner)
-    for way in (plain, flag):
+    for way in (plain, flag, *rest):
         way.predicted = predicted.get(way.name)
         run.add(way)
-    hf_peak = run.points[1].peak_bytes
     points = min(workload.points, options.points or workload.points)
-    ours = our_ways(built, planner, points, hf_peak, compiled=False)
-    if not options.no_compile:
-        ours += our_ways(built, make_planner(built, []), points, hf_peak, compiled=True)
-    for way in [*(way for way in ours if options.only is None or options.only in way.name), *rest]:
-        way.predicted = way.predicted or predicted.get(way.name)
-        run.add(way)
+    share = SMALLEST.get(workload.name, SMALLEST["smollm2"])[0]
+    for compiled in (False,) if options.no_compile else (False, True):
+        ours = make_planner(built, []) if compiled else planner
+        beside = peer_budgets(run.points, run.static_bytes, share, compiled=compiled)
+        for way in our_ways(built, ours, points, beside, compiled=compiled):
+            if options.only is None or options.only in way.name:
+                run.add(way)
     prepared = time.perf_counter() - started
     minutes = options.minutes or MINUTES[workload.peers]
     rounds = run.rounds(options.rounds, started + 60 * minutes)

@@ -137,11 +137,13 @@ class Interleaved:
         with PeakMeter(self._built.model, None, self._built.batch) as meter:
             value = self._step(loss)
         point.above_bytes = meter.peak_bytes - meter.start_bytes
-        point.peak_bytes = point.above_bytes + self._static_bytes()
+        point.peak_bytes = point.above_bytes + self.static_bytes
         point.loss = value.item()
         self._compare(way, point)
 
-    def _static_bytes(self) -> int:
+    @property
+    def static_bytes(self) -> int:
+        """Of weights and batch."""
         model = self._built.model
         held = (*model.parameters(), *model.buffers(), *hidden_tensors(model), *self._built.batch.values())
         return storage_bytes(held)

@@ -1,12 +1,13 @@
-"""Our points of the frontier benchmark: plans spread over the frontier, and one at the peak of Hugging Face's flag.
+"""Our points of the frontier benchmark: plans spread over the frontier, and plans within what a peer was found to need.
 
 Two series: without compilation, and with it where the planner has it. The same planner predicts the peers whose step is
 made of nothing but recomputed blocks.
 """
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+from interleave import Point
 from peers import Way
 from workloads import Built, Loss, plain_loss
 
@@ -15,6 +16,8 @@ from rematree.execute.input_grads import as_leaves
 from rematree.planning.planner import LEVERS, Planner
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.units import MIB
+
+_ALIKE = 0.03
 
 
 def make_planner(built: Built, forbid: Collection[str]) -> Planner:
@@ -67,28 +70,50 @@ def _way(built: Built, plan: Plan, series: str, what: str) -> Way:
     return Way(name, series, describe(plan), lambda: applied(built, plan), bool(plan.compiled), predicted)
 
 
-def our_ways(built: Built, planner: Planner, points: int, hf_peak: int | None, *, compiled: bool) -> list[Way]:
-    """Plans over the whole frontier of `planner`, fewest bytes first, and the fastest one within the flag's peak.
+def peer_budgets(points: Iterable[Point], static: int, share: float, *, compiled: bool) -> dict[str, int]:
+    """Budgets in bytes at which a plan and a peer are compared directly, by name.
+
+    The peaks of HF's flag and of what is done by hand, and `share` of the flag's. Of peaks that are alike the first is
+    taken.
+
+    Args:
+        points: What was measured of the peers, HF's flag among them.
+        static: Bytes of weights and batch.
+        share: Of the flag's bytes above weights and batch.
+        compiled: Whether by hand means with compiled blocks.
+    """
+    found: dict[str, int] = {}
+    for point in points:
+        if point.above_bytes is None or point.peak_bytes is None:
+            continue
+        if point.name == "HF flag":
+            found[f"{share:g} of HF flag's peak"] = static + int(share * point.above_bytes)
+            found["HF flag's peak"] = point.peak_bytes
+            continue
+        by_hand = point.name.startswith("by hand") and ("compiled" in point.name) == compiled
+        if by_hand and all(abs(point.peak_bytes - other) > _ALIKE * point.above_bytes for other in found.values()):
+            found[f"as {point.name}"] = point.peak_bytes
+    return found
+
+
+def our_ways(built: Built, planner: Planner, points: int, beside: Mapping[str, int], *, compiled: bool) -> list[Way]:
+    """Plans over the whole frontier of `planner`, fewest bytes first, and the fastest ones within other budgets.
 
     Args:
         built: The workload.
         planner: Made for it.
         points: How many budgets, from the smallest peak to the fastest step's.
-        hf_peak: Bytes at the peak of the step under HF's flag, weights included.
+        beside: Other budgets by name, in bytes, weights included; those that nothing fits are left out.
         compiled: These are the series with compiled blocks; without any such plan there is no series.
     """
     series = "ours compiled" if compiled else "ours"
     low, high = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
     # Closer together near the smallest peak, where the frontier is steep and peers are many.
     shares = [(index / max(1, points - 1)) ** 2 for index in range(points)]
-    budgets = [int(low + share * (high - low)) for share in shares]
-    names = [f"budget {budget / MIB:.1f} MiB" for budget in budgets]
-    if hf_peak is not None and hf_peak >= low:
-        budgets.append(hf_peak)
-        names.append("budget HF flag's peak")
-    found = list(zip(names, planner.plans(budgets), strict=True))
+    budgets = {f"budget {budget / MIB:.1f} MiB": budget for budget in (int(low + s * (high - low)) for s in shares)}
+    budgets |= {f"budget {name}": budget for name, budget in beside.items() if budget >= low}
     kept: dict[tuple[object, ...], tuple[str, Plan]] = {}
-    for what, plan in found:
+    for what, plan in zip(budgets, planner.plans([*budgets.values()]), strict=True):
         if compiled and not plan.compiled:
             continue  # the series without compilation has it
         levers = plan.levers

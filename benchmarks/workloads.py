@@ -81,7 +81,7 @@ class Workload:
         tokens: In each sequence.
         dropout: In front of the adapters.
         peers: Which take part: "all", "main" or "few"; those left out are near to others that stay.
-        points: Budgets of each of our series.
+        points: Budgets of each of our series, beside those that are what a peer needs.
     """
 
     name: str

@@ -118,6 +118,32 @@ def test_the_picture_is_one_that_a_browser_takes() -> None:
         picture.picture("nothing", [rows[3]])
 
 
+def test_budgets_at_what_peers_need() -> None:
+    interleave, ours = load("interleave"), load("ours")
+
+    def needing(name: str, above: int | None) -> Any:
+        return interleave.Point(name, "peer", "", above and (1000 + above) * MIB, above and above * MIB)
+
+    points = [
+        needing("HF flag", 600),
+        needing("TRL selective", 700),
+        needing("by hand: chunked loss", 1200),
+        needing("by hand: broken", None),
+        needing("by hand: chunked, every 2nd block", 610),  # as much as the flag
+        needing("by hand: chunked, every block", 110),
+        needing("by hand: chunked, compiled 0.0", 112),
+    ]
+    eager = ours.peer_budgets(points, 1000 * MIB, 0.1, compiled=False)
+    assert eager == {
+        "0.1 of HF flag's peak": 1060 * MIB,
+        "HF flag's peak": 1600 * MIB,
+        "as by hand: chunked loss": 2200 * MIB,
+        "as by hand: chunked, every block": 1110 * MIB,
+    }
+    compiled = ours.peer_budgets(points, 1000 * MIB, 0.1, compiled=True)
+    assert [*compiled][2:] == ["as by hand: chunked, compiled 0.0"]
+
+
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "frontier.json"
     options = ["--quick", "--output", str(output), "--rounds", "1", "--only", "chunked, every"]
@@ -128,7 +154,7 @@ def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = log["workloads"]["tiny"]
     assert found["rounds"] == 1
     points = {row["name"]: row for row in found["points"]}
-    assert {row["series"] for row in points.values()} == {"plain", "peer"}
+    assert {row["series"] for row in points.values()} <= {"plain", "peer", "ours"}
     assert {"plain", "HF flag", "by hand: chunked, every block", "by hand: chunked, every 2nd block"} <= points.keys()
     for row in points.values():
         assert row["error"] is None
@@ -136,6 +162,9 @@ def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(row["all_seconds"]) == 1
         assert row["time_to_plain"] == pytest.approx(row["seconds"] / points["plain"]["seconds"])
         assert row["loss"] == pytest.approx(points["plain"]["loss"], rel=1e-3)
+        if row["series"] == "ours":
+            peer = row["name"].removeprefix("ours, budget as ")
+            assert row["peak_bytes"] <= points[peer]["peak_bytes"]
     assert points["HF flag"]["exact"] is True
     assert points["HF flag"]["peak_to_plain"] < 0.5
     for name in ("plain", "HF flag"):
