@@ -27,11 +27,16 @@ def refuse_compiled(model: nn.Module) -> None:
             how = f"{path or 'model'}.compile()"
         else:
             continue
-        raise UsageError(
-            f"{how} was called: a plan cannot be put around regions inside a graph",
-            details=["no torch.compile, and no TrainingArguments(torch_compile=True), on what a plan is for"],
-            remedies=[
-                "rematree.plan(model, batch, budget, allow_compile=True)   (compiles blocks, recomputes around them)",
-                "plan and apply to the model as it was before it was compiled",
-            ],
-        )
+        raise compiled_elsewhere(f"{how} was called")
+
+
+def compiled_elsewhere(how: str) -> UsageError:
+    """The error for a model that is, or will be, compiled by other means than a plan; `how` says by which."""
+    return UsageError(
+        f"{how}: a plan cannot be put around regions inside a graph",
+        details=["no torch.compile, and no TrainingArguments(torch_compile=True), on what a plan is for"],
+        remedies=[
+            "rematree.plan(model, batch, budget, allow_compile=True)   (compiles blocks, recomputes around them)",
+            "plan and apply to the model as it was before it was compiled",
+        ],
+    )
