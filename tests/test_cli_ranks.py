@@ -1,20 +1,22 @@
 """`--ranks` and `--engine`: the bytes of the Python API's `Ranks`, and refusals that say what would work."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
+import rematree as rematree_library
 from command_line import rematree, remedies
 from models import build
 from rematree.cli import options
-from rematree.finetune.config import TrainConfig
 from rematree.finetune.target import Target
 from rematree.plans import Plan
+from rematree.pricing.devices import find_device
 from rematree.referee.ranks import Ranks
 
 WORDS = ["--lora-target-modules", "down_proj", "--batch-size", "8", "--max-length", "64", "--device", "h100"]
-WORDS += ["--forbid", "chunked_loss,groups,lean_adapters"]
+FORBIDDEN = ("chunked_loss", "groups", "lean_adapters")
+WORDS += ["--forbid", ",".join(FORBIDDEN)]
 DDP, FSDP2 = ["--ranks", "2", "--engine", "ddp"], ["--ranks", "2", "--engine", "fsdp2"]
 TWO = {
     "ddp": Ranks("ddp", 2),
@@ -40,70 +42,79 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_the_bytes_are_those_of_the_python_api(name: str, model: str) -> None:
-    outcome = rematree("plan", model, *WORDS, *OPTIONS[name], "--full", "--json")
+def test_the_options_are_the_fields_of_ranks(name: str) -> None:
+    """Any command says so before it plans; a length that no model has ends it there."""
+    asked: list[Ranks | None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Target, "among", lambda target, ranks: asked.append(ranks) or target)
+        outcome = rematree("plan", "llama-3-8b", "--device", "h100", *OPTIONS[name], "--budget", "1TiB")
+    assert (outcome.code, asked) == (2, [TWO[name]]), outcome.err
+
+
+def test_the_bytes_are_those_of_the_python_api(model: str) -> None:
+    outcome = rematree("plan", model, *WORDS, *OPTIONS["fsdp2 whole"], "--full", "--json")
     assert outcome.code == 0, outcome.err
-    assert f"planning for H100 SXM 80GB, {TWO[name]}" in outcome.err
+    assert "planning for H100 SXM5 80GB, one of 2 ranks under FSDP2" in outcome.err
     plan = Plan.from_json(outcome.out)
-    target = Target.named("h100").among(TWO[name])
-    config = TrainConfig(
-        model=model,
-        data="",
-        budget=1,
-        output_dir=Path(),
-        per_device_train_batch_size=8,
-        max_length=64,
-        forbid=("chunked_loss", "groups", "lean_adapters"),
+    assert (plan.run["ranks"], plan.run["engine"], plan.run["reshard"]) == ("2", "fsdp2", "false")
+    assert "for one of 2 ranks under FSDP2; all bytes are those of one rank" in plan.notes
+    target = Target.named("h100")
+    config = options.TrainConfig(
+        model=model, data="", budget=1, output_dir=Path(), per_device_train_batch_size=8, max_length=64
     )
-    expected = target.planner(target.shape(config, full=True), config).plan(target.budget(None))
+    shape = target.shape(config, full=True)
+    planner = rematree_library.Planner(
+        shape.model,
+        shape.batch,
+        ranks=TWO["fsdp2 whole"],
+        forbid=FORBIDDEN,
+        device=torch.device("cuda", 0),
+        capability=(9, 0),
+        cost=find_device("h100").roofline(),
+    )
+    expected = planner.plan(target.budget(None))
     assert plan.ledger == expected.ledger
-    assert plan.predicted_peak_bytes == sum(line.num_bytes for line in plan.ledger)
     assert plan.levers == expected.levers
-    assert f"for {TWO[name]}; all bytes are those of one rank" in plan.notes
-    assert (plan.run["ranks"], plan.run["engine"]) == ("2", TWO[name].engine)
-    assert plan.run.get("reshard") == {"fsdp2": "true", "fsdp2 whole": "false"}.get(name)
-    assert plan.run.get("gradient_as_bucket_view") == {"ddp": "false", "ddp view": "true"}.get(name)
-
-
-def test_the_table_says_whose_bytes_they_are(model: str) -> None:
-    outcome = rematree("plan", model, *WORDS, *FSDP2)
-    assert outcome.code == 0, outcome.err
-    assert "for one of 2 ranks under FSDP2; all bytes are those of one rank" in outcome.out
+    assert plan.predicted_peak_bytes == sum(line.num_bytes for line in plan.ledger)
 
 
 def test_every_remedy_keeps_the_ranks(model: str) -> None:
-    outcome = rematree("plan", model, *WORDS, *FSDP2, "--no-reshard", "--full", "--budget", "560MiB")
+    outcome = rematree("plan", model, *WORDS, *OPTIONS["fsdp2 whole"], "--full", "--budget", "700KiB")
     assert outcome.code == 3
     found = remedies(outcome)
     assert found
     for words in found:
-        assert words[words.index("--ranks") + 1] == "2"
-        assert words[words.index("--engine") + 1] == "fsdp2"
+        assert (words[words.index("--ranks") + 1], words[words.index("--engine") + 1]) == ("2", "fsdp2")
         assert "--no-reshard" in words
-        assert rematree(*words).code == 0, words
 
 
-def test_more_rows_fit_two_ranks_that_share_the_weights(model: str) -> None:
-    """Full fine-tuning of a model whose weights and state are much of the budget."""
-    words = [*WORDS, "--full", "--find", "device", "--json"]
-    alone = rematree("fit", model, *words).data
-    both = rematree("fit", model, *words, *FSDP2).data
-    assert alone["ranks"] is None
-    assert both["ranks"] == {"engine": "fsdp2", "count": 2, "bucket_view": False, "reshard": True}
-    assert both["probes"][0]["least_bytes"] < alone["probes"][0]["least_bytes"]
-    said = rematree("fit", model, *WORDS, "--full", "--find", "device", *FSDP2).out
-    assert "All of it for one of 2 ranks under FSDP2." in said
+def test_fit_says_for_which_ranks(model: str) -> None:
+    outcome = rematree("fit", model, *WORDS, *DDP, "--find", "device")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("The smallest device that fits is H100 SXM5 80GB: it takes at least ")
+    assert "All of it for one of 2 ranks under DDP." in outcome.out
+
+
+def test_a_plan_of_several_ranks_is_not_verified_in_one_process(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    made = rematree("plan", model, *WORDS, *DDP, "--output", file)
+    assert made.code == 0, made.err
+    assert "for one of 2 ranks under DDP; all bytes are those of one rank" in made.out
+    assert rematree("show", file).out == made.out
+    outcome = rematree("verify", file, model)
+    assert outcome.code == 2
+    assert "is for one of 2 ranks, and this command runs one process" in outcome.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_that_plans_a_shape_has_the_options(command: str) -> None:
+def test_every_command_that_plans_a_shape_has_the_options(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
     outcome = rematree(command, "--help")
     for option in ("--ranks", "--engine", "--no-reshard", "--gradient-as-bucket-view"):
         assert option in outcome.out
-    assert "ddp (every rank holds" in " ".join(outcome.out.replace("│", " ").split())
+    assert "ddp (every rank holds the model) or fsdp2" in outcome.out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     ("words", "message", "remedy"),
     [
@@ -121,23 +132,20 @@ def test_every_command_that_plans_a_shape_has_the_options(command: str) -> None:
         ([*FSDP2, "--load-in-8bit"], "--load-in-8bit packs weights", "--engine ddp"),
     ],
 )
-def test_ranks_that_cannot_be_are_refused(
-    command: str, words: list[str], message: str, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(options, "plan_only", lambda: pytest.fail("refused only after planning was imported"))
-    extra = ["--find", "max-length"] if command == "fit" else []
-    outcome = rematree(command, "llama-3-8b", "--device", "h100", *extra, *words)
+def test_ranks_that_cannot_be_are_refused(words: list[str], message: str, remedy: str) -> None:
+    outcome = rematree("plan", "llama-3-8b", "--device", "h100", *words)
     assert (outcome.code, outcome.out) == (2, "")
     first, _, below = outcome.err.partition("What would work:\n")
     assert message in first
     assert remedy in below
 
 
-def test_a_plan_of_several_ranks_is_not_verified_in_one_process(model: str, tmp_path: Path) -> None:
-    file = tmp_path / "plan.json"
-    assert rematree("plan", model, *WORDS, *DDP, "--output", file).code == 0
-    outcome = rematree("verify", file, model)
-    assert outcome.code == 2
-    assert "is for one of 2 ranks, and this command runs one process" in outcome.err
-    shown: Any = rematree("show", file)
-    assert "all bytes are those of one rank" in shown.out
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_them_before_it_imports_what_planning_needs(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "plan_only", lambda: pytest.fail("planning was imported"))
+    extra = ["--find", "max-length"] if command == "fit" else []
+    outcome = rematree(command, "llama-3-8b", "--device", "h100", *extra, "--ranks", "2", "--engine", "fsdp")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "unknown engine 'fsdp'; the nearest are fsdp2, ddp" in outcome.err

@@ -74,13 +74,13 @@ def fit(
     """
     config = options.train_config(ctx)
     _refuse_contradictions(ctx, find, device, budget)
+    among = options.ranks_of(ctx, config)
     options.plan_only()
     from rematree.finetune.fit import find_device, find_setting
     from rematree.finetune.target import all_targets, named_targets
 
     if find is Quantity.DEVICE:
         targets = named_targets(options.split_list([device])) if device else all_targets()
-        among = options.ranks_of(ctx, config)
         found = find_device(config, [target.among(among) for target in targets], full=full, say=hint)
     else:
         target = options.target_of(ctx, config)
