@@ -118,7 +118,9 @@ def test_the_picture_is_one_that_a_browser_takes() -> None:
         picture.picture("nothing", [rows[3]])
 
 
+@pytest.mark.usefixtures("stated_prices")
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load("workloads").TINY, "num_hidden_layers", 4)
     output = tmp_path / "frontier.json"
     options = ["--quick", "--output", str(output), "--rounds", "1", "--only", "chunked, every"]
     monkeypatch.setattr(sys, "argv", ["frontier.py", *options])
@@ -149,6 +151,7 @@ def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert output.stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("stated_prices")
 def test_the_gpu_benchmark_runs_dry_and_says_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
