@@ -1,6 +1,8 @@
 """Plans with lean adapters: chosen where they pay, exact, predicted to the byte, and refused where they cannot run."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +52,21 @@ def measured(plan: Plan, model: nn.Module, batch: dict[str, torch.Tensor]) -> in
 Made = tuple[nn.Module, dict[str, torch.Tensor], list[Plan]]
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
-def made(request: pytest.FixtureRequest) -> Made:
-    """A model with adapters, a batch, and plans over the whole frontier."""
-    model = with_lora(build("llama").to(request.param), lora_dropout=0.05)
-    batch = batch_for(model, rows=8, tokens=64)
-    return model, batch, plans_of(Planner(model, batch, cost=COST, forbid=["chunked_loss", "compile"]))
+@pytest.fixture(scope="module")
+def made() -> Callable[[torch.dtype], Made]:
+    """A model of some dtype with adapters, a batch, and plans over the whole frontier; each is made once."""
+
+    def make(dtype: torch.dtype) -> Made:
+        model = with_lora(build("llama").to(dtype), lora_dropout=0.05)
+        batch = batch_for(model, rows=8, tokens=64)
+        return model, batch, plans_of(Planner(model, batch, cost=COST, forbid=["chunked_loss", "compile"]))
+
+    return functools.cache(make)
 
 
-def test_plans_are_exact_and_predicted_to_the_byte(made: Made) -> None:
-    model, batch, plans = made
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plans_are_exact_and_predicted_to_the_byte(dtype: torch.dtype, made: Callable[[torch.dtype], Made]) -> None:
+    model, batch, plans = made(dtype)
     expected = gradients(model, batch)
     assert len({plan.lean for plan in plans}) >= 2, "lean in some blocks, and not in others"
     for plan in plans:
@@ -88,8 +95,8 @@ def test_lean_adapters_lower_what_must_be_paid() -> None:
     assert max(gains) > 0.2 * max(plan.extra_seconds for plan in slower)
 
 
-def test_the_table_and_the_notes_say_it(made: Made) -> None:
-    (plan,) = [plan for plan in made[2] if 0 < len(plan.lean) < 28][:1]
+def test_the_table_and_the_notes_say_it(made: Callable[[torch.dtype], Made]) -> None:
+    (plan,) = [plan for plan in made(torch.bfloat16)[2] if 0 < len(plan.lean) < 28][:1]
     rows = [row.path for row in plan.rows if row.option.startswith("lean adapters, ")]
     assert rows
     assert {path.split(".self_attn")[0].split(".mlp")[0] for path in plan.lean} == set(rows)
