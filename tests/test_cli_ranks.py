@@ -14,9 +14,9 @@ from rematree.plans import Plan
 from rematree.pricing.devices import find_device
 from rematree.referee.ranks import Ranks
 
-WORDS = ["--lora-target-modules", "down_proj", "--batch-size", "8", "--max-length", "64", "--device", "h100"]
 FORBIDDEN = ("chunked_loss", "groups", "lean_adapters")
-WORDS += ["--forbid", ",".join(FORBIDDEN)]
+WORDS = ["--lora-target-modules", "down_proj", "--batch-size", "8", "--max-length", "64", "--device", "h100"]
+WORDS.extend(["--forbid", ",".join(FORBIDDEN)])
 DDP, FSDP2 = ["--ranks", "2", "--engine", "ddp"], ["--ranks", "2", "--engine", "fsdp2"]
 TWO = {
     "ddp": Ranks("ddp", 2),
