@@ -191,7 +191,7 @@ def test_predicted_peak_is_the_measured_one(planned: Planned) -> None:
     """Real steps of a small model: within the slack of 256 KiB that every prediction holds, on the safe side."""
     model, batch, _ = planned
     batch = batch_for(model, rows=8, tokens=64)
-    planner = Planner(model, batch, cost=COST)
+    planner = Planner(model, batch)
     low, high = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     for share in (0.0, 0.4, 0.8, 1.0):
