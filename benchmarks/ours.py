@@ -13,7 +13,8 @@ from workloads import Built, Loss, plain_loss
 
 import rematree
 from rematree.execute.input_grads import as_leaves
-from rematree.planning.planner import LEVERS, Planner
+from rematree.planning.planner import Planner
+from rematree.planning.settings import LEVERS
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.units import MIB
 
@@ -38,14 +39,14 @@ def predictions(planner: Planner) -> dict[str, tuple[int, float]]:
     return {
         "plain": planner.plain_step(),
         "HF flag": planner.every_layer_step(),
-        "HF every 2": _recomputed(planner, blocks[::2], as_leaves(planner._twin.model)),
+        "HF every 2": _recomputed(planner, blocks[::2], as_leaves(planner.observed.twin.model)),
         "torch_remat": _recomputed(planner, blocks, nullcontext()),
     }
 
 
 def _recomputed(planner: Planner, blocks: Sequence[str], around: AbstractContextManager[object]) -> tuple[int, float]:
     with around:
-        result = planner._referee.run(Levers({path: Decision(Action.RECOMPUTE) for path in blocks}))
+        result = planner.observed.referee.run(Levers({path: Decision(Action.RECOMPUTE) for path in blocks}))
     return planner._search.peak(result), result.seconds
 
 

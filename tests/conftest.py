@@ -11,6 +11,27 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Begun first, the longest first, as a file goes to one worker whole: one of these begun last would keep it busy alone.
+LONG_FILES = (
+    "test_ranks",
+    "test_exactness",
+    "test_compiled_blocks",
+    "test_budget_callback",
+    "test_kills",
+    "test_finetune_job",
+    "test_quantised",
+    "test_lean_plans",
+    "test_benchmarks",
+    "test_cli",
+    "test_quantised_job",
+    "test_groups",
+    "test_whole_runs",
+    "test_dpo",
+    "test_accuracy_log",
+    "test_report_page",
+    "test_executor",
+)
+
 # Read when transformers and datasets are imported, so they are set before any test module is.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rematree-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -23,10 +44,24 @@ settings.register_profile("rematree", deadline=None, derandomize=True, database=
 settings.load_profile("rematree")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first; everything else stays as it is."""
+    turn = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: turn.get(item.path.stem, len(turn)))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the working tree."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def stated_prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prices from arithmetic instead of measured: for tests of a command or a script whose result no price changes."""
+    from rematree.pricing.roofline import Roofline
+
+    monkeypatch.setattr("rematree.planning.observed.Measured", lambda device: Roofline(1e11, 1e10))
 
 
 @pytest.fixture(autouse=True)

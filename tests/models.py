@@ -22,8 +22,8 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def _gpt2() -> nn.Module:
-    config = transformers.GPT2Config(n_embd=48, n_layer=4, n_head=4, vocab_size=151, n_positions=64)
+def _gpt2(layers: int) -> nn.Module:
+    config = transformers.GPT2Config(n_embd=48, n_layer=layers, n_head=4, vocab_size=151, n_positions=64)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -54,7 +54,7 @@ def build(name: str, *, layers: int = 4) -> nn.Module:
         case "mistral":
             return _decoder("MistralConfig", "MistralForCausalLM", sliding_window=8, head_dim=12)
         case "gpt2":
-            return _gpt2()
+            return _gpt2(layers)
         case "phi3":
             return _decoder("Phi3Config", "Phi3ForCausalLM")
         case "olmo2":

@@ -15,11 +15,12 @@ from rematree.planning.planner import Planner
 from rematree.pricing.cost import Roofline
 from rematree.verification import PEAK_SLACK
 from test_finetune_tiny import save_tiny_model
+from trainers import QUICK
 
 
 @pytest.fixture(scope="module")
 def planner() -> Planner:
-    model = with_lora(build("llama"))
+    model = with_lora(build("llama", layers=2))
     return Planner(model, batch_for(model, rows=8, tokens=64), cost=Roofline(1e11, 1e10))
 
 
@@ -49,9 +50,9 @@ def test_the_four_answers(planner: Planner) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # GPT-2 keeps a dropout mask and a sum behind its embedding
 def test_every_layer_is_what_transformers_does(family: str) -> None:
     """transformers makes the embedding's output require grad, and it holds a gradient while the step lasts."""
-    model = with_lora(build(family))
+    model = with_lora(build(family, layers=2))
     batch = batch_for(model, rows=8, tokens=64)
-    predicted = Planner(model, batch, cost=Roofline(1e11, 1e10)).every_layer_step()[0] - PEAK_SLACK
+    predicted = Planner(model, batch, cost=Roofline(1e11, 1e10), forbid=QUICK).every_layer_step()[0] - PEAK_SLACK
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     measured = 0
     with hf_checkpointing(model):
@@ -64,13 +65,15 @@ def test_every_layer_is_what_transformers_does(family: str) -> None:
     assert abs(predicted - measured) < 1024  # sums of a few numbers
 
 
+@pytest.mark.usefixtures("stated_prices")
 def test_command(tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path / "model")
-    outcome = rematree("advise", "--model", model, "--max-length", "64", "--batch-size", "2", "--dtype", "float32")
+    words = ["advise", "--model", save_tiny_model(tmp_path / "model"), "--lora-target-modules", "down_proj"]
+    words += ["--max-length", "64", "--batch-size", "2", "--dtype", "float32"]
+    outcome = rematree(*words)
     assert outcome.code == 0, outcome.err
     assert "what is free here now" in outcome.err
     assert outcome.out.startswith("No recomputation is needed: the plain step takes")
-    facts = rematree("advise", "--model", model, "--max-length", "64", "--budget", "100MiB", "--json").data
+    facts = rematree(*words, "--budget", "100MiB", "--json").data
     assert facts["verdict"] == "nothing needed"
     assert facts["budget_bytes"] == 100 << 20
-    assert rematree("advise", "--model", model, "--max-length", "64", "--budget", "1MiB").code == 3
+    assert rematree(*words, "--budget", "300KiB").code == 3

@@ -36,7 +36,7 @@ def quick() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rematree.planning.planner.Measured", lambda device: COST)
+        patch.setattr("rematree.planning.observed.Measured", lambda device: COST)
         yield
     torch.set_num_threads(threads)
 

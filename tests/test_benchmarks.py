@@ -144,7 +144,9 @@ def test_budgets_at_what_peers_need() -> None:
     assert [*compiled][2:] == ["as by hand: chunked, compiled 0.0"]
 
 
+@pytest.mark.usefixtures("stated_prices")
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load("workloads").TINY, "num_hidden_layers", 4)
     output = tmp_path / "frontier.json"
     options = ["--quick", "--output", str(output), "--rounds", "1", "--only", "chunked, every"]
     monkeypatch.setattr(sys, "argv", ["frontier.py", *options])
@@ -178,6 +180,7 @@ def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert output.stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("stated_prices")
 def test_the_gpu_benchmark_runs_dry_and_says_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

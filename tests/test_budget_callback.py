@@ -50,7 +50,7 @@ class LastStepPeak(TrainerCallback):
 def train(
     folder: Path, *callbacks: TrainerCallback, model: Any = None, lengths: tuple[int, ...] = LENGTHS, **settings: Any
 ) -> tuple[Any, list[float]]:
-    model = model if model is not None else with_lora(build("llama"))
+    model = model if model is not None else with_lora(build("llama", layers=2))
     arguments = quiet_arguments(folder, max_steps=4, **settings)
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows_of(*lengths), data_collator=pad, callbacks=list(callbacks)
@@ -65,7 +65,7 @@ def limits() -> tuple[int, int]:
     rows: list[Any] = list(rows_of(*LENGTHS))
     batch = pad([row for row in rows if len(row["input_ids"]) == 40])
     batch["attention_mask"][-1, -1] = 0  # other batches of this size have padding, and with it a mask
-    planner = Planner(with_lora(build("llama")), batch, cost=COST, forbid=["chunked_loss"])
+    planner = Planner(with_lora(build("llama", layers=2)), batch, cost=COST, forbid=["chunked_loss"])
     return planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
 
 
@@ -158,7 +158,7 @@ def test_budget_in_the_training_arguments(
 
 def test_budget_written_on_the_model(tmp_path: Path, limits: tuple[int, int]) -> None:
     """As a script does it that prepares for k-bit training: until the plan is applied, every layer is checkpointed."""
-    base = prepare_model_for_kbit_training(build("llama"), budget=limits[1] * 2)
+    base = prepare_model_for_kbit_training(build("llama", layers=2), budget=limits[1] * 2)
     assert is_activation_checkpointing(base)
     model = with_lora(base)
     callback = BudgetCallback(cost=COST, forbid=["chunked_loss"], say=lambda text: None)
@@ -251,7 +251,7 @@ def test_messages(tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match="has no unit"):
         BudgetCallback("14")
-    model = with_lora(build("llama"))
+    model = with_lora(build("llama", layers=2))
     with pytest.raises(InfeasibleBudgetError, match="below the smallest reachable peak") as caught:
         train(tmp_path, BudgetCallback("300KiB", cost=COST), model=model)
     assert caught.value.budget == 300 * 1024 < caught.value.min_peak

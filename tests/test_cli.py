@@ -37,7 +37,7 @@ def quick() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rematree.planning.planner.Measured", lambda device: Roofline(1e11, 1e10))
+        patch.setattr("rematree.planning.observed.Measured", lambda device: Roofline(1e11, 1e10))
         yield
     torch.set_num_threads(threads)
 

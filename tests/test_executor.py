@@ -218,7 +218,7 @@ def test_generator_states_are_part_of_the_prediction() -> None:
         decisions[block] = Decision(Action.RECOMPUTE)
         for name in ("q_proj", "o_proj"):  # what is between them draws again
             decisions[f"{block}.self_attn.{name}.lora_dropout.default#draw"] = Decision(Action.SAVE)
-    predicted = planner._referee.run(Levers(decisions)).peak_bytes
+    predicted = planner.observed.referee.run(Levers(decisions)).peak_bytes
     with rematree.apply(dataclasses.replace(planner.plan(None), decisions=decisions), model):
         model(**batch).loss.backward()
         model.zero_grad(set_to_none=True)

@@ -32,6 +32,7 @@ from rematree.finetune.setup import Engine, prepare
 from rematree.measure import PeakMeter
 from rematree.planning.planner import Planner
 from rematree.plans import Plan
+from rematree.pricing.cost import Roofline
 from test_finetune_tiny import plain_engine, save_tiny_model, sums, tiny_config, tiny_model, write_jsonl
 
 NUM_STEPS = 9
@@ -62,7 +63,7 @@ def planned_engine(plan_file: Path) -> Engine:
 def config(folder: Path) -> TrainConfig:
     """A budget between the least and the most the step can use."""
     setup = prepare(tiny_config(folder), lambda line: None)
-    planner = Planner(setup.model, setup.batch, forbid=["chunked_loss"])
+    planner = Planner(setup.model, setup.batch, cost=Roofline(1e11, 1e10), forbid=["chunked_loss"])
     most = planner.plan(None).predicted_peak_bytes
     with pytest.raises(InfeasibleBudgetError) as caught:
         planner.plan(1)

@@ -76,17 +76,17 @@ def test_a_ratio_scales_the_head_with_that_loss_and_nothing_else() -> None:
 
 
 def test_a_planner_runs_the_head_of_a_live_model_unless_the_loss_is_another() -> None:
-    model = with_lora(build("llama"))
+    model = with_lora(build("llama", layers=2), target_modules=["q_proj"])
     batch = batch_for(model)
-    ratios = Planner(model, batch, optimizer="none")._referee.head_pace
+    ratios = Planner(model, batch, optimizer="none").observed.referee.head_pace
     assert ratios.keys() == {None, 32}
     assert all(ratio != 1.0 for ratio in ratios.values())
     other = Planner(model, batch, optimizer="none", loss=lambda output: output.loss)
-    assert other._referee.head_pace == {None: 1.0}
+    assert other.observed.referee.head_pace == {None: 1.0}
 
 
 def test_plans_are_made_and_confirmed_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_lora(build("llama"))
+    model = with_lora(build("llama", layers=2), target_modules=["q_proj"])
     # The whole loss and chunks of 32 take as long as a day here, and there is no other choice.
     monkeypatch.setattr(HeadClock, "seconds", lambda _, workspaces: dict.fromkeys(workspaces, 86400.0))
     planner = Planner(model, batch_for(model), optimizer="none")

@@ -136,7 +136,7 @@ def test_peaks_are_those_of_a_planner_of_their_own(model: nn.Module, planner: Pl
     assert plan.predicted_peak_bytes <= budget
     assert {name: shape for name, shape, _ in plan.fingerprint.batch}["input_ids"] == (2, 24)
     own = Planner(model, batch_of(24), cost=COST, forbid=["chunked_loss"])
-    alone = own._referee.run(plan.levers)
+    alone = own.observed.referee.run(plan.levers)
     assert own._search.peak(alone) == plan.predicted_peak_bytes == sum(line.num_bytes for line in plan.ledger)
     assert alone.seconds == pytest.approx(plan.predicted_step_seconds, rel=1e-9)
     # The scaled survey finds what a survey of this length finds, or next to it.

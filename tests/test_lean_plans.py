@@ -1,6 +1,8 @@
 """Plans with lean adapters: chosen where they pay, exact, predicted to the byte, and refused where they cannot run."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,25 @@ def measured(plan: Plan, model: nn.Module, batch: dict[str, torch.Tensor]) -> in
     return meter.peak_bytes
 
 
+Made = tuple[nn.Module, dict[str, torch.Tensor], list[Plan]]
+
+
+@pytest.fixture(scope="module")
+def made() -> Callable[[torch.dtype], Made]:
+    """A model of some dtype with adapters, a batch, and plans over the whole frontier; each is made once."""
+
+    def make(dtype: torch.dtype) -> Made:
+        model = with_lora(build("llama").to(dtype), lora_dropout=0.05)
+        batch = batch_for(model, rows=8, tokens=64)
+        return model, batch, plans_of(Planner(model, batch, cost=COST, forbid=["chunked_loss", "compile"]))
+
+    return functools.cache(make)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_plans_are_exact_and_predicted_to_the_byte(dtype: torch.dtype) -> None:
-    model = with_lora(build("llama").to(dtype), lora_dropout=0.05)
-    batch = batch_for(model, rows=8, tokens=64)
+def test_plans_are_exact_and_predicted_to_the_byte(dtype: torch.dtype, made: Callable[[torch.dtype], Made]) -> None:
+    model, batch, plans = made(dtype)
     expected = gradients(model, batch)
-    planner = Planner(model, batch, cost=COST, forbid=["chunked_loss", "compile"])
-    plans = plans_of(planner)
     assert len({plan.lean for plan in plans}) >= 2, "lean in some blocks, and not in others"
     for plan in plans:
         assert plan.exact
@@ -81,11 +95,8 @@ def test_lean_adapters_lower_what_must_be_paid() -> None:
     assert max(gains) > 0.2 * max(plan.extra_seconds for plan in slower)
 
 
-def test_the_table_and_the_notes_say_it() -> None:
-    model = with_lora(build("llama").to(torch.bfloat16), lora_dropout=0.05)
-    batch = batch_for(model, rows=8, tokens=64)
-    planner = Planner(model, batch, cost=COST, forbid=["chunked_loss", "compile"])
-    (plan,) = [plan for plan in plans_of(planner) if 0 < len(plan.lean) < 28][:1]
+def test_the_table_and_the_notes_say_it(made: Callable[[torch.dtype], Made]) -> None:
+    (plan,) = [plan for plan in made(torch.bfloat16)[2] if 0 < len(plan.lean) < 28][:1]
     rows = [row.path for row in plan.rows if row.option.startswith("lean adapters, ")]
     assert rows
     assert {path.split(".self_attn")[0].split(".mlp")[0] for path in plan.lean} == set(rows)
@@ -186,7 +197,7 @@ def test_the_adapter_of_the_forward_is_rerun() -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_packed_models(kind: str, tmp_path: Path) -> None:
-    model = with_lora(quantised(build("llama", layers=3), kind, tmp_path), lora_dropout=0.05)
+    model = with_lora(quantised(build("llama", layers=2), kind, tmp_path), lora_dropout=0.05)
     batch = batch_for(model)
     expected = gradients(model, batch)
     planner = Planner(model, batch, cost=COST, forbid=["chunked_loss", "compile"])
@@ -207,7 +218,8 @@ def test_a_layer_that_cannot_be_lean_is_refused() -> None:
 
 
 def test_models_without_such_layers_are_planned_as_before() -> None:
-    for model in (with_lora(build("llama"), use_dora=True, lora_dropout=0.0), build("llama").train()):
+    adapted = with_lora(build("llama", layers=2), use_dora=True, lora_dropout=0.0)
+    for model in (adapted, build("llama", layers=2).train()):
         planner = Planner(model, batch_for(model), cost=COST, forbid=["chunked_loss", "compile"])
         assert planner.survey.lean == {}
         assert all(plan.lean == () and "lean" not in str(plan) for plan in plans_of(planner))

@@ -82,4 +82,6 @@ def test_only_where_the_weights_are_here() -> None:
     assert not pace.is_live(build("llama").to("meta"), here)
     assert pace.is_measured(Measured(here))
     assert not pace.is_measured(COST)
-    assert Planner(with_lora(model), batch_for(model), cost=COST)._referee.pace == {}  # prices of another device
+    assert (
+        Planner(with_lora(model), batch_for(model), cost=COST).observed.referee.pace == {}
+    )  # prices of another device

@@ -34,7 +34,7 @@ SHAPE = ["--batch-size", "32", "--max-length", "128", *ADAPTERS]
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rematree.planning.planner.Measured", lambda device: Roofline(1e11, 1e10))
+        patch.setattr("rematree.planning.observed.Measured", lambda device: Roofline(1e11, 1e10))
         yield
 
 

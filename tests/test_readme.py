@@ -34,7 +34,7 @@ def test_the_python_runs_as_it_is_written(
     readme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a tiny Llama under LoRA; of the text only the budget is another one, so that it binds."""
-    monkeypatch.setattr("rematree.planning.planner.Measured", lambda device: Roofline(5e10, 1e10))
+    monkeypatch.setattr("rematree.planning.observed.Measured", lambda device: Roofline(5e10, 1e10))
     model = with_lora(build("llama", layers=2))
     batch = batch_for(model, rows=8)
     planner = rematree.Planner(model, batch)

@@ -277,7 +277,7 @@ def test_a_run_that_is_going_on_has_a_page(finished: Path, tmp_path: Path) -> No
 def test_a_run_without_a_frontier_gets_one_of_its_config_alone(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rematree.planning.planner.Measured", lambda device: COST)
+    monkeypatch.setattr("rematree.planning.observed.Measured", lambda device: COST)
     copy = tmp_path / "old"
     shutil.copytree(finished, copy)
     (copy / "frontier.json").unlink()

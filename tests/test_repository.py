@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from conftest import LONG_FILES
+
 MAX_LINES = 350
 COMMANDS = {
     "train",
@@ -34,7 +36,12 @@ MACHINE_PATH = re.compile("/" + r"(work|opt|root|home|Users|mnt)/")
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_files_that_are_begun_first_are_there(repository: Path) -> None:
+    assert len(set(LONG_FILES)) == len(LONG_FILES)
+    assert [name for name in LONG_FILES if not (repository / "tests" / f"{name}.py").is_file()] == []
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,7 @@ def texts(repository: Path) -> dict[str, bytes]:
     return {name: (repository / name).read_bytes() for name in names if (repository / name).is_file()}
 
 
+@pytest.mark.slow  # make lint, with which make test begins, checks the same
 def test_imports_point_down(repository: Path) -> None:
     command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     result = subprocess.run(

@@ -39,6 +39,10 @@ def advise(
     load_in_8bit: options.LoadIn8bit = DEFAULT["load_in_8bit"],
     bnb_4bit_quant_type: options.QuantType = DEFAULT["bnb_4bit_quant_type"],
     bnb_4bit_use_double_quant: options.DoubleQuant = DEFAULT["bnb_4bit_use_double_quant"],
+    ranks: options.RankCount = None,
+    engine: options.Engine = None,
+    reshard: options.Reshard = True,
+    gradient_as_bucket_view: options.BucketView = False,
     forbid: options.Forbid = [],  # noqa: B006
     as_json: options.Json = False,
 ) -> None:

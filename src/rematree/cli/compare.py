@@ -37,6 +37,10 @@ def compare(
     load_in_8bit: options.LoadIn8bit = DEFAULT["load_in_8bit"],
     bnb_4bit_quant_type: options.QuantType = DEFAULT["bnb_4bit_quant_type"],
     bnb_4bit_use_double_quant: options.DoubleQuant = DEFAULT["bnb_4bit_use_double_quant"],
+    ranks: options.RankCount = None,
+    engine: options.Engine = None,
+    reshard: options.Reshard = True,
+    gradient_as_bucket_view: options.BucketView = False,
     forbid: options.Forbid = [],  # noqa: B006
     as_json: options.Json = False,
 ) -> None:
@@ -47,7 +51,8 @@ def compare(
     config = options.train_config(ctx)
     from rematree.finetune.target import named_targets
 
-    targets = named_targets(options.split_list([device]))
+    among = options.ranks_of(ctx, config)
+    targets = [target.among(among) for target in named_targets(options.split_list([device]))]
     wanted = None if budget is None else config.budget
     for target in targets:
         target.budget(wanted)

@@ -61,6 +61,10 @@ def fit(
     load_in_8bit: options.LoadIn8bit = DEFAULT["load_in_8bit"],
     bnb_4bit_quant_type: options.QuantType = DEFAULT["bnb_4bit_quant_type"],
     bnb_4bit_use_double_quant: options.DoubleQuant = DEFAULT["bnb_4bit_use_double_quant"],
+    ranks: options.RankCount = None,
+    engine: options.Engine = None,
+    reshard: options.Reshard = True,
+    gradient_as_bucket_view: options.BucketView = False,
     forbid: options.Forbid = [],  # noqa: B006
     as_json: options.Json = False,
 ) -> None:
@@ -70,13 +74,14 @@ def fit(
     """
     config = options.train_config(ctx)
     _refuse_contradictions(ctx, find, device, budget)
+    among = options.ranks_of(ctx, config)
     options.plan_only()
     from rematree.finetune.fit import find_device, find_setting
     from rematree.finetune.target import all_targets, named_targets
 
     if find is Quantity.DEVICE:
         targets = named_targets(options.split_list([device])) if device else all_targets()
-        found = find_device(config, targets, full=full, say=hint)
+        found = find_device(config, [target.among(among) for target in targets], full=full, say=hint)
     else:
         target = options.target_of(ctx, config)
         wanted = None if budget is None else config.budget

@@ -16,18 +16,19 @@ import typer
 from rematree.cli.output import hint
 from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
-from rematree.finetune.target import Target
+from rematree.finetune.target import Target, named_ranks
 from rematree.units import parse_bytes
 
 if TYPE_CHECKING:
     from rematree.planning.planner import Planner
+    from rematree.referee.ranks import Ranks
 
 DEFAULT: Final[dict[str, Any]] = {
     item.name: item.default for item in dataclasses.fields(TrainConfig) if item.default is not dataclasses.MISSING
 }
 _LISTS: Final = ("forbid", "lora_target_modules")
 _NO_COMPILER: Final = "TORCHDYNAMO_DISABLE"
-_MODEL, _SHAPE, _LORA = "Model", "Batch", "Adapters"
+_MODEL, _SHAPE, _LORA, _RANKS = "Model", "Batch", "Adapters", "Several ranks"
 
 Model = Annotated[
     str | None,
@@ -119,6 +120,37 @@ LoraTargets = Annotated[
     ),
 ]
 Full = Annotated[bool, typer.Option("--full", help="Train all parameters, without adapters.", rich_help_panel=_LORA)]
+RankCount = Annotated[
+    int | None,
+    typer.Option(
+        "--ranks",
+        help="Processes that run the step together, each with a device of its own; all bytes are then those of one.",
+        show_default=False,
+        rich_help_panel=_RANKS,
+    ),
+]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        help="What distributes it: ddp (every rank holds the model) or fsdp2 (fully_shard: each holds its share).",
+        show_default=False,
+        rich_help_panel=_RANKS,
+    ),
+]
+Reshard = Annotated[
+    bool,
+    typer.Option(
+        "--reshard/--no-reshard",
+        help="FSDP2's reshard_after_forward of the blocks; without, weights stay whole until backward.",
+        rich_help_panel=_RANKS,
+    ),
+]
+BucketView = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-as-bucket-view", help="DDP's: gradients are views of its buckets.", rich_help_panel=_RANKS
+    ),
+]
 Forbid = Annotated[
     list[str],
     typer.Option(help="Lever the plan may not use; chunked_loss and compile change rounding.", show_default=False),
@@ -190,17 +222,33 @@ def target_of(ctx: typer.Context, config: TrainConfig) -> Target:
             f"--device {name} names several devices, and a plan is for one",
             remedies=[f"rematree compare {config.model} --device {name}"],
         )
-    target = Target.named(name)
+    target = Target.named(name).among(ranks_of(ctx, config))
     if not target.loads(config):
         plan_only()
     return target
+
+
+def ranks_of(ctx: typer.Context, config: TrainConfig) -> "Ranks | None":
+    """The ranks that the options of a command name; None if they name none.
+
+    Raises:
+        UsageError: there can be no such ranks.
+    """
+    given = ctx.params
+    return named_ranks(
+        given["ranks"],
+        given["engine"],
+        config,
+        reshard=given["reshard"],
+        bucket_view=given["gradient_as_bucket_view"],
+    )
 
 
 def planner_of(target: Target, config: TrainConfig, *, full: bool) -> "Planner":
     """Load or make the model of `config` and observe its step, saying so."""
     hint(f"loading {config.model}" if target.loads(config) else f"making {config.model} of its config alone")
     shape = target.shape(config, full=full)
-    hint(f"planning for {target.name}")
+    hint(f"planning for {target.place}")
     return target.planner(shape, config)
 
 

@@ -36,6 +36,10 @@ def plan(
     load_in_8bit: options.LoadIn8bit = DEFAULT["load_in_8bit"],
     bnb_4bit_quant_type: options.QuantType = DEFAULT["bnb_4bit_quant_type"],
     bnb_4bit_use_double_quant: options.DoubleQuant = DEFAULT["bnb_4bit_use_double_quant"],
+    ranks: options.RankCount = None,
+    engine: options.Engine = None,
+    reshard: options.Reshard = True,
+    gradient_as_bucket_view: options.BucketView = False,
     forbid: options.Forbid = [],  # noqa: B006
     compile: options.Compile = DEFAULT["compile"],
     as_json: options.Json = False,
@@ -43,8 +47,9 @@ def plan(
     """Make a plan for a model and a batch shape.
 
     With --device nothing is loaded and no weights are needed: the model is made of its config alone, for a device that
-    need not be here. Without, the model is loaded, not run. Its step is observed on fake tensors. Prints the folded
-    table; with --output the plan is stored for `rematree show`, `explain`, `export` and `verify`.
+    need not be here. Without, the model is loaded, not run. Its step is observed on fake tensors. With --ranks and
+    --engine the step is one of several ranks, and the budget that of each. Prints the folded table; with --output the
+    plan is stored for `rematree show`, `explain`, `export` and `verify`.
     """
     config = options.train_config(ctx)
     if output is not None:
@@ -58,7 +63,7 @@ def plan(
 
     hint(f"loading {config.model}" if target.loads(config) else f"making {config.model} of its config alone")
     shape = target.shape(config, full=full)
-    hint(f"planning for {target.name}")
+    hint(f"planning for {target.place}")
     try:
         made = target.planner(shape, config).plan(budget_bytes)
     except InfeasibleBudgetError as error:

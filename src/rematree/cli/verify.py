@@ -8,6 +8,7 @@ import typer
 from rematree.cli import options
 from rematree.cli.options import DEFAULT
 from rematree.cli.output import emit_json, emit_table, hint, read_plan
+from rematree.errors import UsageError
 from rematree.report.tables import verification_columns
 
 Rounds = Annotated[int, typer.Option(min=1, help="Timed steps of each kind; the median counts.")]
@@ -39,6 +40,11 @@ def verify(
     that is in the plan. The plain step must fit, as it is the reference.
     """
     stored = read_plan(plan)
+    if "ranks" in stored.run:
+        raise UsageError(
+            f"{plan} is for one of {stored.run['ranks']} ranks, and this command runs one process: its peak is another",
+            remedies=["rematree plan ... without --ranks, and verify that"],
+        )
     config = options.train_config(ctx)
     from rematree.finetune.synthetic import shape_of_plan
     from rematree.verification import verify as run_both

@@ -25,9 +25,9 @@ def refuse_compiled(model: nn.Module) -> None:
     """
     for path, module in model.named_modules():
         if type(module).__name__ == _WRAPPER:
-            raise _error(f"torch.compile({path or 'model'}) was called")
+            raise compiled_elsewhere(f"torch.compile({path or 'model'}) was called")
         if _is_compiled(module):
-            raise _error(f"{path or 'model'}.compile() was called")
+            raise compiled_elsewhere(f"{path or 'model'}.compile() was called")
 
 
 def refuse_compiling(modules: Iterable[nn.Module]) -> None:
@@ -41,19 +41,21 @@ def refuse_compiling(modules: Iterable[nn.Module]) -> None:
         A lookup for each module.
     """
     if torch.compiler.is_dynamo_compiling() or _callback() is not None or any(map(_is_compiled, modules)):
-        raise _error("torch.compile was called on a model under a plan, or on what calls it")
+        raise compiled_elsewhere("torch.compile was called on a model under a plan, or on what calls it")
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return module.__dict__.get("_compiled_call_impl") is not None
 
 
-def _error(what: str) -> UsageError:
+def compiled_elsewhere(how: str) -> UsageError:
+    """The error for a model that is, or will be, compiled by other means than a plan; `how` says by which."""
     return UsageError(
-        f"{what}: a plan cannot be put around regions inside a graph",
+        f"{how}: a plan cannot be put around regions inside a graph",
         details=["no torch.compile, and no TrainingArguments(torch_compile=True), on what a plan is for"],
         remedies=[
             "rematree.plan(model, batch, budget, allow_compile=True)   (compiles blocks, recomputes around them)",
+            "rematree.BudgetCallback(budget, allow_compile=True)   (the same in a Trainer)",
             "plan and apply to the model as it was before it was compiled",
         ],
     )

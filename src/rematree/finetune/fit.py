@@ -15,6 +15,7 @@ from rematree.finetune.synthetic import Shape, synthetic_batch_like
 from rematree.finetune.target import Target
 from rematree.planning.planner import Planner
 from rematree.plans import Plan
+from rematree.referee.ranks import Ranks
 from rematree.units import format_bytes
 
 FIELDS: Final[dict[str, str]] = {
@@ -64,6 +65,7 @@ class Fit:
         plan: For the answer.
         device: It was planned for.
         limit: Why there is no next value; empty if there is one.
+        ranks: Over which ranks the step is distributed; all bytes are those of one of them.
     """
 
     quantity: str
@@ -73,6 +75,7 @@ class Fit:
     plan: Plan
     device: str
     limit: str = ""
+    ranks: Ranks | None = None
 
     def lines(self) -> tuple[str, ...]:
         """The answer in sentences."""
@@ -88,7 +91,8 @@ class Fit:
                 f"{self.refused.value} does not fit: it takes at least {format_bytes(self.refused.least_bytes)} of "
                 f"{format_bytes(self.refused.budget_bytes)}."
             )
-        return first, second, f"For {self.answer.value}: {self.plan.summary()}."
+        third = f"For {self.answer.value}: {self.plan.summary()}."
+        return (first, second, third) if self.ranks is None else (first, second, third, f"All of it for {self.ranks}.")
 
     def facts(self) -> dict[str, Any]:
         """JSON values."""
@@ -98,6 +102,7 @@ class Fit:
             "refused": None if self.refused is None else self.refused.value,
             "limit": self.limit,
             "device": self.device,
+            "ranks": None if self.ranks is None else asdict(self.ranks),
             "budget_bytes": self.answer.budget_bytes,
             "predicted_peak_bytes": self.plan.predicted_peak_bytes,
             "predicted_step_seconds": self.plan.predicted_step_seconds,
@@ -243,7 +248,7 @@ def find_setting(
         tried = target.shape(changed, full=full) if quantity == "lora-r" else synthetic_batch_like(shape, changed)
         planners[value] = target.planner(tried, changed)
     plan = planners[value].plan(limit_bytes)
-    return Fit(quantity, answer, refused, tuple(probes), plan, target.name, "" if refused else limit)
+    return Fit(quantity, answer, refused, tuple(probes), plan, target.name, "" if refused else limit, target.ranks)
 
 
 def _limit(quantity: str, shape: Shape) -> tuple[int, str]:
@@ -307,4 +312,4 @@ def find_device(
     planner = planners.get(high) or planner_for(ordered[high])
     plan = planner.plan(tried[high].budget_bytes)
     limit = "" if low >= 0 else "no smaller device was asked about"
-    return Fit(DEVICE, tried[high], tried.get(low), tuple(probes), plan, ordered[high].name, limit)
+    return Fit(DEVICE, tried[high], tried.get(low), tuple(probes), plan, ordered[high].name, limit, ordered[high].ranks)

@@ -40,6 +40,12 @@ def settings_of(config: TrainConfig, target: Target, *, full: bool) -> Mapping[s
         found["full"] = "true"
     if target.device is not None:
         found["device"] = target.device.name
+    if target.ranks is not None:
+        found |= {"ranks": str(target.ranks.count), "engine": target.ranks.engine}
+        if target.ranks.engine == "fsdp2":
+            found["reshard"] = _text(target.ranks.reshard)
+        else:
+            found["gradient_as_bucket_view"] = _text(target.ranks.bucket_view)
     return found
 
 

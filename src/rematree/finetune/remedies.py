@@ -51,7 +51,8 @@ def working_changes(
         return changes
     target = target or Target()
     shape = shape or prepare_shape(config)
-    if _static_bytes(shape.model) >= error.budget:
+    shares = target.ranks.count if target.ranks is not None and target.ranks.engine == "fsdp2" else 1
+    if _static_bytes(shape.model) // shares >= error.budget:
         return changes
     say("checking whether shorter or fewer rows would fit")
     for change, less_rows, less_length, more_passes in smaller:

@@ -77,7 +77,7 @@ def plan_each(
     found: list[DevicePlan] = []
     tokens = config.per_device_train_batch_size * config.max_length
     for target in targets:
-        say(f"planning for {target.name}")
+        say(f"planning for {target.place}")
         shape = target.shape(config, full=full)  # what weights are kept in depends on the device
         limit = target.budget(budget)
         planner = target.planner(shape, config)

@@ -1,10 +1,11 @@
-"""What a plan is for: the device that is here, or one that is only known from the table.
+"""What a plan is for: the device that is here, or one that is only known from the table; one of them, or several ranks.
 
 Light on purpose: a device that does not exist, or a budget it does not have, is refused before torch is imported.
 """
 
+import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from rematree.catalogue.configs import needs_no_weights
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from rematree.finetune.synthetic import Shape
     from rematree.planning.planner import Planner
+    from rematree.referee.ranks import Ranks
 
 # ROCm answers to the name of CUDA in torch.
 _TORCH_DEVICE: Final = {"cuda": "cuda", "rocm": "cuda", "cpu": "cpu", "mps": "mps"}
@@ -29,9 +31,11 @@ class Target:
 
     Attributes:
         device: Of the table; None for the one that is here.
+        ranks: Over which ranks the step is distributed, each with such a device; None: it runs in one process.
     """
 
     device: Device | None = None
+    ranks: "Ranks | None" = None
 
     @classmethod
     def named(cls, name: str | None) -> "Target":
@@ -44,8 +48,17 @@ class Target:
 
     @property
     def name(self) -> str:
-        """For a reader."""
+        """Of the device, for a reader."""
         return "the device that is here" if self.device is None else self.device.title
+
+    @property
+    def place(self) -> str:
+        """The device, and whose it is if there are several ranks."""
+        return self.name if self.ranks is None else f"{self.name}, {self.ranks}"
+
+    def among(self, ranks: "Ranks | None") -> "Target":
+        """The same device, of one of `ranks`."""
+        return replace(self, ranks=ranks)
 
     @property
     def dtype(self) -> "torch.dtype | None":
@@ -114,6 +127,7 @@ class Target:
             "clips": config.max_grad_norm > 0,
             "forbid": config.forbid,
             "allow_compile": config.compile or None,
+            "ranks": self.ranks,
         }
         if self.device is not None:
             options |= {"device": self._torch_device(), "cost": self.device.roofline()}
@@ -143,6 +157,56 @@ def named_targets(names: Sequence[str]) -> list[Target]:
     if twice is not None:
         raise UsageError(f"--device names {twice} more than once")
     return found
+
+
+def named_ranks(
+    count: int | None, engine: str | None, config: TrainConfig, *, reshard: bool = True, bucket_view: bool = False
+) -> "Ranks | None":
+    """The ranks that options of the command line name; None if they name none.
+
+    Args:
+        count: `--ranks`.
+        engine: `--engine`.
+        config: The run.
+        reshard: `--reshard`.
+        bucket_view: `--gradient-as-bucket-view`.
+    Raises:
+        UsageError: fewer than two ranks, an engine that there is not (names the nearest), or options that contradict
+            each other.
+    """
+    if count is None:
+        told = {"--engine": engine is not None, "--no-reshard": not reshard, "--gradient-as-bucket-view": bucket_view}
+        alone = next((option for option, given in told.items() if given), None)
+        if alone is not None:
+            raise UsageError(f"{alone} is about several ranks, and --ranks is missing", remedies=["--ranks 2"])
+        return None
+    if count < 2:
+        raise UsageError(
+            f"--ranks is {count}; a step is distributed over at least 2", remedies=["leave out --ranks: one process"]
+        )
+    from rematree.referee.ranks import ENGINES, Ranks
+
+    if engine is None:
+        raise UsageError(
+            "--ranks says how many, and --engine, which says how, is missing",
+            remedies=[f"--engine {name}" for name in ENGINES],
+        )
+    if engine not in ENGINES:
+        close = difflib.get_close_matches(engine.lower(), ENGINES, n=len(ENGINES), cutoff=0.0)
+        raise UsageError(
+            f"unknown engine {engine!r}; the nearest are {', '.join(close)}",
+            remedies=[f"--engine {name}" for name in close],
+        )
+    if engine == "ddp" and not reshard:
+        raise UsageError("--no-reshard is FSDP2's: under DDP every rank holds all weights", remedies=["--engine fsdp2"])
+    if engine == "fsdp2" and bucket_view:
+        raise UsageError("--gradient-as-bucket-view is DDP's: FSDP2 has no buckets", remedies=["--engine ddp"])
+    if engine == "fsdp2" and config.quantised_bits is not None:
+        raise UsageError(
+            f"--load-in-{config.quantised_bits}bit packs weights, and how FSDP2 shards packed weights is not covered",
+            remedies=["--engine ddp"],
+        )
+    return Ranks("ddp" if engine == "ddp" else "fsdp2", count, bucket_view=bucket_view, reshard=reshard)
 
 
 def all_targets() -> list[Target]:

@@ -22,7 +22,7 @@ from rematree.checkpointing import take_budget_from_transformers
 from rematree.errors import UsageError
 from rematree.execute.handle import Handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
-from rematree.execute.own_compile import refuse_compiled
+from rematree.execute.own_compile import compiled_elsewhere, refuse_compiled
 from rematree.in_effect import BUDGET_KEY, requested_budget
 from rematree.integrations.batches import read_batches
 from rematree.integrations.trl import as_called, fused_head_call
@@ -126,12 +126,7 @@ class BudgetCallback(TrainerCallback):
                 remedies=["FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), or DDP"],
             )
         if getattr(args, "torch_compile", False):  # accelerate compiles a wrapper that the callback does not see
-            raise UsageError(
-                "TrainingArguments(torch_compile=True): a plan cannot be put around regions inside a graph",
-                remedies=[
-                    "torch_compile=False with BudgetCallback(budget, allow_compile=True)   (blocks are compiled)",
-                ],
-            )
+            raise compiled_elsewhere("TrainingArguments(torch_compile=True)")
         _warn_of_what_has_no_effect(args)
         self._inputs = SuspendedInputGrads(model)
         try:

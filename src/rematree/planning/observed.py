@@ -1,0 +1,124 @@
+"""What is observed of a model and a batch before anything is asked: the step on fake tensors, prices, options."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+from rematree.engines import any_sharded, without_engine
+from rematree.errors import UsageError
+from rematree.execute.own_compile import refuse_compiled
+from rematree.fingerprint import describe_batch, describe_model
+from rematree.observation.observe import Twin
+from rematree.observation.running import running_chain
+from rematree.planning.compile_profile import Profiler
+from rematree.planning.pace import is_live, is_measured, measure_pace
+from rematree.planning.scaling import scaled
+from rematree.planning.settings import Settings
+from rematree.planning.survey import Survey, survey, tokens_of
+from rematree.plans import Fingerprint, Levers
+from rematree.pricing.cost import Cost, Measured
+from rematree.pricing.devices import overhead_of
+from rematree.pricing.price import Overhead
+from rematree.referee.folding import block_kinds
+from rematree.referee.ranks import Ranks, ranks_of
+from rematree.referee.simulate import Referee
+from rematree.regions import find_chain
+from rematree.units import KIB
+
+HOST_BYTES: Final = 256 * KIB  # small host tensors a step makes outside the model: loss sums, generator states
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One model and batch, surveyed.
+
+    Attributes:
+        twin: The model on fake tensors, with the batch.
+        cost: Prices ops.
+        overhead: Bytes the device needs beside the tensors of any step.
+        referee: Runs the step under levers.
+        survey: The options there are, in numbers.
+        fingerprint: What a plan will be for.
+        ranks: Over which ranks the step is distributed.
+        is_scaled: Whether the survey is that of a batch of another size, scaled.
+    """
+
+    twin: Twin
+    cost: Cost
+    overhead: Overhead
+    referee: Referee
+    survey: Survey
+    fingerprint: Fingerprint
+    ranks: Ranks | None
+    is_scaled: bool = False
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What there is beside the tensors of the step, whatever is decided."""
+        return HOST_BYTES + self.overhead.library_bytes + self.overhead.context_bytes
+
+    def for_batch(self, batch: Mapping[str, Any]) -> "Observed":
+        """The same of `batch`, the same tensors in other shapes; see `Planner.for_batch`."""
+        twin = self.twin.with_batch(batch)
+        return dataclasses.replace(
+            self,
+            twin=twin,
+            referee=self.referee.for_twin(twin),
+            survey=scaled(self.survey, tokens_of(batch) / tokens_of(self.twin.batch)),
+            fingerprint=dataclasses.replace(self.fingerprint, batch=describe_batch(batch)),
+            is_scaled=True,
+        )
+
+
+def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> Observed:
+    """Observe a step of `model` on `batch`, and survey its options.
+
+    Raises:
+        UsageError: nothing is trained, or a user or an engine has made of the model what a plan cannot be for.
+        UnsupportedModelError: the model cannot be observed, or its adapter is prefix tuning.
+    Cost:
+        That of `Planner`.
+    """
+    ranks = ranks_of(model) if settings.ranks is None else settings.ranks
+    model = without_engine(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError("no parameter of the model requires grad: there is no training step to plan")
+    refuse_compiled(model)
+    twin = Twin(model, batch, settings.loss, device=settings.device, capability=settings.capability)
+    fingerprint = dataclasses.replace(describe_model(model), batch=describe_batch(batch), device=twin.device.type)
+    if not twin.model.training:
+        twin.model.train()
+    cost = settings.cost if settings.cost is not None else Measured(twin.device)
+    found = find_chain(twin.model)
+    kinds = dict(zip(found.blocks, block_kinds(twin.model, found.blocks), strict=True))
+    chain = running_chain(twin, found, kinds)
+    referee = Referee(
+        twin,
+        chain.blocks,
+        cost,
+        settings.optimizer,
+        settings.accumulation_steps > 1,
+        kinds=[kinds[path] for path in chain.blocks],
+        ranks=ranks,
+        clips=settings.clips,
+    )
+    plain = referee.run(Levers())
+    runs = is_measured(cost) and is_live(model, twin.device) and not any_sharded(model)
+    if runs:
+        referee.pace = measure_pace(model, referee, plain)
+        plain = referee.paced(plain)
+    options = survey(
+        referee,
+        chain,
+        plain,
+        chunk=settings.may("chunked_loss") and settings.loss is None,
+        lean=settings.may("lean_adapters"),
+        # Their all-gathers are not priced, so a plan takes none but those of the step itself.
+        groups=settings.may("groups") and not (ranks and ranks.gathers_for_groups),
+        compiler=Profiler(model, settings.steps) if settings.compiles else None,
+        live=model if runs and settings.loss is None else None,
+    )
+    return Observed(twin, cost, overhead_of(cost, twin.device.type), referee, options, fingerprint, ranks)
