@@ -307,6 +307,7 @@ class Referee:
         ledger.mark(BEFORE_THE_BLOCKS)
         loss = self.twin.loss()
         ledger.listener = None
+        ledger.turn()
         if loss.requires_grad:
             loss.backward()
         del loss
