@@ -143,8 +143,12 @@ def train(under: nn.Module, model: nn.Module, steps: int, rows: slice) -> list[f
     return found
 
 
-def peak(rank: int, ranks: Ranks, lora: bool, plan: Plan, batch: dict[str, torch.Tensor]) -> int:
-    """Measured bytes of a rank in its second step; DDP's buckets, which no tensor shows, as what wrapping leaves.
+def peak(
+    rank: int, ranks: Ranks, lora: bool, plan: Plan, batch: dict[str, torch.Tensor], accumulates: bool = False
+) -> int:
+    """Measured bytes of a rank in its second step, or, if it accumulates, in the last micro-batch of that.
+
+    DDP's buckets, which no tensor shows, are what wrapping leaves.
 
     Wrapping would send all weights around in one flat copy; what gloo's thread frees is not seen, so it does not.
     """
@@ -159,6 +163,8 @@ def peak(rank: int, ranks: Ranks, lora: bool, plan: Plan, batch: dict[str, torch
         with rematree.apply(plan, under):
             peaks: list[int] = []
             for _ in range(2):
+                if accumulates:
+                    under(**batch).loss.backward()
                 gc.collect()
                 settling.now()
                 with PeakMeter(model, optimizer, batch) as meter:

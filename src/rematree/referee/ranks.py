@@ -136,10 +136,12 @@ class Layout:
         ranks: How it is distributed; None: not at all, and nothing changes.
         model: The model.
         blocks: Module paths of the blocks that run.
+        accumulate: Gradients of an earlier micro-batch are there when the step begins; under FSDP2, their shards.
     """
 
-    def __init__(self, ranks: Ranks | None, model: nn.Module, blocks: Sequence[str]) -> None:
+    def __init__(self, ranks: Ranks | None, model: nn.Module, blocks: Sequence[str], accumulate: bool = False) -> None:
         self._ranks = ranks
+        self._accumulates = accumulate
         # gloo, which is what a CPU has, gathers into a copy of the buffer and sums in a copy of what it is given, and
         # both go when the collective is over; NCCL needs neither.
         self._staged = int(next((p.device.type for p in model.parameters()), "") == "cpu")
@@ -216,8 +218,7 @@ class Layout:
         blocks = self._blocks
         always = self._always(segment, range(0))
         if phase == "optimizer":
-            every = self._outside.gradient_shards - self._outside.gradients
-            always = _sum(self._always(segment, range(len(blocks))), {GRADIENTS: every})
+            always = {**self._always(segment, range(0)), GRADIENTS: self._trained_shards - self._trained}
             live, here = _changed(segment.live_bytes, segment.live, always)
             step = -(-(segment.peak_bytes - segment.live_bytes) * self._trained_shards // max(1, self._trained))
             peak, at_peak = _changed(live, here, {STEP: step})
@@ -233,7 +234,7 @@ class Layout:
             return self._forward(segment, always, int(number))
         if phase == "backward":
             return self._backward(segment, after, int(number))
-        always[GATHERED] += self._kept_whole(len(blocks))
+        always = _sum(always, {GATHERED: self._kept_whole(len(blocks)), GRADIENTS: self._added(self._outside)})
         last_one = blocks[-1].whole
         moments = [(segment.at_peak, {GATHERING: last_one})]
         if self._ranks is not None and self._ranks.reshard:
@@ -254,6 +255,7 @@ class Layout:
         blocks, own, reshard = self._blocks, self._blocks[k], self._ranks.reshard
         always = self._always(segment, range(k + 1, len(blocks)))
         always[GATHERED] = self._outside.whole + self._kept_whole(k)
+        always[GRADIENTS] += self._added(self._outside) + self._added(own)
         ahead = blocks[k - 1].whole if k and reshard else 0
         earlier = {REDUCING: blocks[k + 1].reduced if k + 1 < len(blocks) else 0}
         here = {**earlier, GATHERED: own.whole}
@@ -265,10 +267,15 @@ class Layout:
             (after.live, {GATHERING: ahead, **self._summed(own)}),
         ]
         if not after.label.startswith("backward"):  # what is outside the blocks is last, and its weights go first
-            left = {GRADIENTS: own.gradient_shards - own.gradients, GATHERED: -self._outside.whole}
+            kept = 0 if self._accumulates else own.gradient_shards
+            left = {GRADIENTS: kept - own.gradients, GATHERED: -self._outside.whole}
             moments.append((after.live, {**left, REDUCING: self._outside.reduced}))
             moments.append((after.live, _sum(left, self._summed(self._outside))))
         return self._moments(segment, always, moments)
+
+    def _added(self, unit: _Unit) -> int:
+        """Bytes of the gradients of `unit` while they are whole, if its shards are there beside them."""
+        return unit.gradients if self._accumulates else 0
 
     def _staging(self, whole: int) -> int:
         """Bytes of a buffer of `whole` bytes while it is gathered into."""
@@ -283,6 +290,8 @@ class Layout:
         state = segment.live.get(STATE, 0)
         shards = -(-state * self._trained_shards // max(1, self._trained))
         gone = sum(self._blocks[k].gradients - self._blocks[k].gradient_shards for k in done)
+        if self._accumulates:  # none is whole that is not being made
+            gone = self._trained - self._trained_shards
         return {**self._static, STATE: shards - state, GRADIENTS: -gone}
 
     def _kept_whole(self, blocks: int) -> int:
