@@ -1,13 +1,16 @@
 """What `accelerate launch` starts in each process: a Trainer with a budget.
 
-Arguments: file for the result, rows of a batch, budget.
+Arguments: file for the result, rows of a batch, budget, and "fsdp2" where accelerate was told to use FSDP.
 """
 
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from killed import LENGTHS
@@ -15,6 +18,22 @@ from models import build, with_lora
 from rematree import BudgetCallback
 from rematree.pricing.cost import Roofline
 from trainers import QUICK, pad, quiet_arguments, rows_of
+
+
+def take_fsdp_on_a_cpu() -> None:
+    """accelerate looks at --use_fsdp only where it finds an accelerator; on a CPU it wraps by DDP and says nothing.
+
+    What it does for FSDP2 (units, the optimizer's parameters) runs on a CPU as well, once its state says so.
+    """
+    begin = AcceleratorState.__init__
+
+    def begin_with_fsdp(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        if kwargs.get("fsdp_plugin") is not None:  # the state is one object, and often asked for
+            self.fsdp_plugin = kwargs["fsdp_plugin"]
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = begin_with_fsdp
 
 
 def main(result: Path, rows: int, budget: str) -> None:
@@ -47,4 +66,6 @@ def main(result: Path, rows: int, budget: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[4:] == ["fsdp2"]:
+        take_fsdp_on_a_cpu()
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rematree
 from models import batch_for, build, with_lora
 from rematree.fingerprint import describe_model
+from rematree.gloo import Settling
 from rematree.measure import PeakMeter
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.pricing.roofline import Roofline
@@ -142,22 +143,30 @@ def train(under: nn.Module, model: nn.Module, steps: int, rows: slice) -> list[f
     return found
 
 
-def peak(rank: int, ranks: Ranks, lora: bool, plan: Plan, batch: dict[str, torch.Tensor]) -> int:
-    """Measured bytes of a rank in its second step; DDP's buckets, which no tensor shows, as what wrapping leaves.
+def peak(
+    rank: int, ranks: Ranks, lora: bool, plan: Plan, batch: dict[str, torch.Tensor], accumulates: bool = False
+) -> int:
+    """Measured bytes of a rank in its second step, or, if it accumulates, in the last micro-batch of that.
 
-    Wrapping sends all weights around in one flat copy, and gloo's thread may free that when it has been counted.
+    DDP's buckets, which no tensor shows, are what wrapping leaves.
+
+    Wrapping would send all weights around in one flat copy; what gloo's thread frees is not seen, so it does not.
     """
-    model = sizeable(lora)
+    model, settling = sizeable(lora), Settling()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the profiler's, of cycles it was not asked to keep
         with PeakMeter(model, None, batch) as wrapping:
             under = wrapped(model, ranks, sync=False)
+        settling.every_collective_of(model)
         buckets = wrapping.end_bytes - wrapping.start_bytes if ranks.engine == "ddp" else 0
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         with rematree.apply(plan, under):
             peaks: list[int] = []
             for _ in range(2):
+                if accumulates:
+                    under(**batch).loss.backward()
                 gc.collect()
+                settling.now()
                 with PeakMeter(model, optimizer, batch) as meter:
                     under(**batch).loss.backward()
                     optimizer.step()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rematree.gloo import start_settled_gloo
+
 _PATIENCE = timedelta(minutes=10)
 
 
@@ -50,7 +52,7 @@ def run(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 def _work(rank: int, count: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, count, rank == 0, timeout=_PATIENCE)
-    dist.init_process_group("gloo", rank=rank, world_size=count, store=store, timeout=_PATIENCE)
+    start_settled_gloo(rank, count, store, _PATIENCE)
     try:
         # As bytes: a tensor in a queue is shared memory of a process that may be gone when it is read.
         value = io.BytesIO()

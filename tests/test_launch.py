@@ -1,4 +1,4 @@
-"""`accelerate launch` for real: a Trainer with a budget in two processes, under DDP over gloo."""
+"""`accelerate launch` for real: a Trainer with a budget in two processes over gloo, under DDP and under FSDP2."""
 
 import os
 import socket
@@ -16,18 +16,27 @@ from rematree.plans import Plan
 TOLERANCE = 1e-4  # of losses of about 5 in fp32: the order of sums over four rows and over two ranks, in four steps
 
 
+LLAMA = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap"]
+# accelerate's own choice for CPUs, --cpu, starts its processes with mpirun; the other launcher is torchrun.
+ENGINES = {
+    "ddp": (["--multi_gpu"], "DistributedDataParallel"),
+    "fsdp2": (["--use_fsdp", "--fsdp_version", "2", *LLAMA, "LlamaDecoderLayer"], "FSDPPeftModel"),
+}
+
+
 @pytest.mark.slow  # two interpreters that import everything
-def test_two_processes_train_as_one_does_that_has_all_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one_does_that_has_all_rows(tmp_path: Path, engine: str) -> None:
     launched.main(tmp_path / "alone", 4, "1GiB")
     alone: Any = torch.load(tmp_path / "alone.0", weights_only=False)
     result = tmp_path / "rank"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # accelerate's own choice for CPUs, --cpu, starts its processes with mpirun; the other launcher is torchrun.
-    words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    chosen, wrapper = ENGINES[engine]
+    words = [*chosen, "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     words += ["--dynamo_backend", "no", "--main_process_port", str(port)]
-    words += [launched.__file__, str(result), "2", "1200KiB"]
+    words += [launched.__file__, str(result), "2", "1200KiB", engine]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
@@ -38,8 +47,10 @@ def test_two_processes_train_as_one_does_that_has_all_rows(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr[-3000:]
     ranks: list[Any] = [torch.load(f"{result}.{rank}", weights_only=False) for rank in (0, 1)]
     for found in ranks:
-        assert (found["ranks"], found["wrapper"], found["backend"]) == (2, "DistributedDataParallel", "gloo")
+        assert (found["ranks"], found["wrapper"], found["backend"]) == (2, wrapper, "gloo")
         assert found["plan"] == ranks[0]["plan"]
-        assert Plan.from_json(found["plan"]).recomputes
+        plan = Plan.from_json(found["plan"])
+        assert plan.recomputes
+        assert f"one of 2 ranks under {engine.upper()}" in plan.notes[0]
         torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(alone["losses"]), rtol=0, atol=TOLERANCE)
     assert len(set(alone["losses"])) == 4  # four batches, and weights that move

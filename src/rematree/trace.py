@@ -1,6 +1,6 @@
 """What a step did, as it was observed: its segments, its ops, and one forward of a block. Plain data; no tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,7 @@ class Segment:
         seconds: Price of the ops within it.
         live: `live_bytes` by category.
         at_peak: `peak_bytes` by category.
+        turn: What was live when the backward pass began, by category; empty if it did not begin within.
     """
 
     label: str
@@ -22,6 +23,7 @@ class Segment:
     seconds: float
     live: dict[str, int]
     at_peak: dict[str, int]
+    turn: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)

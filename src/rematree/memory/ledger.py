@@ -89,6 +89,7 @@ class Ledger(TorchDispatchMode):
         self._segment_live, self._segment_peak, self._segment_seconds = 0, 0, 0.0
         self._segment_start: dict[str, int] = {}
         self._segment_at_peak: dict[str, int] = {}
+        self._segment_turn: dict[str, int] = {}
         self.segments: list[Segment] = []
         self.category = "other"
         self.live_bytes = 0
@@ -194,11 +195,16 @@ class Ledger(TorchDispatchMode):
                 self._segment_seconds,
                 self._segment_start,
                 self._segment_at_peak,
+                self._segment_turn,
             )
         )
         self.label, self._segment_live, self._segment_peak = label, self.live_bytes, self.live_bytes
         self._segment_start = self._segment_at_peak = dict(self.by_category)
-        self._segment_seconds = 0.0
+        self._segment_seconds, self._segment_turn = 0.0, {}
+
+    def turn(self) -> None:
+        """The forward pass is over, the backward pass begins."""
+        self._segment_turn = dict(self.by_category)
 
     # -- placeholders (R3) ------------------------------------------------------------------------------------------
 

@@ -269,6 +269,7 @@ def _shifted(segment: Segment, label: str, by: Mapping[str, int]) -> Segment:
         peak_bytes=segment.peak_bytes + sum(by.values()),
         live=_plus(segment.live, by),
         at_peak=_plus(segment.at_peak, by),
+        turn=_plus(segment.turn, by) if segment.turn else {},
     )
 
 

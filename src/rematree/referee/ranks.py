@@ -14,12 +14,16 @@ up in the first dimension (rank 0 holds the largest). With U a unit's weights wh
 * outside the blocks: gathered at the start of the forward, whole until backward is over (the root is not resharded).
 * forward of block k: its weights (U), and the buffer they were gathered in (another U), which is only freed when the
   next block has been gathered (`FSDPParamGroup.wait_for_unshard`).
-* between the last forward and the first backward: the buffer of the last block, gathered ahead.
+* between the last forward and the first backward: the buffer of the last block, first that of its forward, then, as
+  soon as the backward begins, one that it is gathered into ahead.
 * backward of block k: its weights, the buffer of block k-1, gathered ahead, and the input of the reduce-scatter of
   block k+1, which is freed when block k has come to its own (`reduce_scatter_max_input_buffers` is 1). At the end the
-  weights are freed before the input of its own reduce-scatter is made, while its gradients are still whole.
+  weights are freed before the input of its own reduce-scatter is made from its gradients, which go before it is
+  reduced. What is outside the blocks comes to its own last.
 * gradients outside the blocks are whole until backward is over.
-* on a CPU, gloo's own copy of the buffer; how long it stays is up to a thread, so it counts as long as the buffer.
+* on a CPU, gloo's copy of a buffer while it is gathered, and of the input of a reduce-scatter while it is summed.
+  gloo's threads may let go of either, and of a buffer, a little later; that is a race, and it is not counted. It is
+  `rematree.gloo` that measures without it.
 
 Not covered: mixed precision by `MixedPrecisionPolicy`, CPU offload, HSDP, units smaller or larger than a block.
 accelerate makes units of their own of the input embedding and of norm and output embedding; here they are part of what
@@ -132,12 +136,14 @@ class Layout:
         ranks: How it is distributed; None: not at all, and nothing changes.
         model: The model.
         blocks: Module paths of the blocks that run.
+        accumulate: Gradients of an earlier micro-batch are there when the step begins; under FSDP2, their shards.
     """
 
-    def __init__(self, ranks: Ranks | None, model: nn.Module, blocks: Sequence[str]) -> None:
+    def __init__(self, ranks: Ranks | None, model: nn.Module, blocks: Sequence[str], accumulate: bool = False) -> None:
         self._ranks = ranks
-        # gloo, which is what a CPU has, gathers into a copy of the buffer, and frees it in a thread of its own, at
-        # times late; NCCL gathers into the buffer.
+        self._accumulates = accumulate
+        # gloo, which is what a CPU has, gathers into a copy of the buffer and sums in a copy of what it is given, and
+        # both go when the collective is over; NCCL needs neither.
         self._staged = int(next((p.device.type for p in model.parameters()), "") == "cpu")
         inside = [list(model.get_submodule(path).parameters()) for path in blocks]
         known = {id(p) for each in inside for p in each}
@@ -212,72 +218,80 @@ class Layout:
         blocks = self._blocks
         always = self._always(segment, range(0))
         if phase == "optimizer":
-            every = self._outside.gradient_shards - self._outside.gradients
-            always = _sum(self._always(segment, range(len(blocks))), {GRADIENTS: every})
+            always = {**self._always(segment, range(0)), GRADIENTS: self._trained_shards - self._trained}
             live, here = _changed(segment.live_bytes, segment.live, always)
             step = -(-(segment.peak_bytes - segment.live_bytes) * self._trained_shards // max(1, self._trained))
             peak, at_peak = _changed(live, here, {STEP: step})
             return replace(segment, live_bytes=live, live=here, peak_bytes=peak, at_peak=at_peak)
         if phase == "start":
-            return self._moments(segment, always, [(segment.peak_bytes, segment.at_peak, {})])
+            return self._moments(segment, always, [(segment.at_peak, {})])
         always[GATHERED] = self._outside.whole
-        during = (segment.peak_bytes, segment.at_peak)
-        begin = (segment.live_bytes, segment.live)
         if phase == "embedding":
-            return self._moments(segment, always, [(*during, {GATHERING: self._outside.whole})])
+            gather = {GATHERED: -self._outside.whole, GATHERING: self._staging(self._outside.whole)}
+            moments = [(segment.live, gather), (segment.at_peak, {GATHERING: self._outside.whole})]
+            return self._moments(segment, always, moments)
         if phase == "forward":
             return self._forward(segment, always, int(number))
         if phase == "backward":
             return self._backward(segment, after, int(number))
-        always[GATHERED] += self._kept_whole(len(blocks))
+        always = _sum(always, {GATHERED: self._kept_whole(len(blocks)), GRADIENTS: self._added(self._outside)})
         last_one = blocks[-1].whole
-        staged = self._staged * last_one if self._ranks and self._ranks.reshard else 0
-        ahead = {GATHERING: last_one + staged}
-        moments = [(*during, ahead), (*begin, ahead)]
+        moments = [(segment.at_peak, {GATHERING: last_one})]
+        if self._ranks is not None and self._ranks.reshard:
+            moments.append((segment.turn or segment.at_peak, {GATHERING: self._staging(last_one)}))
         return self._moments(segment, always, moments)
 
     def _forward(self, segment: Segment, always: dict[str, int], k: int) -> Segment:
         always[GATHERED] += self._kept_whole(k)
         own, before = self._blocks[k].whole, self._blocks[k - 1].whole if k else self._outside.whole
         moments = [
-            (segment.live_bytes, segment.live, {GATHERING: before + own + self._staged * own}),
-            (segment.peak_bytes, segment.at_peak, {GATHERED: own, GATHERING: own + self._staged * own}),
+            (segment.live, {GATHERING: before + self._staging(own)}),
+            (segment.at_peak, {GATHERED: own, GATHERING: own}),
         ]
         return self._moments(segment, always, moments)
 
     def _backward(self, segment: Segment, after: Segment, k: int) -> Segment:
         assert self._ranks is not None
-        blocks, own = self._blocks, self._blocks[k]
-        done = range(k + 1, len(blocks))
-        always = self._always(segment, done)
+        blocks, own, reshard = self._blocks, self._blocks[k], self._ranks.reshard
+        always = self._always(segment, range(k + 1, len(blocks)))
         always[GATHERED] = self._outside.whole + self._kept_whole(k)
-        here = own.whole if self._ranks.reshard else 0
-        ahead = blocks[k - 1].whole * (1 + self._staged) if k and self._ranks.reshard else 0
-        earlier = blocks[k + 1].reduced if k + 1 < len(blocks) else 0
-        kept = 0 if self._ranks.reshard else own.whole
-        begin = max(here, ahead)
+        always[GRADIENTS] += self._added(self._outside) + self._added(own)
+        ahead = blocks[k - 1].whole if k and reshard else 0
+        earlier = {REDUCING: blocks[k + 1].reduced if k + 1 < len(blocks) else 0}
+        here = {**earlier, GATHERED: own.whole}
         moments = [
-            (segment.live_bytes, segment.live, {GATHERED: here + kept, GATHERING: begin, REDUCING: earlier}),
-            (
-                segment.peak_bytes,
-                segment.at_peak,
-                {GATHERED: here + kept, GATHERING: ahead, REDUCING: earlier},
-            ),
-            (
-                after.live_bytes,
-                after.live,
-                {GATHERING: ahead, REDUCING: own.reduced + own.gradient_shards},
-            ),
+            (segment.live, {**here, GATHERING: own.whole if reshard else 0}),
+            (segment.live, {**here, GATHERING: self._staging(ahead)}),
+            (segment.at_peak, {**here, GATHERING: ahead}),
+            (after.live, {GATHERING: ahead, REDUCING: own.reduced}),
+            (after.live, {GATHERING: ahead, **self._summed(own)}),
         ]
-        if after.label == "optimizer" or not after.label.startswith("backward"):
-            moments.append((after.live_bytes, after.live, {REDUCING: self._outside.reduced + own.reduced}))
+        if not after.label.startswith("backward"):  # what is outside the blocks is last, and its weights go first
+            kept = 0 if self._accumulates else own.gradient_shards
+            left = {GRADIENTS: kept - own.gradients, GATHERED: -self._outside.whole}
+            moments.append((after.live, {**left, REDUCING: self._outside.reduced}))
+            moments.append((after.live, _sum(left, self._summed(self._outside))))
         return self._moments(segment, always, moments)
+
+    def _added(self, unit: _Unit) -> int:
+        """Bytes of the gradients of `unit` while they are whole, if its shards are there beside them."""
+        return unit.gradients if self._accumulates else 0
+
+    def _staging(self, whole: int) -> int:
+        """Bytes of a buffer of `whole` bytes while it is gathered into."""
+        return whole * (1 + self._staged)
+
+    def _summed(self, unit: _Unit) -> dict[str, int]:
+        """What the reduce-scatter of `unit` changes: its gradients have become its input."""
+        return {GRADIENTS: -unit.gradients, REDUCING: self._staging(unit.reduced) + unit.gradient_shards}
 
     def _always(self, segment: Segment, done: Iterable[int]) -> dict[str, int]:
         """What is different in all of a segment: shards of weights, of state, and of the gradients of `done` blocks."""
         state = segment.live.get(STATE, 0)
         shards = -(-state * self._trained_shards // max(1, self._trained))
         gone = sum(self._blocks[k].gradients - self._blocks[k].gradient_shards for k in done)
+        if self._accumulates:  # none is whole that is not being made
+            gone = self._trained - self._trained_shards
         return {**self._static, STATE: shards - state, GRADIENTS: -gone}
 
     def _kept_whole(self, blocks: int) -> int:
@@ -289,11 +303,11 @@ class Layout:
         self,
         segment: Segment,
         always: Mapping[str, int],
-        moments: Sequence[tuple[int, Mapping[str, int], Mapping[str, int]]],
+        moments: Sequence[tuple[Mapping[str, int], Mapping[str, int]]],
     ) -> Segment:
-        """`segment` with `always` added, and its peak the highest of `moments` (bytes, by category, what is added)."""
+        """`segment` with `always` added, and its peak the highest of `moments` (bytes by category, what is added)."""
         live, here = _changed(segment.live_bytes, segment.live, always)
-        found = [_changed(size, at, _sum(always, more)) for size, at, more in moments]
+        found = [_changed(sum(at.values()), at, _sum(always, more)) for at, more in moments]
         peak, at_peak = max(found, key=lambda each: each[0])
         return replace(segment, live_bytes=live, live=here, peak_bytes=peak, at_peak=at_peak)
 

@@ -166,7 +166,7 @@ class Referee:
         self.pace = dict(pace or {})
         self.head_pace: Mapping[int | None, float] = {}
         self.ranks = ranks
-        self.layout = Layout(ranks, twin.model, blocks)
+        self.layout = Layout(ranks, twin.model, blocks, accumulate)
         self._static = self._existing()
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
@@ -307,6 +307,7 @@ class Referee:
         ledger.mark(BEFORE_THE_BLOCKS)
         loss = self.twin.loss()
         ledger.listener = None
+        ledger.turn()
         if loss.requires_grad:
             loss.backward()
         del loss
