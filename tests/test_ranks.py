@@ -129,7 +129,7 @@ def test_every_rank_stays_within_the_budget_and_what_was_predicted(
 def check_peaks(measured: list[int], plan: Plan, below: float = BELOW) -> None:
     assert plan.budget_bytes is not None
     assert sum(line.num_bytes for line in plan.ledger) == plan.predicted_peak_bytes <= plan.budget_bytes
-    assert len(set(measured)) == 1  # no race: to the byte
+    assert max(measured) - min(measured) < KIB  # no race with anything that is large
     for each in measured:
         assert each <= plan.predicted_peak_bytes
         assert each >= (1 - below) * (plan.predicted_peak_bytes - PEAK_SLACK)

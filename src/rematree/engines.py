@@ -38,10 +38,15 @@ def refuse_deepspeed(model: nn.Module) -> None:
         UsageError: `model` is its engine, or ZeRO-3 has partitioned parameters of it.
     """
     if type(model).__name__ == "DeepSpeedEngine" or any("ds_id" in p.__dict__ for p in model.parameters()):
-        raise UsageError(
-            "the model is under DeepSpeed, which plans do not cover: what its ZeRO stages partition is not counted",
-            remedies=["FSDP2 (fully_shard; accelerate launch --use_fsdp --fsdp_version 2), or DDP"],
-        )
+        raise under_deepspeed("the model is under DeepSpeed")
+
+
+def under_deepspeed(how: str) -> UsageError:
+    """The error for a model that DeepSpeed trains, or will train; `how` says where that was asked for."""
+    return UsageError(
+        f"{how}, which plans do not cover: what its ZeRO stages partition is not counted",
+        remedies=["FSDP2 (fully_shard; accelerate launch --use_fsdp --fsdp_version 2), or DDP"],
+    )
 
 
 def is_sharded(module: nn.Module) -> bool:

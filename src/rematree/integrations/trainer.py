@@ -19,6 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from rematree.checkpointing import take_budget_from_transformers
+from rematree.engines import under_deepspeed
 from rematree.errors import UsageError
 from rematree.execute.handle import Handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
@@ -121,10 +122,7 @@ class BudgetCallback(TrainerCallback):
             return
         refuse_compiled(model)
         if getattr(args, "deepspeed", None):  # its engine is a wrapper that the callback does not see
-            raise UsageError(
-                "TrainingArguments(deepspeed=...): plans do not cover DeepSpeed, whose ZeRO stages partition the model",
-                remedies=["FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), or DDP"],
-            )
+            raise under_deepspeed("TrainingArguments(deepspeed=...) asks for DeepSpeed")
         if getattr(args, "torch_compile", False):  # accelerate compiles a wrapper that the callback does not see
             raise compiled_elsewhere("TrainingArguments(torch_compile=True)")
         _warn_of_what_has_no_effect(args)
