@@ -48,7 +48,7 @@ def parse(description: str | None, output: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two families, LoRA alone of the second")
     parser.add_argument("--every-shape", action="store_true", help="all three shapes for every model")
     parser.add_argument("--timed-steps", type=int, default=5, help="of every way of stepping; the median counts")
-    parser.add_argument("--attempts", type=int, default=3, help="while the machine is at another speed than before")
+    parser.add_argument("--attempts", type=int, default=2, help="while the machine is at another speed than before")
     parser.add_argument("--device", default=None, help="cpu or cuda")
     parser.add_argument("--family", choices=list(FAMILIES), help="only this one, in this process")
     return parser.parse_args()

@@ -30,7 +30,6 @@ SHARES = (0.0, 1 / 3, 2 / 3)
 SHAPES = ((1, 1024), (4, 256), (2, 512))
 MODES = ("lora", "qlora-nf4", "full")
 DTYPES = ("float32", "bfloat16")
-_PAUSE = 5.0  # seconds
 
 
 def _decoder(config: str, model: str, **fields: Any) -> nn.Module:
@@ -264,7 +263,7 @@ def measure(
     model = build_model(cell, device)
     batch = build_batch(cell, model, device)
     speed = Speed(device)
-    priced = _priced(model, batch, speed, attempts)
+    priced = _priced(model, batch, speed)
     for name in priced.ways:
         if name in done:
             continue
@@ -273,7 +272,7 @@ def measure(
             torch.cuda.empty_cache()
         trial = _step(model, batch, priced.ways[name], speed, priced.speed, timed_steps, attempts)
         if abs(trial.machine - 1) > WITHIN and attempts > 1:  # it does not come back to that speed
-            priced = _priced(model, batch, speed, attempts)
+            priced = _priced(model, batch, speed)
             trial = _step(model, batch, priced.ways[name], speed, priced.speed, timed_steps, attempts)
         _, budget, predicted, seconds, rows, _ = priced.ways[name]
         yield Row(
@@ -300,16 +299,11 @@ class _Priced:
     speed: float
 
 
-def _priced(model: Any, batch: Batch, speed: Speed, attempts: int) -> _Priced:
-    """Predict every way, again if the machine's speed changed meanwhile."""
-    found, before, after = dict[str, Way](), 0.0, 0.0
-    for _ in range(attempts):
-        before = speed.seconds()
-        found = {way[0]: way for way in ways(model, batch, Planner(model, batch))}
-        after = speed.seconds()
-        if abs(after / before - 1) <= WITHIN:
-            break
-    return _Priced(found, (before + after) / 2)
+def _priced(model: Any, batch: Batch, speed: Speed) -> _Priced:
+    """Predict every way; the speed is the mean of before and after."""
+    before = speed.seconds()
+    found = {way[0]: way for way in ways(model, batch, Planner(model, batch))}
+    return _Priced(found, (before + speed.seconds()) / 2)
 
 
 @dataclass
@@ -334,8 +328,7 @@ def _step(
             trial.peaks.append(meter.peak_bytes)
             if model.device.type == "cuda":
                 trial.reserved.append(torch.cuda.max_memory_reserved(model.device))
-        for attempt in range(attempts):
-            time.sleep(attempt * _PAUSE)
+        for _ in range(attempts):
             train_step(model, optimizer, batch, 1.0)
             before, times = speed.seconds(), list[float]()
             for _ in range(timed_steps):

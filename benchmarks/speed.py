@@ -12,7 +12,8 @@ import torch
 from rematree.planning.pace import now
 from rematree.units import MIB
 
-_RUNS = 5
+_WARM_RUNS = 5  # a processor that has slept takes a third longer
+_RUNS = 15
 WITHIN = 0.1  # of the speed at which ops were priced
 
 
@@ -20,7 +21,7 @@ class Speed:
     """A mix of what a training step is made of: matmuls of both kinds, memory passed over, masks drawn.
 
     Cost:
-        About half a second for one answer, and 140 MiB.
+        About a second for one answer, and 140 MiB.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,8 +35,8 @@ class Speed:
         self.seconds()  # whatever is done once
 
     def seconds(self) -> float:
-        """Of the work now: the median of five."""
-        return statistics.median(self._once() for _ in range(_RUNS))
+        """Of the work now: the median of fifteen."""
+        return statistics.median([self._once() for _ in range(_WARM_RUNS + _RUNS)][_WARM_RUNS:])
 
     def _once(self) -> float:
         start = now(self._device)

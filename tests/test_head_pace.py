@@ -17,6 +17,7 @@ from rematree.pricing.cost import Roofline
 from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
 from rematree.solve.chain import HeadOption
+from rematree.units import MIB
 
 COST = Roofline(5e10, 1e10)
 
@@ -98,10 +99,12 @@ def test_plans_are_made_and_confirmed_with_what_was_measured(monkeypatch: pytest
 
 
 def test_a_larger_chunk_is_offered_only_where_it_is_clearly_faster() -> None:
-    seconds = {None: 5.0, 256: 3.0, 128: 3.4, 64: 3.5, 32: 4.0}
-    heads = {rows: HeadOption(rows or 999, value) for rows, value in seconds.items()}
-    assert _worth_their_memory(heads) == [None, 64, 32]  # 256 is 14 % faster than 64
-    heads[256] = HeadOption(256, 2.9)
-    assert _worth_their_memory(heads) == [None, 256, 64, 32]
+    found = {None: (5.0, 500), 512: (2.8, 120), 256: (3.1, 60), 128: (3.4, 32), 64: (3.5, 16), 32: (4.0, 9)}
+    heads = {rows: HeadOption(mib * MIB, seconds) for rows, (seconds, mib) in found.items()}
+    assert _worth_their_memory(heads) == [None, 512, 128, 64, 32]  # 256 is 9 % faster than 128, 512 18 %
+    heads[128] = HeadOption(33 * MIB, 3.4)
+    assert _worth_their_memory(heads) == [None, 512, 64, 32]
+    heads[512] = HeadOption(120 * MIB, 3.0)  # 14 % faster than 64
+    assert _worth_their_memory(heads) == [None, 64, 32]
     assert _worth_their_memory({None: heads[None]}) == [None]
     assert _worth_their_memory({None: heads[None], 32: heads[32]}) == [None, 32]

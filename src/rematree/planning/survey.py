@@ -25,6 +25,7 @@ from rematree.referee.simulate import Referee, Simulation
 from rematree.regions import Chain
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainChoice, ChainProblem, HeadOption
+from rematree.units import MIB
 
 _OPTIONS_PER_KIND: Final = 16
 _MANY: Final = 12  # blocks of one kind, over which options are mixed so finely that the lower convex hull is enough
@@ -33,6 +34,7 @@ _OPTIONS_OF_FEW: Final = 8  # of a kind that is at most this share of the chain:
 _FEW: Final = 1 / 24
 _CHUNK_ROWS: Final = (4096, 2048, 1024, 512, 256, 128, 64, 32)
 _MAX_CHUNKS: Final = 32  # more make the logits smaller than what else is live beside them, and the step slower
+_LITTLE: Final = 32 * MIB  # what glibc keeps at most of one request
 _CLEARLY_FASTER: Final = 0.85  # of the seconds of a head with smaller chunks
 _SAVE_ALL: Final = BlockOption(("",), frozenset(), 0, 0.0)
 
@@ -258,16 +260,17 @@ def _measure_heads(
 
 
 def _worth_their_memory(heads: Mapping[int | None, HeadOption]) -> list[int | None]:
-    """Losses to choose from: larger chunks only where they are clearly faster than smaller ones.
+    """Losses to choose from: chunks that need much only where they are clearly faster than those that need little.
 
-    Logits above some 16 MiB are memory that the C library gives back after each chunk and maps again, in a step far
-    more often than in a head that runs alone: what a larger chunk seems to win is lost again there.
+    What needs more than the C library keeps for the next request is given back after each chunk and mapped again, in a
+    step far more often than in a head that runs alone: what such a chunk seems to win is lost again there.
     """
     whole, *chunks = heads
     chunks.reverse()  # in rising order
     kept = chunks[:2]  # two, so that what a row takes can be told
     for count in chunks[2:]:
-        if heads[count].seconds < _CLEARLY_FASTER * heads[kept[-1]].seconds:
+        fastest = min(heads[each].seconds for each in kept)
+        if heads[count].peak <= _LITTLE or heads[count].seconds < _CLEARLY_FASTER * fastest:
             kept.append(count)
     return [whole, *kept[::-1]]
 
