@@ -35,10 +35,10 @@ Hugging Face's flag, and plans at three budgets (the smallest, a third and two t
 Measured peaks are allocated bytes of a whole training step, summed from the profiler's allocation events: the larger of
 the first step's, in which the optimizer's state is born, and the second one's. Times are medians of later steps,
 without the profiler. A fixed piece of work, which no plan has a part in, is timed before and after ops are priced and
-before and after a way is timed: where the machine was more than 10 % faster or slower than when ops were priced, the
-way is timed again, and then priced again; the column "machine" is what that work took over what it took then. Models
-are small ones of the architectures named, with random weights; the batch is rows x tokens. LoRA is on all linear
-layers, with dropout 0.05; QLoRA is NF4 with double quantisation."""
+before and after a way is timed: the column "machine" is what it took then over what it took when ops were priced. With
+`--attempts` above 1, ways timed while the machine was more than 10 % faster or slower are timed again, then priced
+again. Models are small ones of the architectures named, with random weights; the batch is rows x tokens. LoRA is on
+all linear layers, with dropout 0.05; QLoRA is NF4 with double quantisation."""
 
 
 def parse(description: str | None, output: str) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse(description: str | None, output: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two families, LoRA alone of the second")
     parser.add_argument("--every-shape", action="store_true", help="all three shapes for every model")
     parser.add_argument("--timed-steps", type=int, default=5, help="of every way of stepping; the median counts")
-    parser.add_argument("--attempts", type=int, default=2, help="while the machine is at another speed than before")
+    parser.add_argument("--attempts", type=int, default=1, help="at most, while the machine is at another speed")
     parser.add_argument("--device", default=None, help="cpu or cuda")
     parser.add_argument("--family", choices=list(FAMILIES), help="only this one, in this process")
     return parser.parse_args()
