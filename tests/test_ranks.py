@@ -170,7 +170,7 @@ def test_more_ranks_and_settings(setting: tuple[Ranks, bool]) -> None:
     found = Results(setting[0].count, tasks)
     check_losses(found["losses"], setting[1])
     for index, plan in enumerate(made):
-        check_peaks(found[index], plan)
+        check_peaks(found[index], plan, below=0.05)  # 3.0 % with four ranks of FSDP2 that train all weights
     for kind in KINDS:
         assert all(same(each["planned"], each["engine"]) for each in found[kind])
 
