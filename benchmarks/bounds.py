@@ -25,6 +25,7 @@ import torch
 from workloads import WORKLOADS, Workload, build
 
 from rematree.planning.planner import Planner
+from rematree.planning.search import quantum_of
 from rematree.pricing.devices import find_device
 from rematree.pricing.roofline import Roofline
 from rematree.solve.bound import lower_bound
@@ -67,7 +68,7 @@ def solving_seconds(planner: Planner) -> dict[str, float]:
     """Of one budget, half-way between the smallest peak and the fastest step: choosing options, groups, the bound."""
     problem = planner.survey.problem
     middle = (planner.min_peak_bytes() + planner.plan(None).predicted_peak_bytes) // 2
-    quantum = max(1024, (planner.survey.plain.peak_bytes - problem.base) // 4096)
+    quantum = quantum_of(planner.survey)
     found: dict[str, float] = {}
     for name, solve in (
         ("options", lambda: solve_chain(problem, middle, quantum)),

@@ -41,6 +41,11 @@ class Confirmed:
     peak_bytes: int
 
 
+def quantum_of(survey: Survey) -> int:
+    """Bytes that the chain solver counts in."""
+    return max(KIB, (survey.plain.peak_bytes - survey.problem.base) // _RESOLUTION)
+
+
 class Search:
     """Confirmed plans of one surveyed model and batch.
 
@@ -55,8 +60,7 @@ class Search:
         self._referee = referee
         self._beside = beside
         self._confirmed: dict[tuple[tuple[int, ...], int, tuple[Group, ...]], Confirmed] = {}
-        problem = survey.problem
-        self._quantum = max(KIB, (survey.plain.peak_bytes - problem.base) // _RESOLUTION)
+        self._quantum = quantum_of(survey)
         self._top = 2 * survey.plain.peak_bytes
 
     @functools.cached_property
