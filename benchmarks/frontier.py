@@ -32,6 +32,7 @@ from frontier_page import page
 from interleave import Interleaved, as_json
 from ours import make_planner, our_ways, peer_budgets, predictions
 from peers import Way, own_peers
+from peers_lean import lean_peers
 from peers_libraries import library_peers
 from picture import picture
 from workloads import QUICK, WORKLOADS, Built, Workload, build, default_dtype
@@ -87,7 +88,7 @@ def wanted_peers(built: Built, options: argparse.Namespace) -> list[Way]:
         flag,
         *(
             way
-            for way in [*rest, *library_peers(built)]
+            for way in [*rest, *lean_peers(built), *library_peers(built)]
             if PEERS.index(way.among) <= which
             and not (way.compiles and options.no_compile)
             and (options.only is None or options.only in way.name)

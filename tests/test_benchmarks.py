@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -142,6 +143,39 @@ def test_budgets_at_what_peers_need() -> None:
     }
     compiled = ours.peer_budgets(points, 1000 * MIB, 0.1, compiled=True)
     assert [*compiled][2:] == ["as by hand: chunked, compiled 0.0"]
+
+
+def test_lora_layers_by_hand_have_the_gradients_of_pefts() -> None:
+    """A peer that trains something else would be no peer."""
+    workloads, peers_lean, peers = load("workloads"), load("peers_lean"), load("peers")
+    workload = replace(workloads.QUICK["tiny"], dropout=0.0)
+    built = workloads.build(workload, torch.device("cpu"), torch.float32)
+
+    def gradients(way: Any) -> list[torch.Tensor]:
+        built.model.zero_grad(set_to_none=True)
+        with way.around() as loss:
+            loss(built.model, built.batch).backward()
+        return [parameter.grad for parameter in built.model.parameters() if parameter.requires_grad]
+
+    plain, *_ = peers.own_peers(built)
+    expected = gradients(plain)
+    ways = peers_lean.lean_peers(built)
+    assert len(ways) == 4
+    for way in ways:
+        for found, wanted in zip(gradients(way), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert peers_lean.lean_peers(replace(built, workload=workloads.QUICK["tiny"])) == []  # it has dropout
+
+
+def test_readme_table_of_a_frontier() -> None:
+    points = [PLAIN, FLAG, point("ours, a", "ours", 400, 9.0), point("ours compiled, b", "ours compiled", 450, 6.0)]
+    rows = [{**row, "time_to_plain": row["seconds"] / PLAIN["seconds"]} for row in points]
+    found = {"title": "a model", "dtype": "bfloat16", "rounds": 3, "points": rows}
+    lines = load("readme_table").frontier_lines(found)
+    assert lines[-2] == "| plain | 1000 MiB | 1.00 | 0.90, 400 MiB | 0.60, 450 MiB |"
+    assert lines[-1] == "| HF flag | 500 MiB | 1.20 | 0.90, 400 MiB | 0.60, 450 MiB |"
+    cheapest = {**found, "points": [*rows[:2], {**rows[2], "above_bytes": 501 * MIB}]}
+    assert load("readme_table").frontier_lines(cheapest)[-1].endswith("| - | - |")
 
 
 @pytest.mark.usefixtures("stated_prices")
