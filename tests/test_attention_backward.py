@@ -1,4 +1,4 @@
-"""Attention's backward as matrix products: as near to the true gradient as torch's kernel, and only where it is meant."""
+"""Attention's backward as matrix products: as near to the true gradient as torch's kernel, and only where meant."""
 
 from typing import Any
 

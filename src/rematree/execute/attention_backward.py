@@ -1,9 +1,9 @@
 """The gradient of causal attention in a compiled block, as matrix products instead of torch's kernel for a CPU.
 
-That kernel (`_scaled_dot_product_flash_attention_for_cpu_backward`, torch 2.13) does its products 64 rows at a time, in a
-fifth of the pace that a processor with AMX has for batched ones. Here they are batched over rows and heads, for a slice
-of the queries and only the keys that it sees; what lies between them the compiler fuses. Probabilities are made from
-scores in fp32, as in the forward, so the result is as near to the true gradient as the kernel's, in other last bits.
+torch's kernel (`_scaled_dot_product_flash_attention_for_cpu_backward`, 2.13) does many products of 64 rows. Here they
+are batched over heads, for a slice of the queries and the keys that it sees, and what lies between them the compiler
+fuses: half the time on a processor with AMX. Probabilities are made from scores in fp32, as in the forward, so the
+result is as near to the true gradient as the kernel's, with other last bits.
 
 Letters: B batch, H heads, K heads of keys and values, G = H / K, T tokens, D width of a head.
 
