@@ -29,10 +29,10 @@ def inputs(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tens
 
 
 def true_grads(grad: torch.Tensor, *qkv: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, ...]:
-    wide = [tensor.double().requires_grad_() for tensor in qkv]
+    q, k, v = (tensor.double().requires_grad_() for tensor in qkv)
     with sdpa_kernel(SDPBackend.MATH):
-        out = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True, scale=scale)
-    return torch.autograd.grad(out, wide, grad.double())
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)
+    return torch.autograd.grad(out, (q, k, v), grad.double())
 
 
 def distance(found: torch.Tensor, true: torch.Tensor) -> float:
@@ -42,11 +42,11 @@ def distance(found: torch.Tensor, true: torch.Tensor) -> float:
 @pytest.mark.parametrize("scale", [None, 0.5])
 @pytest.mark.parametrize("tokens", [1, 128, 300])
 def test_gradients_are_as_near_to_the_true_ones_as_the_kernels(tokens: int, scale: float | None) -> None:
-    grad, *qkv = inputs(tokens)
-    out, lse = _FORWARD(*qkv, 0.0, True, scale=scale)
-    ours = attention_grads(grad, *qkv, out, lse, scale=scale)
-    kernels = _BACKWARD(grad, *qkv, out, lse, 0.0, True, scale=scale)
-    for found, kernel, true in zip(ours, kernels, true_grads(grad, *qkv, scale=scale), strict=True):
+    grad, q, k, v = inputs(tokens)
+    out, lse = _FORWARD(q, k, v, 0.0, True, scale=scale)
+    ours = attention_grads(grad, q, k, v, out, lse, scale=scale)
+    kernels = _BACKWARD(grad, q, k, v, out, lse, 0.0, True, scale=scale)
+    for found, kernel, true in zip(ours, kernels, true_grads(grad, q, k, v, scale=scale), strict=True):
         assert found.shape == true.shape
         assert found.dtype == torch.bfloat16
         if tokens > 1:  # of a single key the gradient of its score is 0

@@ -11,6 +11,7 @@ Imported only to compile. Source: Dao 2023 (FlashAttention-2), algorithm 2, by s
 """
 
 import contextlib
+import math
 import operator
 from typing import Any, Final
 
@@ -108,7 +109,7 @@ def attention_grads(
         10 B H D T^2 FLOPs, of which slices spare up to half; 12 bytes for each score of a slice.
     """
     batch, heads, tokens, width = q.shape
-    scale = width**-0.5 if scale is None else scale
+    factor = 1 / math.sqrt(width) if scale is None else scale
     pairs, group = batch * k.shape[1], heads // k.shape[1]
     by_row = (grad.float() * out.float()).sum(-1).reshape(pairs, group, tokens, 1)
     lse = lse.reshape(pairs, group, tokens, 1)
@@ -124,8 +125,8 @@ def attention_grads(
         scores = rows.float().bmm(wide_k[:, :end].transpose(1, 2)).view(shape)
         of_weights = of_rows.bmm(v[:, :end].transpose(1, 2)).view(shape).float()
         queries, keys = (torch.arange(first, end, device=q.device) for first in (start, 0))
-        weights = (scores * scale - lse[:, :, start:end]).exp().masked_fill(keys > queries[:, None], 0.0)
-        of_scores = (weights * (of_weights - by_row[:, :, start:end]) * scale).to(q.dtype).view(pairs, -1, end)
+        weights = (scores * factor - lse[:, :, start:end]).exp().masked_fill(keys > queries[:, None], 0.0)
+        of_scores = (weights * (of_weights - by_row[:, :, start:end]) * factor).to(q.dtype).view(pairs, -1, end)
         weights = weights.to(q.dtype).view(pairs, -1, end)
         later = (0, 0, 0, tokens - end)
         of_v = of_v + torch.nn.functional.pad(weights.transpose(1, 2).bmm(of_rows).float(), later)
