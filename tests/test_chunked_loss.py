@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from rematree.errors import UnsupportedModelError, UsageError, VerificationError
 from rematree.execute.deferred import DeferredLogits
 from rematree.execute.loss import attach_chunked_loss, find_head
+from rematree.execute.row_loss import RowLoss, chunked_loss
 
 V = 199
 # Largest difference relative to the largest gradient. Measured over all models below: 2.1e-7 (mean) and 1.7e-6 (sum) in
@@ -216,6 +217,35 @@ def test_a_chunk_in_tiles_has_the_same_bits_and_only_a_tile_of_it_is_in_fp32(
     (loss, grads), (tiled_loss, tiled_grads) = found
     assert torch.equal(loss, tiled_loss)
     assert all(torch.equal(grads[n], tiled_grads[n]) for n in grads)
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [("product", 1), ("read by its derivative", 4)])
+def test_the_gradient_of_a_product_takes_the_place_of_its_logits(kind: str, blocks: int) -> None:
+    class Blocks(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: dict[int, Tensor] = {}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            whole = [x for x in tree_iter(result) if isinstance(x, Tensor) and x.shape == (16, V)]
+            self.made |= {x.untyped_storage().data_ptr(): x for x in whole}  # held, so that no address is used twice
+            return result
+
+    torch.manual_seed(0)
+    weight, target = torch.randn(V, 32), torch.randint(V, (16,))
+    hidden = torch.randn(16, 32, requires_grad=True)
+
+    def head(rows: Tensor) -> Tensor:
+        return rows @ weight.t() if kind == "product" else (rows @ weight.t()).tanh()
+
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(head(hidden), target), hidden)
+    job = RowLoss(head, lambda logits: logits, (), target, None, -100, "mean", 0.0, rows=16, scale_late=False)
+    with pytest.MonkeyPatch.context() as patch, Blocks() as seen:
+        patch.setattr("rematree.execute.row_loss._TILE_BYTES", {"cpu": 4 * V * 3})
+        loss = chunked_loss(job, hidden)
+    assert len(seen.made) == blocks  # with tanh: the product, the logits, and the gradient of each
+    assert torch.equal(torch.autograd.grad(loss, hidden)[0], expected)
 
 
 def test_all_labels_ignored_is_as_plain() -> None:

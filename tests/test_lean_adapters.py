@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import assert_same, batch_for, build, gradients, quantised, with_lora
 from rematree.execute.adapters import lean_forward, lean_layers, why_not
 from rematree.execute.dropout import packed_bytes
 from rematree.execute.override import ForwardOverride
+from rematree.execute.stash import Leaf
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma3", "phi3")
 
@@ -88,6 +90,46 @@ def test_half_precision_models_with_adapters_in_full_and_half(name: str, dropout
         expected = gradients(model, batch)
         with lean(model):
             assert_same(expected, gradients(model, batch))
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_behind_a_placeholder_nothing_is_multiplied(dtype: torch.dtype, dropout: float) -> None:
+    """R3: a rerun that skips the base layer keeps what backward needs, and makes no sum that nobody reads."""
+    model = with_lora(build("llama", layers=2).to(dtype), lora_dropout=dropout)
+    layer: Any = model.get_submodule(next(path for path, _ in lean_layers(model)))
+    x = torch.randn(2, 8, layer.in_features, dtype=dtype)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    base = layer.base_layer.forward
+    found = list[list[torch.Tensor]]()
+
+    def skip(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return Leaf.of(base(x).detach(), False, None).again("base_layer", None, None)
+
+    for skipped in (False, True):
+        override = ForwardOverride(layer.base_layer, skip) if skipped else None
+        torch.manual_seed(0)
+        with Products() as seen:
+            out = lean_forward(layer, {}, layer.forward, x)
+        if override is not None:
+            override.remove()
+        assert seen.count == (1 if skipped else 3)  # one is the base layer's, here in both
+        assert (out.shape, out.dtype) == ((2, 8, layer.out_features), dtype)
+        if skipped:
+            assert not out.any()
+        found.append([*torch.autograd.grad(out, trained, torch.ones_like(out))])
+    for whole, without in zip(*found, strict=True):
+        assert torch.equal(whole, without)
 
 
 @pytest.mark.parametrize(

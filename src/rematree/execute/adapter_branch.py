@@ -22,6 +22,8 @@ from rematree.execute.dropout import byte_table, look_up, packed_bytes
 _PER_BRANCH: Final = 3  # tensors: A, B, bits
 _PIECES: Final = 4  # in which a mask is made and used
 _SMALL: Final = 1 << 20  # elements of a mask that is one piece
+_CAST_ELEMENTS: Final = 1 << 18  # that are cast at once, if that takes no more than the pieces below
+_MOST_PIECES: Final = 8  # a simulated step has them, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Branches:
         compute: Dtype of the two products; another than `cast` under autocast.
         rounds_each: Every output is rounded to the dtype of the sum so far before it is added (quantised layers).
         out: Dtype of the node's output; None: whatever the sum has.
+        unread: Nobody reads the node's output: this is a rerun, and the base layer's result is a placeholder.
     """
 
     branches: tuple[Branch, ...]
@@ -56,6 +59,7 @@ class Branches:
     compute: torch.dtype
     rounds_each: bool
     out: torch.dtype | None
+    unread: bool = False
 
 
 def add_adapters(
@@ -84,6 +88,11 @@ class _AddAdapters(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.how, ctx.result_dtype = how, result.dtype
+        if how.unread and not any(branch.p and mask is None for branch, mask in zip(how.branches, masks, strict=True)):
+            ctx.save_for_backward(x, *tensors)
+            masks.clear()
+            summed = result.dtype if how.rounds_each else torch.promote_types(result.dtype, how.compute)
+            return result.to(how.out or summed, copy=True).contiguous()  # a placeholder of its own
         out = result
         for index, branch in enumerate(how.branches):
             first, second, _ = tensors[index * _PER_BRANCH : (index + 1) * _PER_BRANCH]
@@ -97,7 +106,7 @@ class _AddAdapters(torch.autograd.Function):
                 delta = delta.to(out.dtype)
             # In place where the sum has its dtype; a sum of two numbers has no order.
             in_place = torch.promote_types(out.dtype, delta.dtype) == delta.dtype
-            out = delta.add_(out) if in_place else out + delta
+            out = _added_in_place(delta, out) if in_place else out + delta
         ctx.save_for_backward(x, *tensors)
         return out if how.out is None else out.to(how.out)
 
@@ -125,6 +134,19 @@ class _AddAdapters(torch.autograd.Function):
         if of_input is not None:
             of_input = of_input.to(x.dtype)
         return None, None, grad.to(ctx.result_dtype) if needs[2] else None, of_input, *of_tensors
+
+
+def _added_in_place(total: Tensor, other: Tensor) -> Tensor:
+    """`total.add_(other)`, [..., O]. A CPU kernel first casts all of another dtype: here, some rows at a time."""
+    count = total.numel() // max(1, total.shape[-1])
+    pieces = min(_MOST_PIECES, -(-total.numel() // _CAST_ELEMENTS))
+    if total.device.type != "cpu" or other.dtype == total.dtype or pieces < 2:
+        return total.add_(other)
+    sums, rows = _rows(total), _rows(other)
+    step = -(-count // pieces)
+    for start in range(0, count, step):
+        sums[start : start + step].add_(rows[start : start + step])
+    return total
 
 
 def _dropped(x: Tensor, how: Branches, branch: Branch, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -205,13 +227,14 @@ def _branch_grads(
     if needs_second:
         of_second = _grad_of_right(scaled, product, second.t()).t()
     if needs_first or needs_input:
-        of_product = _grad_of_left(scaled, product, second.t())
+        of_product = _grad_of_left(scaled, _by_columns(product), second.t())
         del scaled, product
         if needs_first:
             of_first = _grad_of_right(of_product, dropped, first.t()).t()
+        by_columns = _by_columns(dropped)
+        del dropped  # not beside its gradient, which is as large
         if needs_input:
-            of_dropped = _grad_of_left(of_product, dropped, first.t())
-            del dropped
+            of_dropped = _grad_of_left(of_product, by_columns, first.t())
             of_rows = of_dropped.to(how.cast)
             del of_dropped
             if bits is not None and table is not None:
@@ -234,8 +257,8 @@ def _by_columns(matrix: Tensor) -> bool:
     return matrix.stride() == (1, matrix.shape[0])
 
 
-def _grad_of_left(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return right.mm(grad.t()).t() if _by_columns(left) else grad.mm(right.t())
+def _grad_of_left(grad: Tensor, left_by_columns: bool, right: Tensor) -> Tensor:
+    return right.mm(grad.t()).t() if left_by_columns else grad.mm(right.t())
 
 
 def _grad_of_right(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:

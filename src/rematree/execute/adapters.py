@@ -29,6 +29,7 @@ from torch.nn.modules import module as modules
 from rematree.execute.adapter_branch import Branch, Branches, add_adapters
 from rematree.execute.dropout import draw_bits
 from rematree.execute.override import runs_bare
+from rematree.execute.stash import is_placeholder
 from rematree.regions import DRAW_SUFFIX
 
 # Layer classes by where PEFT defines them: it need not be imported, and what inherits from them may differ.
@@ -165,7 +166,7 @@ def lean_forward(
         args: What else the layer is called with; with anything, `inner` runs.
         kwargs: Likewise, except for what is None.
     Returns:
-        [..., O].
+        [..., O]; a placeholder where the base layer returned one (R3).
     Raises:
         RuntimeError: (in backward) a second derivative is asked for, or `x` or a weight was written to since.
     Cost:
@@ -175,7 +176,7 @@ def lean_forward(
         return inner(x, *args, **kwargs)
     layer: Any = module
     result: Tensor = layer.base_layer(x)
-    result_dtype = result.dtype
+    result_dtype, unread = result.dtype, is_placeholder(result)
     names = _active(layer)
     dtype: torch.dtype = layer.lora_A[names[0]].weight.dtype
     autocast = torch.is_autocast_enabled(x.device.type)
@@ -207,7 +208,7 @@ def lean_forward(
         last = name == names[-1]
         if last or cast == x.dtype:
             out = result_dtype if last and not plain_input else None
-            how = Branches(tuple(branches), cast, compute, packed and not plain_input, out)
+            how = Branches(tuple(branches), cast, compute, packed and not plain_input, out, unread)
             result = add_adapters(how, masks, result, x, tensors)
             branches, tensors = [], []
     return result

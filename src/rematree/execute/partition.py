@@ -22,6 +22,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
+from rematree.execute import attention_backward
+from rematree.execute.attention_backward import replace_attention_backward
+
 _SEEDED: Final = torch.Tag.nondeterministic_seeded
 _PROBABILITIES: Final = frozenset({"dropout_p", "p"})
 _DROPOUT: Final = torch.ops.aten.native_dropout.default
@@ -40,6 +43,7 @@ class Partitioner(CustomPartitionerFn):
         self._budget = budget
 
     def __call__(self, gm: torch.fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        replace_attention_backward(gm.graph)
         drawn = [node for node in gm.graph.nodes if draws(node)]
         for node in drawn:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -52,7 +56,7 @@ class Partitioner(CustomPartitionerFn):
             return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,), repr(self._budget))
+        return get_hash_for_files((__file__, attention_backward.__file__), repr(self._budget))
 
 
 def _remade_from_its_mask(graph: Any, node: Any) -> None:

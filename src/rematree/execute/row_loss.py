@@ -25,6 +25,8 @@ from rematree.units import MIB
 # Of logits in fp32: what stays in the caches of a processor's cores, or what keeps a GPU busy.
 _TILE_BYTES = {"cpu": 3 * MIB // 2}
 _TILE_BYTES_ELSEWHERE = 64 * MIB
+_PRODUCTS = frozenset({"MmBackward0", "AddmmBackward0"})
+_VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0"})
 _WINDOW_ROWS = 8  # few: whole, they must not need more than the smallest chunk does
 _WINDOW_CHUNK_ROWS = 4
 # Largest difference, relative to the largest gradient, that rounding can explain: a head that mixes rows is off by
@@ -139,7 +141,9 @@ def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, div
     with torch.set_grad_enabled(wants_hidden or bool(job.params)):
         raw = job.head(hidden)
     inputs = [*([hidden] if wants_hidden else []), *job.params]
-    grad_raw = torch.empty_like(raw) if raw.requires_grad else None
+    grad_raw = None
+    if raw.requires_grad:
+        grad_raw = raw.detach() if _is_product(raw) else torch.empty_like(raw)  # tile by tile in the place of logits
     losses: list[Tensor] = []
     seed = functools.cache(functools.partial(_seed, job, divide))
     tile = max(1, _TILE_BYTES.get(raw.device.type, _TILE_BYTES_ELSEWHERE) // (4 * max(raw.shape[-1], 1)))
@@ -152,6 +156,14 @@ def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, div
     with autocast_as(hidden.device.type, None):  # as backward usually is: it would cast products again
         grads = torch.autograd.grad(raw, inputs, grad_raw, allow_unused=True)
     return [whole, *(() if wants_hidden else (None,)), *grads]
+
+
+def _is_product(raw: Tensor) -> bool:
+    """Whether `raw` is a matrix product, whose derivative does not read it: it may be overwritten before backward."""
+    node: Any = raw.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node.name() in _PRODUCTS and raw.is_contiguous()
 
 
 def _seed(job: RowLoss, divide: bool, dtype: torch.dtype) -> Tensor:

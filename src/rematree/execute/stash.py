@@ -6,11 +6,18 @@ right shape. Inside a group neither the stash nor what autograd saves there stay
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 import torch
 
 from rematree.errors import RecomputeMismatchError
+
+_PLACEHOLDER: Final = "_rematree_placeholder"
+
+
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is what a saved region returned in a rerun without anybody reading the values."""
+    return getattr(tensor, _PLACEHOLDER, False)
 
 
 class Watcher(Protocol):
@@ -87,7 +94,10 @@ class Leaf:
         if self.written:
             return given.clone()  # what writes to it again needs memory that is no leaf's
         # An output that requires grad is no leaf in the forward, and autocast treats the two differently.
-        return given.view_as(given) if self.requires_grad else given
+        given = given.view_as(given) if self.requires_grad else given
+        if self.stash is None:
+            setattr(given, _PLACEHOLDER, True)
+        return given
 
 
 def hooks_within(around: Around | None) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]:
