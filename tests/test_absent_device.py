@@ -175,6 +175,19 @@ def test_a_plan_for_a_device_that_is_not_here(model: torch.nn.Module) -> None:
     assert sum(line.num_bytes for line in plan.ledger) == plan.predicted_peak_bytes
 
 
+def test_experts_ask_for_the_capability_of_a_device_that_is_not_here() -> None:
+    """transformers multiplies by groups of experts where the device can; each way keeps other tensors."""
+    experts = build("mixtral", layers=2).to(torch.bfloat16)
+    asked = torch.cuda.get_device_capability
+    planner = Planner(experts.to("meta"), batch_for(experts), device=CUDA, capability=(9, 0), cost=COST)
+    plan = planner.plan(None)
+    assert sum(line.num_bytes for line in plan.ledger) == plan.predicted_peak_bytes
+    mode = TwinMode(CUDA, (7, 5))
+    with mode, mode:
+        assert torch.cuda.get_device_capability() == (7, 5)
+    assert torch.cuda.get_device_capability is asked
+
+
 def test_a_device_that_is_not_here_is_not_measured(model: torch.nn.Module) -> None:
     with pytest.raises(UsageError, match="no cuda device is here to measure"):
         Planner(model, batch_for(model), device=torch.device("cuda"))

@@ -3,11 +3,13 @@
 Fake tensors carry any device, but three things below Python ask the device itself and find nobody: autograd's engine
 wants its streams, some composite operations pick a kernel by `is_cuda`, and attention asks the backend. Therefore code
 below Python is told `meta`, whose streams exist, and code in Python sees the real device; where the two meet (`to`,
-factories, dropout, attention) `DeviceView` and `TwinMode` translate.
+factories, dropout, attention) `DeviceView` and `TwinMode` translate. Models may ask for the compute capability, as
+transformers' experts do before a grouped product: while the view is in force it is the stated one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -51,6 +53,22 @@ class DeviceView(TorchFunctionMode):
             _IS_CUDA: self._is_cuda,
             Tensor.backward: self._backward,
         }
+        self._asked: list[Callable[..., Any]] = []  # who answered for the capability before each entry
+
+    def __enter__(self) -> Self:
+        self._asked.append(torch.cuda.get_device_capability)
+        torch.cuda.get_device_capability = self._capability_of
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        torch.cuda.get_device_capability = self._asked.pop()
+
+    def _capability_of(self, device: Any = None) -> Capability:
+        """`torch.cuda.get_device_capability`, which is no operation on tensors: no function mode sees it."""
+        return self._capability
 
     def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
         handler = self._handlers.get(func)
