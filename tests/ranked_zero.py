@@ -49,7 +49,7 @@ def step(engine: Any, batch: dict[str, torch.Tensor]) -> float:
 
 
 def exactness(rank: int, ranks: Ranks, lora: bool, kind: str, first: bool) -> dict[str, Any]:
-    """Losses and weights of three steps, dropout on, with the plan and without; and how many more collectives it took."""
+    """Losses, weights and numbers of collectives of three steps, dropout on, with the plan and without."""
     found: dict[str, Any] = {}
     begun = ranked.tiny(lora)
     for name in ("engine", "planned"):
@@ -75,7 +75,7 @@ def exactness(rank: int, ranks: Ranks, lora: bool, kind: str, first: bool) -> di
 def levers(model: nn.Module, kind: str) -> Levers:
     """As `ranked.levers`; "lean": every adapter."""
     if kind == "lean":
-        return Levers(lean=frozenset(path for path, m in model.named_modules() if hasattr(m, "lora_A")))
+        return Levers(lean=tuple(path for path, m in model.named_modules() if hasattr(m, "lora_A")))
     return ranked.levers(model, kind)
 
 

@@ -1,7 +1,7 @@
 """What engines for several ranks do to a model: wrappers, sharded parameters, and how to see through both.
 
-DistributedDataParallel and DeepSpeed's engine are modules around the model; with ZeRO-2 the engine makes the trained
-weights views of one tensor, each whole and in its place. FSDP2 (`fully_shard`) changes the class of the modules it shards
+DistributedDataParallel and DeepSpeed's engine are modules around the model; under ZeRO-2 the trained weights are views
+of one tensor, each of them whole. FSDP2 (`fully_shard`) changes the class of the modules it shards
 (`FSDPLlamaForCausalLM`), hooks that gather their weights before forward and before backward, and parameters that are
 `DTensor`s in between: their shape is that of the whole tensor, their storage a shard.
 
@@ -123,7 +123,7 @@ def _marks_fsdp(attribute: str) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether an engine has hooks on `module`: DeepSpeed's are on the outermost, and tell the engine of each forward."""
+    """Whether an engine has hooks on `module`; DeepSpeed's are on the outermost, and tell it of each forward."""
     return any(_theirs(hooks) for hooks in (module._forward_pre_hooks, module._forward_hooks))
 
 

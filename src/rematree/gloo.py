@@ -78,8 +78,9 @@ class Settling:
 
         backend: Any = deepspeed.comm.comm.cdb
         for name, flag in _DEEPSPEED.items():
+            inner = getattr(backend, name)
 
-            def settled(*args: Any, inner: Any = getattr(backend, name), flag: int = flag, **kwargs: Any) -> Any:
+            def settled(*args: Any, inner: Any = inner, flag: int = flag, **kwargs: Any) -> Any:
                 goes_on = kwargs.pop("async_op", False) or args[flag:] == (True,)
                 work = inner(*args[:flag], **kwargs, async_op=True)
                 _settled(work, self)

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import nn
 
-from rematree.engines import any_sharded, is_deepspeed, refuse_partitioned, without_engine
+from rematree.engines import any_sharded, is_deepspeed, not_counted, refuse_partitioned
 from rematree.errors import UsageError
 
 Engine = Literal["ddp", "fsdp2", "zero2"]

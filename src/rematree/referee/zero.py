@@ -126,13 +126,14 @@ class ZeroTwo:
         return [*found, self._stepped(optimizer, state)]
 
     def _backward(self, segment: Segment, arrivals: Sequence[tuple[int, Arrival]], state: "_State") -> Segment:
-        before, moments = state.held(), list[tuple[Bytes, Bytes]]()
+        moments = list[tuple[Bytes, Bytes]]()
+        beside: Bytes | None = None  # what is held at the segment's own highest moment
         for parameter, arrival in arrivals:
+            if beside is None and arrival.risen == segment.peak_bytes - segment.live_bytes:
+                beside = state.held()
             live = plus(segment.live, arrival.change)
             moments += [(live, held) for held in state.took(parameter)]
-        # The segment's own highest moment came before the first gradient, or it is taken to be when most is held.
-        first = not arrivals or segment.peak_bytes - segment.live_bytes == arrivals[0][1].risen
-        moments.append((segment.at_peak, before if first else state.held()))
+        moments.append((segment.at_peak, state.held() if beside is None else beside))
         return with_moments(segment, {GRADIENTS: self._earlier} if self._earlier else {}, moments)
 
     def _stepped(self, segment: Segment, state: "_State") -> Segment:
