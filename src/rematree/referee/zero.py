@@ -143,10 +143,7 @@ class ZeroTwo:
         largest = max(self._elements.values(), default=0)
         flat = self._part * self._bytes if self._bytes != _FP32_BYTES else 0
         moments: list[tuple[Bytes, Bytes]] = [(segment.at_peak, {})]
-        moments += [
-            (segment.live, plus(backward, plus(held, {GRADIENTS: held.get(GRADIENTS, 0) + self._earlier})))
-            for held in state.ended()
-        ]
+        moments += [(segment.live, plus(backward, plus(held, {GRADIENTS: self._earlier}))) for held in state.ended()]
         moments.append((segment.live, plus(plus(backward, buffer), {STEP: largest * _NORM_BYTES})))
         moments.append((segment.live, plus(buffer, {STEP: flat})))
         moments.append((segment.live, plus(backward, {GATHERING: self._staged})))
