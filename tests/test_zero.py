@@ -130,7 +130,7 @@ def test_blocks_that_stand_for_others_change_nothing() -> None:
     assert [each.at_peak.get(GRADIENTS, 0) > 0 for each in unfolded if each.label == "backward 0"] == [True]
 
 
-# -- what a live model shows --------------------------------------------------------------------------------------------
+# -- what a live model shows -------------------------------------------------------------------------------------------
 
 
 class DeepSpeedZeroOptimizer:
