@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py                   # two and four processes over gloo, writes docs/ranks.md
     python benchmarks/ranks.py --quick           # two processes, a smaller model, prints the page
-    python benchmarks/ranks.py --engine zero2    # that engine alone, prints the page; DeepSpeed is the extra `deepspeed`
+    python benchmarks/ranks.py --engine zero2    # that engine alone, prints the page; needs DeepSpeed
 
 Every rank takes its rows of a batch of eight; one process takes all of them. Dropout is off, or the ranks would draw
 other masks than the one process. A rank's peak is summed from the profiler's allocation events, over a gloo group that

@@ -14,7 +14,7 @@ import ranked
 import rematree
 from rematree.fingerprint import describe_model
 from rematree.gloo import Settling
-from rematree.measure import PeakMeter
+from rematree.measure import PeakMeter, storage_bytes
 from rematree.plans import Levers, Plan
 from rematree.referee.ranks import Ranks, base_optimizer, ranks_of
 
@@ -115,10 +115,25 @@ def peak(
                 step(engine, batch)
             gc.collect()
             settling.now()
+            # What an earlier micro-batch has left is the engine's, and in nothing that the meter is given.
+            earlier = storage_bytes(t for group in engine.optimizer.all_grad_tensors.values() for t in group or ())
             with PeakMeter(model, base_optimizer(engine.optimizer), batch) as meter:
                 step(engine, batch)
-            held = sum(t.nbytes for grads in engine.optimizer.averaged_gradients.values() for t in grads or ())
-            assert not held
-            peaks.append(meter.peak_bytes)
+            peaks.append(meter.peak_bytes + earlier)
     engine.destroy()
     return peaks[-1]
+
+
+def planned_here(rank: int, ranks: Ranks) -> dict[str, Any]:
+    """What the planner reads off a model that is under the engine already; and steps of an engine it has measured."""
+    found: dict[str, Any] = {}
+    for name in ("left alone", "measured"):
+        model = ranked.tiny(False)
+        engine = engine_of(model, ranks)
+        if name == "measured":
+            found["plan"] = ranked.quick_plan(engine, ranked.LONG)
+            found["levers"] = rematree.plan(engine, ranked.LONG, None, forbid=("groups", "compile")).levers
+        step(engine, batch(0, rank, ranks))
+        found[name] = {n: p.detach().clone() for n, p in model.named_parameters()}
+        engine.destroy()
+    return found

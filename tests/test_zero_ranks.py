@@ -85,3 +85,12 @@ def check_peaks(measured: list[int], plan: Plan) -> None:
     assert plan.budget_bytes is not None
     assert max(measured) <= plan.predicted_peak_bytes <= plan.budget_bytes
     assert max(measured) >= (1 - WITHIN) * (plan.predicted_peak_bytes - PEAK_SLACK)
+
+
+def test_a_model_under_the_engine_is_planned_as_before_it_was_and_left_as_it_is() -> None:
+    ranks = Ranks("zero2", 2, bucket_elements=SMALL_BUCKET)
+    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ranks)
+    for found in several_ranks.run(2, ranked_zero.planned_here, ranks):
+        assert found["plan"] == alone
+        assert not found["levers"].decisions  # without a budget nothing is recomputed
+        assert same(found["measured"], found["left alone"])

@@ -202,12 +202,6 @@ class Ledger(TorchDispatchMode):
         self._segment_start = self._segment_at_peak = dict(self.by_category)
         self._segment_seconds, self._segment_turn = 0.0, {}
 
-    def since_mark(self) -> tuple[dict[str, int], int]:
-        """Since the latest mark: bytes that are live now and were not, by category, and how far the peak has risen."""
-        before = self._segment_start
-        change = {name: size - before.get(name, 0) for name, size in self.by_category.items()}
-        return change, self._segment_peak - self._segment_live
-
     def turn(self) -> None:
         """The forward pass is over, the backward pass begins."""
         self._segment_turn = dict(self.by_category)

@@ -326,7 +326,7 @@ class Referee:
             if parameter.grad is not None:
                 ledger.move(parameter.grad, GRADIENTS)
             if self.layout.takes_gradients:
-                arrivals.append(Arrival(id(parameter), ledger.label, *ledger.since_mark()))
+                arrivals.append(Arrival.now(parameter, ledger))
                 parameter.grad = None
 
         hooks = [p.register_post_accumulate_grad_hook(moved) for p in self.trainable]

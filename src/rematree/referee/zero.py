@@ -26,13 +26,13 @@ Not covered: offload, ZeRO-1, ZeRO-3, gradients in another dtype than the weight
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 import torch
 from torch import nn
 
 from rematree.memory.accounts import BUCKETS, GATHERING, GRADIENTS, REDUCING, STEP
-from rematree.memory.ledger import Segment
+from rematree.memory.ledger import Ledger, Segment
 from rematree.referee.moments import Bytes, plus, with_moments
 from rematree.referee.ranks import Ranks
 
@@ -55,6 +55,13 @@ class Arrival:
     label: str
     change: Mapping[str, int]
     risen: int
+
+    @classmethod
+    def now(cls, parameter: torch.Tensor, ledger: Ledger) -> Self:
+        """That of `parameter`, which `ledger` has just seen."""
+        before, here = ledger._segment_start, ledger.by_category
+        change = {name: size - before.get(name, 0) for name, size in here.items()}
+        return cls(id(parameter), ledger.label, change, ledger._segment_peak - ledger._segment_live)
 
 
 class ZeroTwo:
