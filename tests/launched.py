@@ -1,6 +1,7 @@
 """What `accelerate launch` starts in each process: a Trainer with a budget.
 
-Arguments: file for the result, rows of a batch, budget, and "fsdp2" where accelerate was told to use FSDP.
+Arguments: file for the result, rows of a batch, budget, and "fsdp2" where accelerate was told to use FSDP, or "zero2"
+where the training arguments ask for DeepSpeed.
 """
 
 import sys
@@ -36,12 +37,27 @@ def take_fsdp_on_a_cpu() -> None:
     AcceleratorState.__init__ = begin_with_fsdp
 
 
-def main(result: Path, rows: int, budget: str) -> None:
+ZERO_2: dict[str, Any] = {
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 2000},
+    "zero_allow_untested_optimizer": True,  # torch's AdamW, and on a CPU without DeepSpeed's own in its place
+    "zero_force_ds_cpu_optimizer": False,
+    "gradient_accumulation_steps": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+def main(result: Path, rows: int, budget: str, engine: str = "") -> None:
     """Without dropout: ranks draw other masks than one process that has all rows."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         arguments = quiet_arguments(
-            folder, per_device_train_batch_size=rows, max_steps=4, ddp_find_unused_parameters=False
+            folder,
+            per_device_train_batch_size=rows,
+            max_steps=4,
+            ddp_find_unused_parameters=False,
+            deepspeed=ZERO_2 if engine == "zero2" else None,
         )
         callback = BudgetCallback(budget, cost=Roofline(1e11, 1e10), forbid=QUICK, say=lambda text: None)
         trainer = Trainer(
@@ -68,4 +84,4 @@ def main(result: Path, rows: int, budget: str) -> None:
 if __name__ == "__main__":
     if sys.argv[4:] == ["fsdp2"]:
         take_fsdp_on_a_cpu()
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

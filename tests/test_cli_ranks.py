@@ -17,18 +17,22 @@ from rematree.referee.ranks import Ranks
 FORBIDDEN = ("chunked_loss", "groups", "lean_adapters")
 WORDS = ["--lora-target-modules", "down_proj", "--batch-size", "8", "--max-length", "64", "--device", "h100"]
 WORDS.extend(["--forbid", ",".join(FORBIDDEN)])
-DDP, FSDP2 = ["--ranks", "2", "--engine", "ddp"], ["--ranks", "2", "--engine", "fsdp2"]
+DDP, FSDP2, ZERO2 = (["--ranks", "2", "--engine", name] for name in ("ddp", "fsdp2", "zero2"))
 TWO = {
     "ddp": Ranks("ddp", 2),
     "ddp view": Ranks("ddp", 2, bucket_view=True),
     "fsdp2": Ranks("fsdp2", 2),
     "fsdp2 whole": Ranks("fsdp2", 2, reshard=False),
+    "zero2": Ranks("zero2", 2),
+    "zero2 told": Ranks("zero2", 2, bucket_elements=16_777_216, overlaps=True),
 }
 OPTIONS = {
     "ddp": DDP,
     "ddp view": [*DDP, "--gradient-as-bucket-view"],
     "fsdp2": FSDP2,
     "fsdp2 whole": [*FSDP2, "--no-reshard"],
+    "zero2": ZERO2,
+    "zero2 told": [*ZERO2, "--reduce-bucket-size", "16777216", "--overlap-comm"],
 }
 COMMANDS = ("plan", "fit", "frontier", "advise", "compare")
 
@@ -110,9 +114,10 @@ def test_a_plan_of_several_ranks_is_not_verified_in_one_process(model: str, tmp_
 def test_every_command_that_plans_a_shape_has_the_options(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "240")
     outcome = rematree(command, "--help")
-    for option in ("--ranks", "--engine", "--no-reshard", "--gradient-as-bucket-view"):
+    named = ("--ranks", "--engine", "--no-reshard", "--gradient-as-bucket-view", "--reduce-bucket-size")
+    for option in (*named, "--overlap-comm"):
         assert option in outcome.out
-    assert "ddp (every rank holds the model) or fsdp2" in outcome.out
+    assert "ddp (every rank holds the model), fsdp2" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -121,6 +126,12 @@ def test_every_command_that_plans_a_shape_has_the_options(command: str, monkeypa
         (["--engine", "ddp"], "--engine is about several ranks, and --ranks is missing", "--ranks 2"),
         (["--no-reshard"], "--no-reshard is about several ranks, and --ranks is missing", "--ranks 2"),
         (["--gradient-as-bucket-view"], "--gradient-as-bucket-view is about several ranks", "--ranks 2"),
+        (["--overlap-comm"], "--overlap-comm is about several ranks, and --ranks is missing", "--ranks 2"),
+        (["--reduce-bucket-size", "9"], "--reduce-bucket-size is about several ranks", "--ranks 2"),
+        ([*DDP, "--overlap-comm"], "--overlap-comm is ZeRO-2's, and --engine is ddp", "--engine zero2"),
+        ([*FSDP2, "--reduce-bucket-size", "9"], "--reduce-bucket-size is ZeRO-2's", "--engine zero2"),
+        ([*ZERO2, "--no-reshard"], "--no-reshard is FSDP2's, and --engine is zero2", "--engine fsdp2"),
+        (["--ranks", "2", "--engine", "zero3"], "ZeRO-3 is not covered", "--engine fsdp2"),
         (["--ranks", "1", "--engine", "ddp"], "--ranks is 1; a step is distributed over at least 2", "leave out"),
         (["--ranks", "-3"], "--ranks is -3; a step is distributed over at least 2", "leave out --ranks"),
         (["--ranks", "2"], "--engine, which says how, is missing", "--engine fsdp2"),

@@ -6,7 +6,6 @@ sees all the data only the order of sums differs, which is what the tolerance is
 """
 
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,33 +217,6 @@ def test_without_a_group_of_processes_the_plan_is_taken_as_it_is() -> None:
 def test_ranks_that_cannot_be_are_refused(engine: Any, count: int, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Ranks(engine, count)
-
-
-class DeepSpeedEngine(torch.nn.Module):
-    """Stands for DeepSpeed's, which is recognised by its name."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-
-@pytest.mark.parametrize("partitioned", [False, True])
-def test_deepspeed_is_refused_by_name(partitioned: bool) -> None:
-    model = ranked.tiny(True)
-    plan = Plan.of(Levers(), ranked.describe_model(model))
-    if partitioned:  # the mark of ZeRO-3
-        next(model.parameters()).ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]
-    under = model if partitioned else DeepSpeedEngine(model)
-    with pytest.raises(UsageError, match="under DeepSpeed"):
-        rematree.plan(under, ranked.LONG, None, cost=ranked.roofline())
-    with pytest.raises(UsageError, match="under DeepSpeed"):
-        rematree.apply(plan, under)
-
-
-def test_a_trainer_under_deepspeed_is_refused_by_name() -> None:
-    arguments = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}})
-    with pytest.raises(UsageError, match=r"deepspeed=\.\.\."):
-        rematree.BudgetCallback("1GiB").on_train_begin(arguments, None, None, model=ranked.tiny(True))
 
 
 @pytest.mark.slow

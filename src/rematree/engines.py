@@ -1,6 +1,7 @@
 """What engines for several ranks do to a model: wrappers, sharded parameters, and how to see through both.
 
-DistributedDataParallel is a module around the model. FSDP2 (`fully_shard`) changes the class of the modules it shards
+DistributedDataParallel and DeepSpeed's engine are modules around the model; under ZeRO-2 the trained weights are views
+of one tensor, each of them whole. FSDP2 (`fully_shard`) changes the class of the modules it shards
 (`FSDPLlamaForCausalLM`), hooks that gather their weights before forward and before backward, and parameters that are
 `DTensor`s in between: their shape is that of the whole tensor, their storage a shard.
 
@@ -19,34 +20,52 @@ from torch import nn
 
 from rematree.errors import UsageError
 
-_HOOKS_OF_FSDP: Final = "torch.distributed.fsdp"
+_HOOKS: Final = ("torch.distributed.fsdp", "deepspeed.")
 _MARKS_OF_FSDP: Final = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _META: Final = torch.device("meta")
 
 
 def without_engine(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel; any other is returned as it is."""
+    """The model inside DistributedDataParallel or DeepSpeed's engine; any other is returned as it is."""
     if torch.distributed.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module
+    if is_deepspeed(model):
+        inner: Any = model.module
+        return inner
     return model
 
 
-def refuse_deepspeed(model: nn.Module) -> None:
-    """Refuse a model under DeepSpeed: what it partitions is not counted, and ZeRO-3's weights are not gathered.
+def is_deepspeed(model: nn.Module) -> bool:
+    """Whether `model` is DeepSpeed's engine around a model. It is known by its name: nothing of it is imported."""
+    return "DeepSpeedEngine" in {base.__name__ for base in type(model).__mro__}
+
+
+def refuse_partitioned(model: nn.Module) -> None:
+    """Refuse a model whose weights ZeRO-3 has partitioned, and one that DeepSpeed runs as a pipeline.
 
     Raises:
-        UsageError: `model` is its engine, or ZeRO-3 has partitioned parameters of it.
+        UsageError: names which.
     """
-    if type(model).__name__ == "DeepSpeedEngine" or any("ds_id" in p.__dict__ for p in model.parameters()):
-        raise under_deepspeed("the model is under DeepSpeed")
+    if any("ds_id" in p.__dict__ for p in model.parameters()):
+        raise not_counted("DeepSpeed with ZeRO-3")
+    if is_deepspeed(model) and type(model).__name__ != "DeepSpeedEngine":
+        raise not_counted(f"DeepSpeed's {type(model).__name__}")
 
 
-def under_deepspeed(how: str) -> UsageError:
-    """The error for a model that DeepSpeed trains, or will train; `how` says where that was asked for."""
+def not_counted(what: str) -> UsageError:
+    """The error for a model that DeepSpeed trains in a way whose bytes are not counted."""
     return UsageError(
-        f"{how}, which plans do not cover: what its ZeRO stages partition is not counted",
-        remedies=["FSDP2 (fully_shard; accelerate launch --use_fsdp --fsdp_version 2), or DDP"],
+        f"plans do not cover {what}: what a rank holds under it is not counted",
+        remedies=[
+            'DeepSpeed with {"zero_optimization": {"stage": 2}}',
+            "FSDP2 (fully_shard; accelerate launch --use_fsdp --fsdp_version 2), which shards weights too",
+        ],
     )
+
+
+def is_flattened(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-2 has made `parameter` a view of the one tensor that holds all weights it trains."""
+    return "param_idx_in_group" in parameter.__dict__
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -83,17 +102,17 @@ def whole_on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_without_engine(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """`copy.deepcopy(model, memo)`, also of a model that FSDP2 shards; the copy is an ordinary one.
+    """`copy.deepcopy(model, memo)`, also of a model that FSDP2 or DeepSpeed trains; the copy is an ordinary one.
 
     Args:
         model: Read, not changed.
         memo: Copies of tensors by identity; parameters must be in it.
     """
-    sharded = [module for module in model.modules() if is_sharded(module)]
-    for module in sharded:
+    changed = [module for module in model.modules() if is_sharded(module) or _is_hooked(module)]
+    for module in changed:
         kind: Any = own_class(module)
         memo[id(module)] = kind.__new__(kind)
-    for module in sharded:
+    for module in changed:
         entries = {name: _without_hooks(value) for name, value in vars(module).items() if not _marks_fsdp(name)}
         vars(memo[id(module)]).update({name: copy.deepcopy(value, memo) for name, value in entries.items()})
     return copy.deepcopy(model, memo)
@@ -103,22 +122,32 @@ def _marks_fsdp(attribute: str) -> bool:
     return attribute.startswith(_MARKS_OF_FSDP)
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether an engine has hooks on `module`; DeepSpeed's are on the outermost, and tell it of each forward."""
+    return any(_theirs(hooks) for hooks in (module._forward_pre_hooks, module._forward_hooks))
+
+
+def _theirs(hooks: dict[Any, Any]) -> list[Any]:
+    """Keys of an engine's hooks in a dict of hooks."""
+    return [key for key, hook in hooks.items() if callable(hook) and _of_an_engine(hook)]
+
+
 def _without_hooks(value: Any) -> Any:
-    """`value` without FSDP2's hooks, if it is a dict of hooks."""
+    """`value` without an engine's hooks, if it is a dict of hooks."""
     if not isinstance(value, dict):
         return value
-    ours = [key for key, hook in value.items() if callable(hook) and _of_fsdp(hook)]
-    if not ours:
+    theirs = _theirs(value)
+    if not theirs:
         return value
-    return type(value)((key, hook) for key, hook in value.items() if key not in ours)
+    return type(value)((key, hook) for key, hook in value.items() if key not in theirs)
 
 
-def _of_fsdp(hook: Any) -> bool:
+def _of_an_engine(hook: Any) -> bool:
     if isinstance(hook, nn.Module | torch.Tensor):
         return False
     inner = getattr(hook, "hook", hook)  # torch wraps the hooks of state dicts
     owner = type(getattr(inner, "__self__", None)).__module__
-    return str(getattr(inner, "__module__", "")).startswith(_HOOKS_OF_FSDP) or owner.startswith(_HOOKS_OF_FSDP)
+    return str(getattr(inner, "__module__", "")).startswith(_HOOKS) or owner.startswith(_HOOKS)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from torch import distributed, nn
 from rematree.engines import is_sharded
 
 _BACKEND: Final = "settled_gloo"
+# Collectives of DeepSpeed's ZeRO stages, and the place of `async_op` among their arguments.
+_DEEPSPEED: Final = {"all_reduce": 3, "all_gather_into_tensor": 3, "reduce_scatter_tensor": 4}
 
 
 def start_settled_gloo(rank: int, count: int, store: Any, timeout: timedelta) -> None:
@@ -69,6 +71,22 @@ class Settling:
                 fsdp: Any = module
                 fsdp.set_custom_all_gather(Gather())
                 fsdp.set_custom_reduce_scatter(Reduce())
+
+    def every_collective_of_deepspeed(self) -> None:
+        """Settle what DeepSpeed, once its `init_distributed` was called, gathers and reduces before it goes on."""
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        backend: Any = deepspeed.comm.comm.cdb
+        for name, flag in _DEEPSPEED.items():
+            inner = getattr(backend, name)
+
+            def settled(*args: Any, inner: Any = inner, flag: int = flag, **kwargs: Any) -> Any:
+                goes_on = kwargs.pop("async_op", False) or args[flag:] == (True,)
+                work = inner(*args[:flag], **kwargs, async_op=True)
+                _settled(work, self)
+                return work if goes_on else None
+
+            setattr(backend, name, settled)
 
 
 def _settled(work: Any, settling: Settling) -> None:

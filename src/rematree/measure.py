@@ -71,6 +71,8 @@ class PeakMeter:
         yield from model.buffers()
         yield from hidden_tensors(model)
         if optimizer is not None:
+            for group in optimizer.param_groups:  # the model's, or master weights that an engine makes of them
+                yield from group["params"]
             for state in optimizer.state.values():
                 yield from (t for t in state.values() if isinstance(t, torch.Tensor))
         yield from (t for t in tree_leaves(batch) if isinstance(t, torch.Tensor))

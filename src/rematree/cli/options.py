@@ -132,7 +132,8 @@ RankCount = Annotated[
 Engine = Annotated[
     str | None,
     typer.Option(
-        help="What distributes it: ddp (every rank holds the model) or fsdp2 (fully_shard: each holds its share).",
+        help="What distributes it: ddp (every rank holds the model), fsdp2 (fully_shard: each holds its share) or "
+        "zero2 (DeepSpeed: each holds its share of gradients and optimizer state).",
         show_default=False,
         rich_help_panel=_RANKS,
     ),
@@ -150,6 +151,20 @@ BucketView = Annotated[
     typer.Option(
         "--gradient-as-bucket-view", help="DDP's: gradients are views of its buckets.", rich_help_panel=_RANKS
     ),
+]
+BucketSize = Annotated[
+    int | None,
+    typer.Option(
+        "--reduce-bucket-size",
+        help="ZeRO-2's: elements of the bucket that gradients are reduced in; 500 million unless its config says more.",
+        min=1,
+        show_default=False,
+        rich_help_panel=_RANKS,
+    ),
+]
+OverlapComm = Annotated[
+    bool,
+    typer.Option("--overlap-comm", help="ZeRO-2's: there are two such buckets.", rich_help_panel=_RANKS),
 ]
 Forbid = Annotated[
     list[str],
@@ -241,6 +256,8 @@ def ranks_of(ctx: typer.Context, config: TrainConfig) -> "Ranks | None":
         config,
         reshard=given["reshard"],
         bucket_view=given["gradient_as_bucket_view"],
+        bucket_elements=given["reduce_bucket_size"],
+        overlaps=given["overlap_comm"],
     )
 
 

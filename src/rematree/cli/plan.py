@@ -40,6 +40,8 @@ def plan(
     engine: options.Engine = None,
     reshard: options.Reshard = True,
     gradient_as_bucket_view: options.BucketView = False,
+    reduce_bucket_size: options.BucketSize = None,
+    overlap_comm: options.OverlapComm = False,
     forbid: options.Forbid = [],  # noqa: B006
     compile: options.Compile = DEFAULT["compile"],
     as_json: options.Json = False,

@@ -42,10 +42,14 @@ def settings_of(config: TrainConfig, target: Target, *, full: bool) -> Mapping[s
         found["device"] = target.device.name
     if target.ranks is not None:
         found |= {"ranks": str(target.ranks.count), "engine": target.ranks.engine}
-        if target.ranks.engine == "fsdp2":
-            found["reshard"] = _text(target.ranks.reshard)
-        else:
-            found["gradient_as_bucket_view"] = _text(target.ranks.bucket_view)
+        match target.ranks.engine:
+            case "fsdp2":
+                found["reshard"] = _text(target.ranks.reshard)
+            case "ddp":
+                found["gradient_as_bucket_view"] = _text(target.ranks.bucket_view)
+            case "zero2":
+                found["reduce_bucket_size"] = _text(target.ranks.bucket_elements)
+                found["overlap_comm"] = _text(target.ranks.overlaps)
     return found
 
 

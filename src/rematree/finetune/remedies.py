@@ -10,6 +10,7 @@ from rematree.finetune.synthetic import Shape, prepare_shape, synthetic_batch_li
 from rematree.finetune.target import Target
 from rematree.measure import storage_bytes
 from rematree.quantised import hidden_tensors
+from rematree.referee.ranks import Ranks
 from rematree.units import MIB
 
 _SHORTEST: Final = 8
@@ -51,8 +52,7 @@ def working_changes(
         return changes
     target = target or Target()
     shape = shape or prepare_shape(config)
-    shares = target.ranks.count if target.ranks is not None and target.ranks.engine == "fsdp2" else 1
-    if _static_bytes(shape.model) // shares >= error.budget:
+    if _static_bytes(shape.model, target.ranks) >= error.budget:
         return changes
     say("checking whether shorter or fewer rows would fit")
     for change, less_rows, less_length, more_passes in smaller:
@@ -68,7 +68,12 @@ def working_changes(
     return changes
 
 
-def _static_bytes(model: Any) -> int:
-    """Weights and the optimizer's two moments: there whatever the batch."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return storage_bytes([*model.parameters(), *model.buffers(), *hidden_tensors(model)]) + 2 * storage_bytes(trained)
+def _static_bytes(model: Any, ranks: Ranks | None) -> int:
+    """Weights and the optimizer's two moments, or a rank's share of them: there whatever the batch."""
+    whole = storage_bytes([*model.parameters(), *model.buffers(), *hidden_tensors(model)])
+    state = 2 * storage_bytes([p for p in model.parameters() if p.requires_grad])
+    if ranks is None or ranks.engine == "ddp":
+        return whole + state
+    if ranks.engine == "zero2":
+        return whole + state // ranks.count
+    return (whole + state) // ranks.count

@@ -4,9 +4,9 @@ Light on purpose: a device that does not exist, or a budget it does not have, is
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from rematree.catalogue.configs import needs_no_weights
 from rematree.errors import UsageError
@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
     from rematree.finetune.synthetic import Shape
     from rematree.planning.planner import Planner
-    from rematree.referee.ranks import Ranks
+    from rematree.referee.ranks import Engine, Ranks
 
 # ROCm answers to the name of CUDA in torch.
+_ENGINE_OF: Final[Mapping[str, "Engine"]] = {
+    "--no-reshard": "fsdp2",
+    "--gradient-as-bucket-view": "ddp",
+    "--reduce-bucket-size": "zero2",
+    "--overlap-comm": "zero2",
+}
 _TORCH_DEVICE: Final = {"cuda": "cuda", "rocm": "cuda", "cpu": "cpu", "mps": "mps"}
 
 
@@ -160,7 +166,14 @@ def named_targets(names: Sequence[str]) -> list[Target]:
 
 
 def named_ranks(
-    count: int | None, engine: str | None, config: TrainConfig, *, reshard: bool = True, bucket_view: bool = False
+    count: int | None,
+    engine: str | None,
+    config: TrainConfig,
+    *,
+    reshard: bool = True,
+    bucket_view: bool = False,
+    bucket_elements: int | None = None,
+    overlaps: bool = False,
 ) -> "Ranks | None":
     """The ranks that options of the command line name; None if they name none.
 
@@ -170,13 +183,21 @@ def named_ranks(
         config: The run.
         reshard: `--reshard`.
         bucket_view: `--gradient-as-bucket-view`.
+        bucket_elements: `--reduce-bucket-size`; None: DeepSpeed's default.
+        overlaps: `--overlap-comm`.
     Raises:
         UsageError: fewer than two ranks, an engine that there is not (names the nearest), or options that contradict
             each other.
     """
+    told = {
+        "--no-reshard": not reshard,
+        "--gradient-as-bucket-view": bucket_view,
+        "--reduce-bucket-size": bucket_elements is not None,
+        "--overlap-comm": overlaps,
+    }
+    options = [option for option, given in told.items() if given]
     if count is None:
-        told = {"--engine": engine is not None, "--no-reshard": not reshard, "--gradient-as-bucket-view": bucket_view}
-        alone = next((option for option, given in told.items() if given), None)
+        alone = next(iter([*(["--engine"] if engine is not None else []), *options]), None)
         if alone is not None:
             raise UsageError(f"{alone} is about several ranks, and --ranks is missing", remedies=["--ranks 2"])
         return None
@@ -184,12 +205,17 @@ def named_ranks(
         raise UsageError(
             f"--ranks is {count}; a step is distributed over at least 2", remedies=["leave out --ranks: one process"]
         )
-    from rematree.referee.ranks import ENGINES, Ranks
+    from rematree.referee.ranks import BUCKET_ELEMENTS, ENGINES, Ranks
 
     if engine is None:
         raise UsageError(
             "--ranks says how many, and --engine, which says how, is missing",
             remedies=[f"--engine {name}" for name in ENGINES],
+        )
+    if engine == "zero3":
+        raise UsageError(
+            "ZeRO-3 is not covered: what a rank holds under it is not counted",
+            remedies=["--engine fsdp2   (shards weights too)", "--engine zero2"],
         )
     if engine not in ENGINES:
         close = difflib.get_close_matches(engine.lower(), ENGINES, n=len(ENGINES), cutoff=0.0)
@@ -197,16 +223,25 @@ def named_ranks(
             f"unknown engine {engine!r}; the nearest are {', '.join(close)}",
             remedies=[f"--engine {name}" for name in close],
         )
-    if engine == "ddp" and not reshard:
-        raise UsageError("--no-reshard is FSDP2's: under DDP every rank holds all weights", remedies=["--engine fsdp2"])
-    if engine == "fsdp2" and bucket_view:
-        raise UsageError("--gradient-as-bucket-view is DDP's: FSDP2 has no buckets", remedies=["--engine ddp"])
+    elsewhere = next((option for option in options if _ENGINE_OF[option] != engine), None)
+    if elsewhere is not None:
+        title = Ranks(_ENGINE_OF[elsewhere], count).title
+        raise UsageError(
+            f"{elsewhere} is {title}'s, and --engine is {engine}", remedies=[f"--engine {_ENGINE_OF[elsewhere]}"]
+        )
     if engine == "fsdp2" and config.quantised_bits is not None:
         raise UsageError(
             f"--load-in-{config.quantised_bits}bit packs weights, and how FSDP2 shards packed weights is not covered",
             remedies=["--engine ddp"],
         )
-    return Ranks("ddp" if engine == "ddp" else "fsdp2", count, bucket_view=bucket_view, reshard=reshard)
+    return Ranks(
+        cast("Engine", engine),
+        count,
+        bucket_view=bucket_view,
+        reshard=reshard,
+        bucket_elements=BUCKET_ELEMENTS if bucket_elements is None else bucket_elements,
+        overlaps=overlaps,
+    )
 
 
 def all_targets() -> list[Target]:

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from rematree.checkpointing import take_budget_from_transformers
-from rematree.engines import under_deepspeed
+from rematree.engines import not_counted, without_engine
 from rematree.errors import UsageError
 from rematree.execute.handle import Handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
@@ -32,7 +32,7 @@ from rematree.planning.ladder import Ladder, build_ladder, table
 from rematree.planning.planner import Planner
 from rematree.plans import Plan
 from rematree.pricing.cost import Cost
-from rematree.referee.ranks import launched_ranks
+from rematree.referee.ranks import Ranks, base_optimizer, launched_ranks
 from rematree.referee.simulate import Optimizer
 from rematree.units import format_bytes, format_seconds, parse_bytes
 
@@ -107,13 +107,14 @@ class BudgetCallback(TrainerCallback):
         Raises:
             UsageError: no budget is given anywhere, or two different ones.
             InfeasibleBudgetError: nothing fits.
-            UsageError: `torch_compile=True` or `deepspeed=` is among the arguments, or the model is compiled.
+            UsageError: `torch_compile=True` is among the arguments, or the model is compiled.
+            UsageError: DeepSpeed trains the model, and by other means than ZeRO-2 (`referee.zero`).
             UnsupportedModelError: the adapter is prefix tuning.
         Warns:
             UserWarning: the arguments ask for checkpointing in a way that has no effect under a plan.
         """
         self._remove()  # what a training loop left that an error ended
-        model: Any = kwargs["model"]
+        model: Any = without_engine(kwargs["model"])
         take_budget_from_transformers(model)
         budget = self._wanted(args, model)
         if budget is None:
@@ -121,19 +122,22 @@ class BudgetCallback(TrainerCallback):
             self.say("no plan: the training arguments name a budget, and switch checkpointing off")
             return
         refuse_compiled(model)
-        if getattr(args, "deepspeed", None):  # its engine is a wrapper that the callback does not see
-            raise under_deepspeed("TrainingArguments(deepspeed=...) asks for DeepSpeed")
+        ranks = launched_ranks(kwargs["model"], kwargs.get("optimizer"))
+        if getattr(args, "deepspeed", None) and (ranks is None or ranks.engine != "zero2"):
+            raise not_counted("TrainingArguments(deepspeed=...) without an engine of ZeRO-2")
         if getattr(args, "torch_compile", False):  # accelerate compiles a wrapper that the callback does not see
             raise compiled_elsewhere("TrainingArguments(torch_compile=True)")
         _warn_of_what_has_no_effect(args)
         self._inputs = SuspendedInputGrads(model)
         try:
-            self._plan_and_apply(args, state.max_steps, model, budget, kwargs)
+            self._plan_and_apply(args, state.max_steps, model, budget, ranks, kwargs)
         except BaseException:
             self._remove()
             raise
 
-    def _plan_and_apply(self, args: Any, steps: int, model: Any, budget: int, kwargs: dict[str, Any]) -> None:
+    def _plan_and_apply(
+        self, args: Any, steps: int, model: Any, budget: int, ranks: Ranks | None, kwargs: dict[str, Any]
+    ) -> None:
         batches = read_batches(kwargs["train_dataloader"])
         extra, loss = fused_head_call(model)
 
@@ -154,7 +158,7 @@ class BudgetCallback(TrainerCallback):
                 loss=loss,
                 steps=steps * args.gradient_accumulation_steps,  # as often a block runs
                 allow_compile=self._allow_compile,
-                ranks=launched_ranks(model),
+                ranks=ranks,
             )
 
         def lone() -> Plan:
@@ -162,7 +166,7 @@ class BudgetCallback(TrainerCallback):
             return self._job.ladder.plans(budget)[-1]
 
         started = time.perf_counter()
-        if launched_ranks(model) is not None:  # ranks see batches of different lengths in one step, and take one plan
+        if ranks is not None:  # they see batches of different lengths in one step, and take one plan
             self._apply((agreed_plan(lone),))
         elif self._allow_compile:
             self._apply((lone(),))
@@ -286,7 +290,7 @@ def _warn_of_what_has_no_effect(args: Any) -> None:
 
 def _kind_of(optimizer: Any) -> Optimizer:
     """What the optimizer keeps for each trained parameter, in the planner's words."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    inner = base_optimizer(optimizer)
     if inner is None or any(word in type(inner).__name__.lower() for word in _ADAM_LIKE):
         return "adamw"
     return "sgd" if type(inner) is torch.optim.SGD and not inner.defaults["momentum"] else "adamw"

@@ -31,13 +31,14 @@ SLACK: Final = ALLOCATOR_SLACK
 LIBRARY: Final = "cuBLAS workspace"
 CONTEXT: Final = CUDA_CONTEXT
 COMPILED: Final = "kept by compiled blocks"
+MASTERS: Final = "master weights"
 BUCKETS: Final = "reduce buckets"
 GATHERED: Final = "gathered weights"
 GATHERING: Final = "all-gather buffers"
 REDUCING: Final = "reduce-scatter buffers"
 _BASE: Final = "base weights"
 
-_COUNTED: Final = frozenset({STATE, BATCH, BUFFERS, ADAPTERS, TRAINED, BUCKETS, GATHERED, GATHERING, REDUCING})
+_COUNTED: Final = frozenset({STATE, BATCH, BUFFERS, ADAPTERS, TRAINED, MASTERS, BUCKETS, GATHERED, GATHERING, REDUCING})
 _ESTIMATED: Final[Mapping[str, str]] = {
     HOST: "estimated: loss sums and generator states that a step makes outside the model",
     LIBRARY: "estimated: torch's default size, in the thread of the forward and in that of the backward",

@@ -41,7 +41,7 @@ class Settings:
         allow_compile: Whether blocks may be compiled, which changes rounding and takes up to minutes, now to measure
             and again when training begins. Default: if `steps` is known to be at least 200.
         ranks: Over which ranks, and by which engine, the step will be distributed; the budget is that of each. Default:
-            read off the model, if DDP wraps it or FSDP2 shards it.
+            read off the model, if DDP or DeepSpeed wraps it or FSDP2 shards it.
     Raises:
         UsageError: unknown lever, or a device that is not here and no `cost`.
     """

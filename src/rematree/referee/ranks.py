@@ -1,49 +1,21 @@
-"""What one rank of several holds: the simulated step of one process, with what DDP or FSDP2 adds and takes away.
+"""Over how many ranks, and by which engine, a step is run; and how a live model shows it.
 
-No collective is simulated. Each engine allocates by a rule that depends on the bytes of a unit (a block, or all that is
-outside the blocks) and on the phase of the step; the rules are applied to the segments of the simulated step, so that
-the solver and the referee see a rank's bytes. Nothing is assumed about which phase is the highest.
-
-DDP, from `torch/csrc/distributed/c10d/reducer.cpp`. The buckets hold a gradient for every trained parameter and live as
-long as the wrapper. Gradients exist beside them, or, with `gradient_as_bucket_view=True`, are views of them: then what
-autograd computes is copied and freed parameter by parameter.
-
-FSDP2, from `torch/distributed/fsdp/_fully_shard`. Parameters, their gradients and optimizer state are shards, rounded
-up in the first dimension (rank 0 holds the largest). With U a unit's weights whole and padded:
-
-* outside the blocks: gathered at the start of the forward, whole until backward is over (the root is not resharded).
-* forward of block k: its weights (U), and the buffer they were gathered in (another U), which is only freed when the
-  next block has been gathered (`FSDPParamGroup.wait_for_unshard`).
-* between the last forward and the first backward: the buffer of the last block, first that of its forward, then, as
-  soon as the backward begins, one that it is gathered into ahead.
-* backward of block k: its weights, the buffer of block k-1, gathered ahead, and the input of the reduce-scatter of
-  block k+1, which is freed when block k has come to its own (`reduce_scatter_max_input_buffers` is 1). At the end the
-  weights are freed before the input of its own reduce-scatter is made from its gradients, which go before it is
-  reduced. What is outside the blocks comes to its own last.
-* gradients outside the blocks are whole until backward is over.
-* on a CPU, gloo's copy of a buffer while it is gathered, and of the input of a reduce-scatter while it is summed.
-  gloo's threads may let go of either, and of a buffer, a little later; that is a race, and it is not counted. It is
-  `rematree.gloo` that measures without it.
-
-Not covered: mixed precision by `MixedPrecisionPolicy`, CPU offload, HSDP, units smaller or larger than a block.
-accelerate makes units of their own of the input embedding and of norm and output embedding; here they are part of what
-is outside the blocks, which is at most too high by the embedding. What NCCL allocates for itself is not counted.
+What an engine does to the bytes of a rank is in `layout` (DDP, FSDP2) and `zero` (DeepSpeed's ZeRO-2).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Final, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import nn
 
-from rematree.engines import any_sharded, refuse_deepspeed
+from rematree.engines import any_sharded, is_deepspeed, not_counted, refuse_partitioned
 from rematree.errors import UsageError
-from rematree.memory.accounts import BUCKETS, GATHERED, GATHERING, GRADIENTS, REDUCING, STATE, STEP, weights
-from rematree.memory.ledger import Segment
 
-Engine = Literal["ddp", "fsdp2"]
+Engine = Literal["ddp", "fsdp2", "zero2"]
 ENGINES: Final[tuple[str, ...]] = get_args(Engine)
+BUCKET_ELEMENTS: Final = 500_000_000  # DeepSpeed's default
+_TITLES: Final = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,45 +23,64 @@ class Ranks:
     """Over how many ranks, and by which engine, a step is run. A rank is a process with a device of its own.
 
     Attributes:
-        engine: "ddp" (`torchrun`, `accelerate launch --multi_gpu`: every rank holds the model) or "fsdp2"
-            (`fully_shard` on every block and on the model; `accelerate launch --use_fsdp --fsdp_version 2`).
+        engine: "ddp" (`torchrun`, `accelerate launch --multi_gpu`: every rank holds the model), "fsdp2"
+            (`fully_shard` on every block and on the model; `accelerate launch --use_fsdp --fsdp_version 2`) or "zero2"
+            (`deepspeed.initialize` with stage 2; `accelerate launch --use_deepspeed`).
         count: Number of ranks.
         bucket_view: DDP's `gradient_as_bucket_view`.
         reshard: FSDP2's `reshard_after_forward` of the blocks.
+        bucket_elements: ZeRO-2's `reduce_bucket_size`: elements, not bytes.
+        overlaps: ZeRO-2's `overlap_comm`: there are two buckets.
     Raises:
-        UsageError: no such engine, or fewer than one rank.
+        UsageError: no such engine, fewer than one rank, or a bucket that holds nothing.
     """
 
     engine: Engine
     count: int
     bucket_view: bool = False
     reshard: bool = True
+    bucket_elements: int = BUCKET_ELEMENTS
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UsageError(f"no engine {self.engine!r} for several ranks; engines: {', '.join(ENGINES)}")
         if self.count < 1:
             raise UsageError(f"{self.count} ranks: at least one is needed")
+        if self.bucket_elements < 1:
+            raise UsageError(f"a reduce bucket of {self.bucket_elements} elements holds no gradient")
 
     @property
     def gathers_for_groups(self) -> bool:
         """Whether a group of blocks is recomputed where the weights of all but its last block must be gathered anew."""
         return self.engine == "fsdp2" and self.reshard
 
+    @property
+    def title(self) -> str:
+        """The engine, for a reader."""
+        return _TITLES[self.engine]
+
     def __str__(self) -> str:
-        return f"one of {self.count} ranks under {self.engine.upper()}"
+        return f"one of {self.count} ranks under {self.title}"
 
 
-def ranks_of(model: nn.Module) -> Ranks | None:
-    """How `model` is distributed, read off the model: wrapped by DDP, or sharded by FSDP2. None if it is neither.
+def ranks_of(model: nn.Module, optimizer: Any = None) -> Ranks | None:
+    """How `model` is distributed, read off the live objects: by DDP, FSDP2 or ZeRO-2. None if by none of them.
 
+    Args:
+        model: The model, or what an engine has put around it.
+        optimizer: DeepSpeed's, where a training loop keeps it apart from the model; otherwise its engine has it.
     Raises:
-        UsageError: DeepSpeed distributes it.
+        UsageError: DeepSpeed distributes it in a way that is not covered.
     """
-    refuse_deepspeed(model)
+    refuse_partitioned(model)
     distributed = torch.distributed
     if not distributed.is_available():
         return None
+    engine: Any = model if is_deepspeed(model) else None
+    zero = _zero_optimizer(optimizer if engine is None else engine.optimizer)
+    if zero is not None or engine is not None:
+        return _under_zero(zero)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return Ranks("ddp", distributed.get_world_size(model.process_group), bucket_view=model.gradient_as_bucket_view)
     if any_sharded(model):
@@ -99,12 +90,12 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     return None
 
 
-def launched_ranks(model: nn.Module) -> Ranks | None:
+def launched_ranks(model: nn.Module, optimizer: Any = None) -> Ranks | None:
     """As `ranks_of`; a model that shows nothing, in one of several processes, is one that DDP wraps elsewhere.
 
     For training loops that keep the model and its wrapper apart, as transformers' Trainer does.
     """
-    found = ranks_of(model)
+    found = ranks_of(model, optimizer)
     distributed = torch.distributed
     if found is None and distributed.is_available() and distributed.is_initialized():
         count = distributed.get_world_size()
@@ -112,209 +103,48 @@ def launched_ranks(model: nn.Module) -> Ranks | None:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """Bytes of what is gathered and reduced as one.
+def base_optimizer(optimizer: Any) -> Any:
+    """What steps inside the wrappers of accelerate and DeepSpeed around `optimizer`."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
 
-    Attributes:
-        whole: Weights as a rank gathers them, padded.
-        gradients: Of its trained parameters.
-        gradient_shards: What is left of these on a rank.
-        reduced: Input of their reduce-scatter, padded.
+
+def _zero_optimizer(optimizer: Any) -> Any:
+    """DeepSpeed's optimizer for stages 1 and 2 in what wraps it; None if there is none."""
+    while optimizer is not None and type(optimizer).__name__ != "DeepSpeedZeroOptimizer":
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def _under_zero(zero: Any) -> Ranks:
+    """The ranks that `zero`, DeepSpeed's optimizer for stages 1 and 2, works for.
+
+    Raises:
+        UsageError: names what it does that the ledger does not count.
     """
-
-    whole: int
-    gradients: int
-    gradient_shards: int
-    reduced: int
-
-
-class Layout:
-    """What the ranks do to the bytes of one model.
-
-    Args:
-        ranks: How it is distributed; None: not at all, and nothing changes.
-        model: The model.
-        blocks: Module paths of the blocks that run.
-        accumulate: Gradients of an earlier micro-batch are there when the step begins; under FSDP2, their shards.
-    """
-
-    def __init__(self, ranks: Ranks | None, model: nn.Module, blocks: Sequence[str], accumulate: bool = False) -> None:
-        self._ranks = ranks
-        self._accumulates = accumulate
-        # gloo, which is what a CPU has, gathers into a copy of the buffer and sums in a copy of what it is given, and
-        # both go when the collective is over; NCCL needs neither.
-        self._staged = int(next((p.device.type for p in model.parameters()), "") == "cpu")
-        inside = [list(model.get_submodule(path).parameters()) for path in blocks]
-        known = {id(p) for each in inside for p in each}
-        self._blocks = [self._unit(each) for each in inside]
-        if ranks is None:  # nothing else is asked, and a survey makes a few of these
-            return
-        self._outside = self._unit(p for p in model.parameters() if id(p) not in known)
-        self._static: dict[str, int] = {}
-        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        shards = sum(self._shard(p) for p in model.parameters() if p.requires_grad)
-        self._trained, self._trained_shards = trained, shards
-        seen: set[int] = set()
-        for tensor, line in weights(model):
-            storage = tensor.untyped_storage()
-            if isinstance(tensor, nn.Parameter) and storage._cdata not in seen:
-                self._static[line] = self._static.get(line, 0) + self._shard(tensor) - storage.nbytes()
-            seen.add(storage._cdata)
-
-    def _shard(self, parameter: torch.Tensor) -> int:
-        """Bytes that a rank keeps of `parameter`. Packed weights are not sharded."""
-        count = self._ranks.count if self._ranks is not None and self._ranks.engine == "fsdp2" else 1
-        if count == 1 or not parameter.is_floating_point() or parameter.dim() == 0:
-            return parameter.nbytes
-        rows = parameter.shape[0]
-        return -(-rows // count) * (parameter.nbytes // max(1, rows))
-
-    def _unit(self, parameters: Iterable[torch.Tensor]) -> _Unit:
-        count = 1 if self._ranks is None else self._ranks.count
-        every = list({id(p): p for p in parameters}.values())
-        sharded = [p for p in every if p.is_floating_point()]
-        trained = [p for p in every if p.requires_grad]
-        kept = sum(self._shard(p) for p in trained)
-        return _Unit(sum(self._shard(p) for p in sharded) * count, sum(p.nbytes for p in trained), kept, kept * count)
-
-    def gradients_left(self, block: int) -> int:
-        """Bytes that the gradients of block number `block` take when its backward is over."""
-        if self._ranks is None:
-            return self._blocks[block].gradients
-        if self._ranks.engine == "ddp":
-            return 0 if self._ranks.bucket_view else self._blocks[block].gradients
-        return self._blocks[block].gradient_shards
-
-    def on_rank(self, segments: Sequence[Segment]) -> list[Segment]:
-        """The timeline of a rank from that of one process.
-
-        Args:
-            segments: Of the whole chain; the last is the optimizer's.
-        """
-        if self._ranks is None:
-            return list(segments)
-        if self._ranks.engine == "ddp":
-            return [self._replicated(segment) for segment in segments]
-        following = [*segments[1:], segments[-1]]
-        return [self._sharded(one, after) for one, after in zip(segments, following, strict=True)]
-
-    # -- DDP --------------------------------------------------------------------------------------------------------
-
-    def _replicated(self, segment: Segment) -> Segment:
-        assert self._ranks is not None
-        changes = {BUCKETS: self._trained}
-        if self._ranks.bucket_view:
-            # Of the gradients at the peak those of earlier blocks have certainly been freed.
-            changes[GRADIENTS] = -segment.live.get(GRADIENTS, 0)
-        peak, at_peak = _changed(segment.peak_bytes, segment.at_peak, changes)
-        live, here = _changed(segment.live_bytes, segment.live, changes)
-        return replace(segment, live_bytes=live, live=here, peak_bytes=peak, at_peak=at_peak)
-
-    # -- FSDP2 ------------------------------------------------------------------------------------------------------
-
-    def _sharded(self, segment: Segment, after: Segment) -> Segment:
-        phase, _, number = segment.label.partition(" ")
-        blocks = self._blocks
-        always = self._always(segment, range(0))
-        if phase == "optimizer":
-            always = {**self._always(segment, range(0)), GRADIENTS: self._trained_shards - self._trained}
-            live, here = _changed(segment.live_bytes, segment.live, always)
-            step = -(-(segment.peak_bytes - segment.live_bytes) * self._trained_shards // max(1, self._trained))
-            peak, at_peak = _changed(live, here, {STEP: step})
-            return replace(segment, live_bytes=live, live=here, peak_bytes=peak, at_peak=at_peak)
-        if phase == "start":
-            return self._moments(segment, always, [(segment.at_peak, {})])
-        always[GATHERED] = self._outside.whole
-        if phase == "embedding":
-            gather = {GATHERED: -self._outside.whole, GATHERING: self._staging(self._outside.whole)}
-            moments = [(segment.live, gather), (segment.at_peak, {GATHERING: self._outside.whole})]
-            return self._moments(segment, always, moments)
-        if phase == "forward":
-            return self._forward(segment, always, int(number))
-        if phase == "backward":
-            return self._backward(segment, after, int(number))
-        always = _sum(always, {GATHERED: self._kept_whole(len(blocks)), GRADIENTS: self._added(self._outside)})
-        last_one = blocks[-1].whole
-        moments = [(segment.at_peak, {GATHERING: last_one})]
-        if self._ranks is not None and self._ranks.reshard:
-            moments.append((segment.turn or segment.at_peak, {GATHERING: self._staging(last_one)}))
-        return self._moments(segment, always, moments)
-
-    def _forward(self, segment: Segment, always: dict[str, int], k: int) -> Segment:
-        always[GATHERED] += self._kept_whole(k)
-        own, before = self._blocks[k].whole, self._blocks[k - 1].whole if k else self._outside.whole
-        moments = [
-            (segment.live, {GATHERING: before + self._staging(own)}),
-            (segment.at_peak, {GATHERED: own, GATHERING: own}),
-        ]
-        return self._moments(segment, always, moments)
-
-    def _backward(self, segment: Segment, after: Segment, k: int) -> Segment:
-        assert self._ranks is not None
-        blocks, own, reshard = self._blocks, self._blocks[k], self._ranks.reshard
-        always = self._always(segment, range(k + 1, len(blocks)))
-        always[GATHERED] = self._outside.whole + self._kept_whole(k)
-        always[GRADIENTS] += self._added(self._outside) + self._added(own)
-        ahead = blocks[k - 1].whole if k and reshard else 0
-        earlier = {REDUCING: blocks[k + 1].reduced if k + 1 < len(blocks) else 0}
-        here = {**earlier, GATHERED: own.whole}
-        moments = [
-            (segment.live, {**here, GATHERING: own.whole if reshard else 0}),
-            (segment.live, {**here, GATHERING: self._staging(ahead)}),
-            (segment.at_peak, {**here, GATHERING: ahead}),
-            (after.live, {GATHERING: ahead, REDUCING: own.reduced}),
-            (after.live, {GATHERING: ahead, **self._summed(own)}),
-        ]
-        if not after.label.startswith("backward"):  # what is outside the blocks is last, and its weights go first
-            kept = 0 if self._accumulates else own.gradient_shards
-            left = {GRADIENTS: kept - own.gradients, GATHERED: -self._outside.whole}
-            moments.append((after.live, {**left, REDUCING: self._outside.reduced}))
-            moments.append((after.live, _sum(left, self._summed(self._outside))))
-        return self._moments(segment, always, moments)
-
-    def _added(self, unit: _Unit) -> int:
-        """Bytes of the gradients of `unit` while they are whole, if its shards are there beside them."""
-        return unit.gradients if self._accumulates else 0
-
-    def _staging(self, whole: int) -> int:
-        """Bytes of a buffer of `whole` bytes while it is gathered into."""
-        return whole * (1 + self._staged)
-
-    def _summed(self, unit: _Unit) -> dict[str, int]:
-        """What the reduce-scatter of `unit` changes: its gradients have become its input."""
-        return {GRADIENTS: -unit.gradients, REDUCING: self._staging(unit.reduced) + unit.gradient_shards}
-
-    def _always(self, segment: Segment, done: Iterable[int]) -> dict[str, int]:
-        """What is different in all of a segment: shards of weights, of state, and of the gradients of `done` blocks."""
-        state = segment.live.get(STATE, 0)
-        shards = -(-state * self._trained_shards // max(1, self._trained))
-        gone = sum(self._blocks[k].gradients - self._blocks[k].gradient_shards for k in done)
-        if self._accumulates:  # none is whole that is not being made
-            gone = self._trained - self._trained_shards
-        return {**self._static, STATE: shards - state, GRADIENTS: -gone}
-
-    def _kept_whole(self, blocks: int) -> int:
-        """Bytes of the first `blocks` blocks whole, if they stay so after their forward."""
-        assert self._ranks is not None
-        return 0 if self._ranks.reshard else sum(unit.whole for unit in self._blocks[:blocks])
-
-    def _moments(
-        self,
-        segment: Segment,
-        always: Mapping[str, int],
-        moments: Sequence[tuple[Mapping[str, int], Mapping[str, int]]],
-    ) -> Segment:
-        """`segment` with `always` added, and its peak the highest of `moments` (bytes by category, what is added)."""
-        live, here = _changed(segment.live_bytes, segment.live, always)
-        found = [_changed(sum(at.values()), at, _sum(always, more)) for at, more in moments]
-        peak, at_peak = max(found, key=lambda each: each[0])
-        return replace(segment, live_bytes=live, live=here, peak_bytes=peak, at_peak=at_peak)
-
-
-def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
-
-
-def _changed(size: int, by: Mapping[str, int], changes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    return size + sum(changes.values()), _sum(by, changes)
+    if zero is None:
+        raise not_counted("DeepSpeed without ZeRO-2")
+    told = {
+        "ZeRO-1": not zero.partition_gradients,
+        "an optimizer offloaded to the CPU or a disk": zero.cpu_offload,
+        "ZenFlow": zero.zenflow,
+        "contiguous_gradients=false": not zero.contiguous_gradients,
+        "reduce_scatter=false": not zero.reduce_scatter,
+        "round_robin_gradients": zero.round_robin_gradients,
+        "parameter_alignment": zero.parameter_alignment,
+        "experts of its own": zero.has_moe_layers,
+        "tensor parallelism": zero.model_parallel_world_size > 1,
+        "sequence parallelism": zero.sequence_parallel_size > 1,
+        "master weights in 16 bit": zero.low_precision_master_weights_and_grads,
+        "gradients summed or sent in another dtype than the weights'": {
+            zero.gradient_accumulation_dtype,
+            zero.communication_data_type,
+        }
+        != {zero.dtype},
+    }
+    for what, is_so in told.items():
+        if is_so:
+            raise not_counted(f"DeepSpeed with {what}")
+    count = torch.distributed.get_world_size(zero.dp_process_group)
+    return Ranks("zero2", count, bucket_elements=zero.reduce_bucket_size, overlaps=bool(zero.overlap_comm))

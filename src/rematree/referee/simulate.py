@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from rematree.execute.handle import Handle
 from rematree.execute.override import ForwardOverride
 from rematree.execute.stand_in import Profiles, StandIns
-from rematree.memory.accounts import BATCH, GRADIENTS, SAVED, STATE, STEP, weights
+from rematree.memory.accounts import BATCH, GRADIENTS, MASTERS, SAVED, STATE, STEP, weights
 from rematree.memory.ledger import BEFORE_THE_BLOCKS, Ledger, Segment
 from rematree.memory.optimizers import Optimizer, optimizer_with_state
 from rematree.observation.observe import Twin
@@ -37,8 +38,10 @@ from rematree.referee.folding import (
     unfold,
     whole,
 )
+from rematree.referee.layout import layout_of
 from rematree.referee.marks import HEAD, BlockMarks
-from rematree.referee.ranks import Layout, Ranks
+from rematree.referee.ranks import Ranks
+from rematree.referee.zero import Arrival
 
 _BETWEEN: Final = "between backward and optimizer"
 _NOBODY: Final = Fingerprint("", "", "", "", (), "", "")  # the executor checks it only against live models
@@ -152,21 +155,24 @@ class Referee:
         self.accumulate = accumulate
         self.profiles: Profiles = profiles or {}
         self.trainable = [p for p in twin.model.parameters() if p.requires_grad]
+        self.ranks = ranks
+        self.layout = layout_of(ranks, twin.model, blocks, accumulate)
         self._stepper: torch.optim.Optimizer | None = None
+        self._masters: list[nn.Parameter] = []
         if self.trainable:
             with twin.mode:
+                self._masters = self.layout.masters()
                 pages = overhead_of(cost, twin.device.type).caches
-                self._stepper = optimizer_with_state(optimizer, self.trainable, pages=pages)
+                self._stepper = optimizer_with_state(optimizer, self._masters or self.trainable, pages=pages)
         self.clips = clips
         self._clipping_seconds = 0.0
         if clips and self._stepper is not None:
-            self._clipping_seconds = clipping_seconds(self.trainable, cost, twin.device, twin.mode)
+            stepped = self._masters or self.trainable
+            self._clipping_seconds = clipping_seconds(stepped, cost, twin.device, twin.mode)
         self._container = list_of(twin.model, blocks) if folds else None
         self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
         self.pace = dict(pace or {})
         self.head_pace: Mapping[int | None, float] = {}
-        self.ranks = ranks
-        self.layout = Layout(ranks, twin.model, blocks, accumulate)
         self._static = self._existing()
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
@@ -212,7 +218,7 @@ class Referee:
         model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type, self.twin.mode.recipes)
         marks = BlockMarks(ledger, chain.kept)
         absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
-        overrides: list[ForwardOverride] = []
+        overrides, arrivals = list[ForwardOverride](), list[Arrival]()
         with contextlib.ExitStack() as undo:
             if absent:
                 assert self._container is not None
@@ -226,13 +232,14 @@ class Referee:
             for index in chain.kept:
                 overrides.append(ForwardOverride(model.get_submodule(self.blocks[index]), marks.around(index)))
                 undo.callback(overrides[-1].remove)
-            with self.twin.mode, self._gradients_known(ledger):
+            with self.twin.mode, self._gradients_known(ledger, arrivals):
                 self._adopt(ledger)
                 with ledger:
                     self._forward_backward(ledger)
                 tail = marks.tail_seconds()
                 ledger.mark(_BETWEEN)
-                left = self._adopt_gradients(ledger, absent)
+                left = self._adopt_gradients(ledger, [] if self.layout.takes_gradients else absent)
+                self._adopt_gradients(ledger, self._masters)
                 ledger.category = STEP
                 ledger.mark(_OPTIMIZER)
                 if self._stepper is not None and self.optimizer != "none":
@@ -247,7 +254,7 @@ class Referee:
         segments = [*unfold([*step, between], chain, left)]
         if segments[-1].label == _BETWEEN:
             segments.pop()
-        segments = self.layout.on_rank([*segments, optimizer])
+        segments = self.layout.on_rank([*segments, optimizer], arrivals, chain.images)
         highest = max(segments, key=lambda segment: segment.peak_bytes)
         result = Simulation(
             highest.peak_bytes,
@@ -275,7 +282,7 @@ class Referee:
         return replace(segment, seconds=(segment.seconds - beside) * scale + beside)
 
     def _clear_gradients(self) -> None:
-        for parameter in self.trainable:
+        for parameter in (*self.trainable, *self._masters):
             parameter.grad = None
 
     def _existing(self) -> list[tuple[str, list[torch.Tensor]]]:
@@ -283,6 +290,7 @@ class Referee:
         state = [t for entry in self._stepper.state.values() for t in entry.values()] if self._stepper else []
         return [
             *((line, [tensor]) for tensor, line in weights(self.twin.model)),
+            (MASTERS, [*self._masters]),
             (BATCH, [t for t in tree_leaves(self.twin.batch) if isinstance(t, torch.Tensor)]),
             (STATE, [t for t in state if isinstance(t, torch.Tensor)]),
         ]
@@ -290,7 +298,7 @@ class Referee:
     def _adopt(self, ledger: Ledger) -> None:
         for category, tensors in self._static:
             ledger.adopt(tensors, category)
-        if self.accumulate:
+        if self.accumulate and not self.layout.takes_gradients:
             self._adopt_gradients(ledger, self.trainable)
 
     def _adopt_gradients(self, ledger: Ledger, parameters: Iterable[torch.Tensor]) -> dict[str, int]:
@@ -313,10 +321,13 @@ class Referee:
         del loss
 
     @contextlib.contextmanager
-    def _gradients_known(self, ledger: Ledger) -> Generator[None]:
+    def _gradients_known(self, ledger: Ledger, arrivals: list[Arrival]) -> Generator[None]:
         def moved(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 ledger.move(parameter.grad, GRADIENTS)
+            if self.layout.takes_gradients:
+                arrivals.append(Arrival.now(parameter, ledger))
+                parameter.grad = None
 
         hooks = [p.register_post_accumulate_grad_hook(moved) for p in self.trainable]
         try:
