@@ -115,6 +115,7 @@ def engine_of(model: nn.Module, ranks: rematree.Ranks) -> nn.Module:
     config = {
         "train_micro_batch_size_per_gpu": ROWS // ranks.count,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": ranks.bucket_elements},
+        "gradient_clipping": 0.0,  # 1.0 where nothing is said; the other engines do not clip
         "zero_allow_untested_optimizer": True,  # torch's AdamW, and on a CPU without DeepSpeed's own in its place
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -32,6 +32,7 @@ def engine_of(model: nn.Module, ranks: Ranks, rows: int = 2, accumulation_steps:
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": accumulation_steps,
         "zero_optimization": settings,
+        "gradient_clipping": 0.0,  # 1.0 where nothing is said; the processes this is compared with do not clip
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": next(p for p in model.parameters() if p.requires_grad).dtype is torch.bfloat16},
