@@ -110,9 +110,9 @@ class _Groups:
 
     def __init__(self, problem: ChainProblem, limit: int, quantum: int, later: Sequence[int]) -> None:
         room = max(0, limit - problem.base)
-        while room // quantum + 2 > _STATES:
+        while room // quantum + 3 > _STATES:
             quantum *= 2
-        tables = Tables(problem, quantum, room // quantum + 2, optimistic=True) if problem.advances else None
+        tables = Tables(problem, quantum, room // quantum + 3, optimistic=True) if problem.advances else None
         rows: list[tuple[int, int, int, int, int, float]] = []
         corners: dict[int, list[tuple[int, float]]] = {}
         for start, stop in runs_of(problem) if tables is not None else ():

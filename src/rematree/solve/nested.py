@@ -244,7 +244,7 @@ class _Sweep:
         self._problem, self._quantum = problem, quantum
         self._room = limit - problem.base
         self._up = 0 if optimistic else quantum - 1  # added before dividing what is kept
-        self._tables = Tables(problem, quantum, self._room // quantum + 1 + optimistic, optimistic=optimistic)
+        self._tables = Tables(problem, quantum, self._room // quantum + 1 + 2 * optimistic, optimistic=optimistic)
         self._states = self._room // quantum + 1
         count = len(problem.stages)
         self._later = [sum(problem.gradients[block + 1 :]) for block in range(count)]
