@@ -72,7 +72,7 @@ def solving_seconds(planner: Planner) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, solve in (
         ("options", lambda: solve_chain(problem, middle, quantum)),
-        ("groups", lambda: solve_groups(problem, middle, quantum_for(problem, middle, quantum))),
+        ("groups", lambda: solve_groups(problem, middle, quantum_for(problem, middle))),
         ("bound", lambda: lower_bound(problem, middle, quantum)),
     ):
         started = time.process_time()

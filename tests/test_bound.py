@@ -69,7 +69,7 @@ def test_eighty_layers_take_less_than_two_seconds() -> None:
     problem = dataclasses.replace(problem, stages=((options[0], *more, options[2]),) * 80)
     for limit in (210, 1200):
         begin = time.process_time()
-        choice = solve_groups(problem, limit, quantum_for(problem, limit, 1))
+        choice = solve_groups(problem, limit, quantum_for(problem, limit))
         assert choice is not None
         assert choice_peak(problem, choice) <= limit
         assert lower_bound(problem, limit, 1) <= choice.seconds
