@@ -106,14 +106,14 @@ def page(log: dict[str, Any]) -> str:
             "# Plans beside the certified bound",
             "",
             "Written by `python benchmarks/bounds.py`, `--device h100-sxm` and `--solving 80`. For each workload, "
-            "budgets in equal steps from the smallest peak of any plan to that of the fastest step; bf16, no optimizer, "
-            "no compiled blocks. Prices are fixed (two cores in round numbers, or the table's H100), so the numbers are "
-            "the same on every machine.",
+            "budgets in equal steps from the smallest peak of any plan to that of the fastest step; bf16, no "
+            "optimizer, no compiled blocks. Prices are fixed (two cores in round numbers, or the table's H100), so the "
+            "numbers are the same on every machine.",
             "",
             "A plan's extra time is what its step takes over the fastest step. Its distance from the bound is given "
-            f"relative to the step, and to the extra time itself; the promise is {_CLOSE:.0%}. The bound holds for every "
-            "choice of the options that were measured, groups included, as the planner adds up their bytes; on a GPU it "
-            "does not know what the allocator cannot use, and a plan has to leave room for that.",
+            f"relative to the step, and to the extra time itself; the promise is {_CLOSE:.0%}. The bound holds for "
+            "every choice of the options that were measured, groups included, as the planner adds up their bytes; on a "
+            "GPU it does not know what the allocator cannot use, and a plan has to leave room for that.",
             "",
             "| workload | blocks | prices | within 2 % of the step | worst | within 2 % of the extra time | worst |",
             "|---|---|---|---|---|---|---|",
@@ -125,7 +125,7 @@ def page(log: dict[str, Any]) -> str:
             *(
                 [
                     "",
-                    "| workload | prices | budget | extra time, of the step | distance, of the step | of the extra time |",
+                    "| workload | prices | budget | extra time | distance, of the step | of the extra time |",
                     "|---|---|---|---|---|---|",
                     *misses,
                 ]

@@ -250,15 +250,16 @@ def _measure_heads(
         rows += [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
     runs = {count: short.run(Levers(loss_chunk_rows=count)) for count in rows}
     found = {count: run.head for count, run in runs.items()}
-    # Above what blocks keep: what the model's forward alone holds is gone by then.
-    workspaces = {count: run.head.peak_bytes - (run.head.live_bytes - run.released_bytes) for count, run in runs.items()}
+    workspaces = {count: head.peak_bytes - head.live_bytes for count, head in found.items()}
     timed = clock.seconds(workspaces) if clock is not None else {}
     pace = {count: seconds / found[count].seconds for count, seconds in timed.items() if found[count].seconds > 0}
     known = list(pace.values()) or [1.0]
     pace = {count: pace.get(count, known[0 if count is None else -1]) for count in rows}
     heads = {count: HeadOption(workspaces[count], head.seconds * pace[count]) for count, head in found.items()}
     worth = _worth_their_memory(heads) if timed and short.twin.device.type == "cpu" else rows
-    return worth, [heads[count] for count in worth], pace
+    # Of what is live as it begins, the model's forward alone holds some, which is gone by its peak (`stages._released`).
+    above = [replace(heads[count], peak=heads[count].peak + runs[count].released_bytes) for count in worth]
+    return worth, above, pace
 
 
 def _worth_their_memory(heads: Mapping[int | None, HeadOption]) -> list[int | None]:

@@ -42,7 +42,7 @@ class Remaining:
 
 @dataclass(frozen=True, slots=True)
 class _Labels:
-    """Ways up to a block: bytes live above the base, seconds, and where each comes from (label, option; -1: a group)."""
+    """Ways up to a block: bytes above the base, seconds, and where each comes from: label, option (-1: a group)."""
 
     live: Integers
     seconds: Floats
