@@ -257,7 +257,7 @@ def _measure_heads(
     pace = {count: pace.get(count, known[0 if count is None else -1]) for count in rows}
     heads = {count: HeadOption(workspaces[count], head.seconds * pace[count]) for count, head in found.items()}
     worth = _worth_their_memory(heads) if timed and short.twin.device.type == "cpu" else rows
-    # Of what is live as it begins, the model's forward alone holds some, which is gone by its peak (`stages._released`).
+    # What the model's forward alone holds as it begins is gone by its peak (`stages._released`).
     above = [replace(heads[count], peak=heads[count].peak + runs[count].released_bytes) for count in worth]
     return worth, above, pace
 
