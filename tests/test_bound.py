@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chain_problems import alike, layers, problems
-from rematree.solve import bound
+from rematree.solve import bound, labels
 from rematree.solve.bound import certify, lower_bound
 from rematree.solve.chain import ChainProblem, least_peak, solve_chain
 from rematree.solve.exhaustive import solve_exhaustively
@@ -148,3 +148,14 @@ def _times(problem: ChainProblem, factor: int) -> ChainProblem:
         tuple(map(each, problem.heads)),
         tuple(map(each, problem.advances)),
     )
+
+
+@settings(max_examples=20, deadline=None)
+@given(alike(), st.integers(0, 90))
+def test_too_many_labels_leave_the_bound(problem: ChainProblem, limit: int) -> None:
+    best = solve_exhaustively(problem, limit)
+    with mock.patch.object(labels, "_MOST", 0):
+        found = certify(problem, limit, 9)
+    if best is not None:
+        assert found.choice is None
+        assert found.seconds <= best.seconds
