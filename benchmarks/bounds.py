@@ -97,6 +97,7 @@ def page(log: dict[str, Any]) -> str:
         for row in entry["budgets"]
         if max(row["of_step"], row["of_extra"]) > _CLOSE
     ]
+    missing = [workload for name, workload in WORKLOADS.items() if f"two cores, {name}" not in log["workloads"]]
     solving = [
         f"| {layers} | {' | '.join(f'{seconds:.2f} s' for seconds in (*took.values(), sum(took.values())))} |"
         for layers, took in log["solving"].items()
@@ -118,6 +119,7 @@ def page(log: dict[str, Any]) -> str:
             "| workload | blocks | prices | within 2 % of the step | worst | within 2 % of the extra time | worst |",
             "|---|---|---|---|---|---|---|",
             *rows,
+            *(f"| {workload.title} | | two cores | not run | | not run | |" for workload in missing),
             "",
             "## Misses",
             "",
