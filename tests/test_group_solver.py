@@ -177,7 +177,7 @@ def test_eighty_layers_of_sixteen_options_take_less_than_two_seconds() -> None:
     problem = ChainProblem(20000 * mib, (options,) * 80, (mib,) * 80, heads, (advance,) * 80)
     begin = time.process_time()
     for limit in (20900 * mib, 22500 * mib):
-        choice = solve_groups(problem, limit, quantum_for(problem, limit, mib))
+        choice = solve_groups(problem, limit, quantum_for(problem, limit))
         assert choice is not None
         assert choice_peak(problem, choice) <= limit
     assert time.process_time() - begin < 4.0

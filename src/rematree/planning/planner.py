@@ -54,7 +54,7 @@ class Planner:
 
     def _take(self, observed: Observed) -> None:
         self.observed = observed
-        self._search = Search(observed.survey, observed.referee, observed.fixed_bytes)
+        self._search = Search(observed.survey, observed.referee, observed.fixed_bytes, certifies=not observed.is_scaled)
 
     @property
     def survey(self) -> Survey:

@@ -13,13 +13,13 @@ from rematree.errors import UnsupportedModelError
 from rematree.planning.survey import Survey
 from rematree.plans import Levers
 from rematree.referee.simulate import Referee, Simulation
-from rematree.solve.bound import lower_bound
+from rematree.solve.bound import Certified, certify
 from rematree.solve.chain import ChainChoice, in_runs, least_peak, solve_chain
 from rematree.solve.groups import Group, choice_peak
 from rematree.solve.nested import least_grouped_peak, quantum_for, solve_groups
 from rematree.units import KIB
 
-_RESOLUTION: Final = 4096  # quanta of the chain solver between the first block's start and the plain peak
+_RESOLUTION: Final = 16384  # quanta of the chain solver between the first block's start and the plain peak
 _MAX_CONFIRMATIONS: Final = 6  # simulated steps spent on one budget
 _WORTH_GROUPS: Final = 0.003  # of the step: groups that win less are left alone
 _WORTH_SEARCHING: Final = 0.001  # of the step: when no plan in between can win more, the search for one ends
@@ -53,15 +53,18 @@ class Search:
         survey: Options in numbers.
         referee: Runs the whole step.
         beside: Bytes that the device needs beside the tensors of the step, whatever is decided.
+        certifies: Whether there is to be a bound; what it takes also gives the fastest choice to the byte.
     """
 
-    def __init__(self, survey: Survey, referee: Referee, beside: int) -> None:
+    def __init__(self, survey: Survey, referee: Referee, beside: int, *, certifies: bool = True) -> None:
         self._survey = survey
         self._referee = referee
         self._beside = beside
         self._confirmed: dict[tuple[tuple[int, ...], int, tuple[Group, ...]], Confirmed] = {}
         self._quantum = quantum_of(survey)
         self._top = 2 * survey.plain.peak_bytes
+        self._certifies = certifies
+        self._certified: dict[int, Certified] = {}
 
     @functools.cached_property
     def _least_limit(self) -> int:
@@ -74,9 +77,9 @@ class Search:
         """All that the device must have: the sum of the ledger."""
         return simulation.peak_bytes + simulation.slack_bytes + self._beside
 
-    def _at(self, limit: int) -> Confirmed | None:
+    def _at(self, limit: int, *, exactly: bool = False) -> Confirmed | None:
         """The solver's choice for `limit`, with what the referee says of it. None if the solver finds nothing."""
-        choice = self._solve(limit)
+        choice = self._solve(limit, exactly)
         if choice is None:
             return None
         key = (choice.blocks, choice.head, choice.groups)
@@ -89,15 +92,20 @@ class Search:
             self._confirmed[key] = Confirmed(choice, result, self.peak(result))
         return self._confirmed[key]
 
-    def _solve(self, limit: int) -> ChainChoice | None:
-        """The fastest choice; without groups if they would win next to nothing, for the referee's sake."""
+    def _solve(self, limit: int, exactly: bool) -> ChainChoice | None:
+        """The fastest choice; without groups if they would win next to nothing, for the referee's sake.
+
+        Without groups it is the fastest up to the rounding to quanta, or `exactly`.
+        """
         problem = self._survey.problem
         alone = solve_chain(problem, limit, self._quantum)
+        if exactly:
+            alone = self._certify(limit).choice or alone
         if alone is not None:
             alone = in_runs(problem, alone, limit)
         if not problem.advances:
             return alone
-        grouped = solve_groups(problem, limit, quantum_for(problem, limit, self._quantum))
+        grouped = solve_groups(problem, limit, quantum_for(problem, limit))
         if alone is None or grouped is None:
             return alone or grouped
         wins = alone.seconds - grouped.seconds
@@ -108,11 +116,15 @@ class Search:
 
         It is more where the referee found less live than the solver had added up.
         """
-        problem = self._survey.problem
-        limit = choice_peak(problem, entry.choice)
+        limit = choice_peak(self._survey.problem, entry.choice)
         if budget is not None:
             limit = max(limit, min(budget - self._beside, self._top))
-        return lower_bound(problem, limit, self._quantum)
+        return self._certify(limit).seconds
+
+    def _certify(self, limit: int) -> Certified:
+        if limit not in self._certified:
+            self._certified[limit] = certify(self._survey.problem, limit, self._quantum)
+        return self._certified[limit]
 
     def simulation_of(self, levers: Levers) -> Simulation | None:
         """The step under `levers`, if that was confirmed."""
@@ -133,12 +145,12 @@ class Search:
         """
         if budget is None:
             budget = self._top + self._beside
-        high = min(budget - self._beside, self._top)
+        top = high = min(budget - self._beside, self._top)
         low: int | None = None
         fastest, fitting = -math.inf, math.inf  # seconds of the choices at `high` and at `low`
         limit, floor = high, -1
         for _ in range(_MAX_CONFIRMATIONS):
-            entry = self._at(limit)
+            entry = self._at(limit, exactly=self._certifies and limit == high == top)
             if entry is None:
                 limit = floor = max(limit, self._least_limit)
                 entry = self._at(limit)

@@ -42,10 +42,13 @@ def measure_options(
     options: Sequence[Sequence[BlockOption]],
     lean: Mapping[str, tuple[str, ...]],
     gradients: Sequence[int],
-) -> tuple[list[list[StageOption]], list[list[BlockOption]]]:
+) -> tuple[list[list[StageOption]], list[StageOption], list[list[BlockOption]]]:
     """Run every option on the short chain, as many in a run as it has blocks of the kind; the others save everything.
 
     What a block keeps and takes is read off relative to the moment it begins, so its neighbours may do otherwise.
+
+    Returns:
+        Options of each kind in numbers, those of the first block, and what each kind's options are.
     """
     kinds = kinds[: len(short.blocks)]
     final = [list(each) for each in options]
@@ -68,6 +71,7 @@ def measure_options(
             else:
                 seen[kind, turn] = (result, place)
     stages: list[list[StageOption]] = []
+    first: list[StageOption] = []
     for kind, each in enumerate(final):
         result, place = seen[kind, len(each) - 1]
         base = result.block_seconds(place)  # the last option saves everything
@@ -81,7 +85,10 @@ def measure_options(
             later = sum(gradients[place + 1 : len(short.blocks)])
             stage = _profile(result, place, len(short.blocks), later, extra)
             stages[kind].append(replace(stage, fill=_fill(each, turn, result.forward(place).seconds)))
-    return stages, final
+            if kind == kinds[0]:
+                stage = stages[kind][-1]
+                first.append(replace(stage, kept=stage.kept - _released(result, place, option)))
+    return stages, first, final
 
 
 def _fill(options: Sequence[BlockOption], index: int, forward: float) -> float:
@@ -135,6 +142,15 @@ def _left_by_two(result: Simulation, index: int) -> int:
     return result.forward(index + 2).live_bytes - result.forward(index).live_bytes
 
 
+def _released(result: Simulation, place: int, option: BlockOption) -> int:
+    """Bytes of what the first block was given that are gone by the head if that block takes `option`.
+
+    The model's forward may hold them for as long as it runs, and so their going shows in no block's forward. Where the
+    option was not run on the first block, that block saved all in the run, which releases what it does not keep.
+    """
+    return result.released_bytes if place == 0 or (option.saves_all and option.compiled is None) else 0
+
+
 def _stash_more(option: BlockOption, path: str, misread: frozenset[str]) -> BlockOption:
     prefix = path + "."
     wrong = {region.removeprefix(prefix) for region in misread if region.startswith(prefix)}
@@ -148,12 +164,17 @@ def _save_less(option: BlockOption, path: str, written: frozenset[str]) -> Block
 
 
 def _profile(result: Simulation, index: int, count: int, later: int, extra: float) -> StageOption:
-    """Numbers of block `index` of `count`; the gradients of those behind it are `later` bytes."""
+    """Numbers of block `index` of `count`; the gradients of those behind it are `later` bytes.
+
+    What the first block was given counts as live throughout (`_released`), though it is gone by backward if no block
+    keeps it.
+    """
     forward, backward = result.forward(index), result.backward(index)
     after = result.forward(index + 1) if index + 1 < count else result.head
+    gone = result.released_bytes if index else 0
     return StageOption(
         kept=after.live_bytes - forward.live_bytes,
         forward=forward.peak_bytes - forward.live_bytes,
-        backward=backward.peak_bytes - forward.live_bytes - later if backward else 0,
+        backward=backward.peak_bytes - (forward.live_bytes - gone) - later if backward else 0,
         seconds=extra,
     )

@@ -140,7 +140,7 @@ def survey(
     enough = max(length, length_for(kinds, representatives, options)) if chain.container else length
     with _shortened(twin.model, chain, range(enough)) as blocks:
         short = referee_of(blocks)
-        stages, options = measure_options(short, kinds, representatives, options, layers, gradients)
+        stages, first, options = measure_options(short, kinds, representatives, options, layers, gradients)
         advances = measure_advances(short, kinds, stages, options, layers) if groups else []
     few = _smallest(twin.model, chain, length)
     with _shortened(twin.model, chain, few) as blocks:
@@ -150,7 +150,7 @@ def survey(
     plain = plain.with_head(referee.head_pace[None])
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
-        stages=tuple(tuple(stages[kind]) for kind in kinds),
+        stages=(tuple(first), *(tuple(stages[kind]) for kind in kinds[1:])),
         gradients=gradients,
         heads=tuple(heads),
         advances=tuple(advances[kind] for kind in kinds) if any(advances) else (),
@@ -248,7 +248,8 @@ def _measure_heads(
     rows: list[int | None] = [None]
     if chunk and "labels" in short.twin.batch and find_head(short.twin.model) is not None:
         rows += [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
-    found = {count: short.run(Levers(loss_chunk_rows=count)).head for count in rows}
+    runs = {count: short.run(Levers(loss_chunk_rows=count)) for count in rows}
+    found = {count: run.head for count, run in runs.items()}
     workspaces = {count: head.peak_bytes - head.live_bytes for count, head in found.items()}
     timed = clock.seconds(workspaces) if clock is not None else {}
     pace = {count: seconds / found[count].seconds for count, seconds in timed.items() if found[count].seconds > 0}
@@ -256,7 +257,9 @@ def _measure_heads(
     pace = {count: pace.get(count, known[0 if count is None else -1]) for count in rows}
     heads = {count: HeadOption(workspaces[count], head.seconds * pace[count]) for count, head in found.items()}
     worth = _worth_their_memory(heads) if timed and short.twin.device.type == "cpu" else rows
-    return worth, [heads[count] for count in worth], pace
+    # What the model's forward alone holds as it begins is gone by its peak (`stages._released`).
+    above = [replace(heads[count], peak=heads[count].peak + runs[count].released_bytes) for count in worth]
+    return worth, above, pace
 
 
 def _worth_their_memory(heads: Mapping[int | None, HeadOption]) -> list[int | None]:

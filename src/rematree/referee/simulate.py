@@ -63,6 +63,7 @@ class Simulation:
         graph: For each block, whether its input and its output require grad.
         slack_bytes: Beyond the peak, what a GPU's allocator holds in segments that are in use.
         tail_seconds: Of the backward of the first block, what comes after it: gradients of embeddings.
+        released_bytes: Of what the first block was given, what is held until the model's forward ends and no longer.
     """
 
     peak_bytes: int
@@ -74,6 +75,7 @@ class Simulation:
     graph: tuple[tuple[bool, bool], ...]
     slack_bytes: int = 0
     tail_seconds: float = 0.0
+    released_bytes: int = 0
 
     def segment(self, label: str) -> Segment | None:
         """The segment called `label`, if the step had one."""
@@ -235,7 +237,7 @@ class Referee:
             with self.twin.mode, self._gradients_known(ledger, arrivals):
                 self._adopt(ledger)
                 with ledger:
-                    self._forward_backward(ledger)
+                    self._forward_backward(ledger, marks)
                 tail = marks.tail_seconds()
                 ledger.mark(_BETWEEN)
                 left = self._adopt_gradients(ledger, [] if self.layout.takes_gradients else absent)
@@ -266,6 +268,7 @@ class Referee:
             tuple(marks.graph[image] for image in chain.images),
             ledger.slack_bytes,
             tail,
+            marks.released_bytes,
         )
         return self.paced(result).with_head(self.head_pace.get(levers.loss_chunk_rows, 1.0))
 
@@ -310,12 +313,12 @@ class Referee:
                 ledger.adopt([parameter.grad], GRADIENTS)
         return {name: size - before.get(name, 0) for name, size in ledger.by_category.items()}
 
-    def _forward_backward(self, ledger: Ledger) -> None:
+    def _forward_backward(self, ledger: Ledger, marks: BlockMarks) -> None:
         ledger.category = SAVED
         ledger.mark(BEFORE_THE_BLOCKS)
         loss = self.twin.loss()
         ledger.listener = None
-        ledger.turn()
+        marks.turn()
         if loss.requires_grad:
             loss.backward()
         del loss

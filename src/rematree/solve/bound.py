@@ -8,7 +8,9 @@ choice within the limit (Lagrangian duality holds for any multipliers that are n
 last sum is left, and what it can amount to is subtracted.
 
 Near the smallest peak shares of a path say little. There the dynamic program itself is the better witness, run a second
-time with everything rounded in favour of the choices: what it returns is below all of them as well.
+time with everything rounded in favour of the choices: what it returns is below all of them as well. Elsewhere what a
+path split into shares wins is closed by looking at the whole paths that are left between the bound and the fastest
+choice known (`labels.py`); they are few.
 
 Groups, of which there are thousands, enter the LP only when that cheapest path takes them (column generation). What a
 group takes and costs is read off tables that round in its favour, so that the bound holds for nested ones as well.
@@ -24,7 +26,8 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.optimize import linprog
 
-from rematree.solve.chain import ChainProblem
+from rematree.solve.chain import ChainChoice, ChainProblem, solve_chain
+from rematree.solve.labels import Remaining, settle
 from rematree.solve.nested import Tables, beside_of, quantum_for, runs_of, seconds_at_least
 
 _ROUNDS: Final = 12  # of column generation
@@ -63,15 +66,35 @@ class _Prices:
     head: float
 
 
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """What is known of every choice within a limit.
+
+    Attributes:
+        seconds: None takes less, head included.
+        choice: The fastest one without groups, if it takes less than what was known before.
+    """
+
+    seconds: float
+    choice: ChainChoice | None = None
+
+
 def lower_bound(problem: ChainProblem, limit: int, quantum: int) -> float:
+    """Seconds that no choice within `limit` goes below: `certify` without the choice."""
+    return certify(problem, limit, quantum).seconds
+
+
+def certify(problem: ChainProblem, limit: int, quantum: int, known: float = math.inf) -> Certified:
     """Seconds that no choice within `limit` goes below, head included: options, and groups where there are advances.
 
     Args:
         problem: Options, and advances if groups may be formed.
         limit: Bytes at any position.
-        quantum: Bytes by which states are told apart; a coarser one only lowers the bound.
+        quantum: Of the dynamic program without groups that finds a choice to begin with.
+        known: Seconds of the fastest choice that is known. It need not be within the limit: no more is claimed than
+            that what is below it was looked for.
     Cost:
-        A few sparse linear programs of blocks * options columns and one more run of the dynamic program; about a
+        A few sparse linear programs of blocks * options columns and two more runs of the dynamic program; about a
         second for 80 blocks with groups.
     Source:
         Dantzig and Wolfe 1960 for the column generation, Geoffrion 1974 for the bound.
@@ -82,24 +105,44 @@ def lower_bound(problem: ChainProblem, limit: int, quantum: int) -> float:
         for block, stage in enumerate(problem.stages)
         for o in stage
     ]
-    groups = _Groups(problem, limit, quantum, later)
-    swept = seconds_at_least(problem, limit, quantum_for(problem, limit, quantum))
+    fine = quantum_for(problem, limit)
+    swept, tables = seconds_at_least(problem, limit, fine)
     if not math.isfinite(swept):
-        return swept  # nothing fits
+        return Certified(swept)  # nothing fits
     size = abs(swept) + sum(max(abs(o.seconds) + o.fill for o in stage) for stage in problem.stages)
-    best = swept - float((8 * len(columns) + 64) * np.finfo(np.float64).eps) * size  # a sum of fewer terms than columns
+    size += max(abs(head.seconds) for head in problem.heads)
+    rounding = float((8 * len(columns) + 64) * np.finfo(np.float64).eps) * size  # of sums of fewer terms than columns
+    alone = solve_chain(problem, limit, quantum)
+    if alone is not None:
+        known = min(known, alone.seconds)
+    best, remaining = swept - rounding, None
+    if known - best <= _CLOSE * abs(best):
+        return Certified(best)
+    groups = _Groups(problem, limit, fine, later)
     for _ in range(_ROUNDS):
         value, prices, potentials = _relaxation(problem, columns, limit)
-        found, path = _cheapest(problem, columns, groups, prices, limit)
+        found, path, least = _cheapest(problem, columns, groups, prices, limit)
+        if remaining is None or found > best:
+            remaining = least
         best = max(best, found)
         if value - best <= _CLOSE * abs(best):
             break
-        known = {(c.start, c.stop, c.backward) for c in columns}
-        fresh = [s for s in (*path, *groups.below(prices, potentials)) if (s.start, s.stop, s.backward) not in known]
+        seen = {(c.start, c.stop, c.backward) for c in columns}
+        fresh = [s for s in (*path, *groups.below(prices, potentials)) if (s.start, s.stop, s.backward) not in seen]
         if not fresh:
             break
         columns += dict.fromkeys(fresh)
-    return best
+    assert remaining is not None
+    settled = settle(problem, limit, known + rounding, remaining, None) if math.isfinite(known) else None
+    if settled is None:
+        return Certified(best)
+    better = settled.choice if settled.seconds < known else None
+    if tables is not None:
+        settled = settle(problem, limit, min(known, settled.seconds) + rounding, remaining, tables)
+        if settled is None:
+            return Certified(best, better)
+    known = min(known, settled.seconds, math.inf if better is None else better.seconds)
+    return Certified(max(best, known - rounding), better)
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -110,9 +153,9 @@ class _Groups:
 
     def __init__(self, problem: ChainProblem, limit: int, quantum: int, later: Sequence[int]) -> None:
         room = max(0, limit - problem.base)
-        while room // quantum + 2 > _STATES:
+        while room // quantum + 3 > _STATES:
             quantum *= 2
-        tables = Tables(problem, quantum, room // quantum + 2, optimistic=True) if problem.advances else None
+        tables = Tables(problem, quantum, room // quantum + 3, optimistic=True) if problem.advances else None
         rows: list[tuple[int, int, int, int, int, float]] = []
         corners: dict[int, list[tuple[int, float]]] = {}
         for start, stop in runs_of(problem) if tables is not None else ():
@@ -175,8 +218,8 @@ def _right_of(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) 
 
 def _cheapest(
     problem: ChainProblem, options: Sequence[_Span], groups: _Groups, prices: _Prices, limit: int
-) -> tuple[float, list[_Span]]:
-    """The bound at `prices`, and the groups on the path behind it."""
+) -> tuple[float, list[_Span], Remaining]:
+    """The bound at `prices`, the groups on the path behind it, and the same from every block on."""
     count, room = len(problem.stages), limit - problem.base
     forward = np.concatenate(([0.0], np.cumsum(prices.forward)))
     backward = np.concatenate(([0.0], np.cumsum(prices.backward)))
@@ -187,30 +230,31 @@ def _cheapest(
             paid = o.kept * behind[o.stop] + o.forward * prices.forward[o.start] + o.backward * prices.backward[o.start]
             alone[o.start] = min(alone[o.start], o.seconds + paid)
     cost = groups.priced(forward, backward, behind)
-    ends: list[list[int]] = [[] for _ in range(count + 1)]
+    starts: list[list[tuple[int, float, int]]] = [[] for _ in range(count)]
     if len(cost):
         order = np.argsort(cost, kind="stable")
         _, first = np.unique(groups.start[order] * (count + 1) + groups.stop[order], return_index=True)
         for index in order[first]:
-            ends[int(groups.stop[index])].append(int(index))
-    best, came = [0.0] * (count + 1), [-1] * (count + 1)
-    for stop in range(1, count + 1):
-        best[stop] = best[stop - 1] + float(alone[stop - 1])
-        for index in ends[stop]:
-            through = best[int(groups.start[index])] + float(cost[index])
-            if through < best[stop]:
-                best[stop], came[stop] = through, index
-    path: list[_Span] = []
-    stop = count
-    while stop > 0:
-        if came[stop] >= 0:
-            path.append(groups.span(came[stop]))
-        stop = stop - 1 if came[stop] < 0 else int(groups.start[came[stop]])
+            starts[int(groups.start[index])].append((int(groups.stop[index]), float(cost[index]), int(index)))
     head = min(h.seconds + h.peak * prices.head for h in problem.heads)
+    least, goes = [head] * (count + 1), [-1] * (count + 1)
+    for start in reversed(range(count)):
+        least[start] = float(alone[start]) + least[start + 1]
+        for stop, price, index in starts[start]:
+            if price + least[stop] < least[start]:
+                least[start], goes[start] = price + least[stop], index
+    path: list[_Span] = []
+    start = 0
+    while start < count:
+        if goes[start] >= 0:
+            path.append(groups.span(goes[start]))
+        start = start + 1 if goes[start] < 0 else int(groups.stop[goes[start]])
     total = float(forward[-1] + backward[-1]) + prices.head
     # Every number above is a sum of at most 4 * count + 8 terms of one sign, or a difference of two such sums.
-    error = (8 * count + 64) * np.finfo(np.float64).eps * (abs(best[count]) + abs(head) + 2 * abs(room) * total)
-    return best[count] + head - room * total - float(error), path
+    error = (8 * count + 64) * np.finfo(np.float64).eps * (abs(least[0]) + abs(head) + 2 * abs(room) * total)
+    from_each = [value - float(error) for value in least]
+    remaining = Remaining(behind, from_each, [[(stop, price) for stop, price, _ in each] for each in starts])
+    return least[0] - room * total - float(error), path, remaining
 
 
 # -- the linear program -----------------------------------------------------------------------------------------------

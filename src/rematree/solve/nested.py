@@ -187,14 +187,17 @@ def runs_of(problem: ChainProblem) -> Iterator[Group]:
                 yield start, stop
 
 
-def quantum_for(problem: ChainProblem, limit: int, quantum: int) -> int:
-    """`quantum`, doubled or halved until the tables up to `limit` are as fine as is quickly solved."""
-    room = max(0, limit - problem.base)
-    while room // quantum + 1 > _STATES:
-        quantum *= 2
-    while quantum > 1 and room // (quantum // 2) + 1 <= _STATES:
-        quantum //= 2
-    return quantum
+def quantum_for(problem: ChainProblem, limit: int) -> int:
+    """Bytes of one state: the tables up to `limit` are as fine as is quickly solved.
+
+    If possible it divides what a group keeps, the least that there is, so that nothing is lost where blocks keep little
+    else: near the smallest peak, where one output more or less is a whole forward.
+    """
+    finest = max(1, -(-(limit - problem.base + 1) // _STATES))
+    outputs = [advance.output for advance in problem.advances if advance is not None and advance.output]
+    unit = min(outputs, default=0)
+    parts = next((parts for parts in range(unit // finest, unit // (2 * finest), -1) if unit % parts == 0), None)
+    return finest if parts is None else unit // parts
 
 
 def solve_groups(problem: ChainProblem, limit: int, quantum: int) -> ChainChoice | None:
@@ -224,27 +227,32 @@ def solve_groups(problem: ChainProblem, limit: int, quantum: int) -> ChainChoice
     return ChainChoice(tuple(blocks), head, seconds, tuple(sorted(groups, key=lambda group: (group[0], -group[1]))))
 
 
-def seconds_at_least(problem: ChainProblem, limit: int, quantum: int) -> float:
+def seconds_at_least(problem: ChainProblem, limit: int, quantum: int) -> tuple[float, Tables | None]:
     """Seconds that no choice within `limit` goes below: what is kept is rounded down to quanta, what is free up.
 
-    Infinite when there is no choice.
+    Infinite when there is no choice. The tables it read are given, too, if groups may be formed.
 
     Cost:
         As of `solve_groups`.
     """
     if limit < problem.base:
-        return _INFINITY
-    return _Sweep(problem, limit, quantum, optimistic=True).end()[0]
+        return _INFINITY, None
+    sweep = _Sweep(problem, limit, quantum, optimistic=True)
+    return sweep.end()[0], sweep.tables if problem.advances else None
 
 
 class _Sweep:
-    """Least seconds up to each block, by quanta live there, and how to get there."""
+    """Least seconds up to each block, by quanta live there, and how to get there.
+
+    Attributes:
+        tables: Of groups. Optimistic ones have a state more than there can be bytes: the last stands for any number.
+    """
 
     def __init__(self, problem: ChainProblem, limit: int, quantum: int, *, optimistic: bool) -> None:
         self._problem, self._quantum = problem, quantum
         self._room = limit - problem.base
         self._up = 0 if optimistic else quantum - 1  # added before dividing what is kept
-        self._tables = Tables(problem, quantum, self._room // quantum + 1 + optimistic, optimistic=optimistic)
+        self.tables = Tables(problem, quantum, self._room // quantum + 1 + 2 * optimistic, optimistic=optimistic)
         self._states = self._room // quantum + 1
         count = len(problem.stages)
         self._later = [sum(problem.gradients[block + 1 :]) for block in range(count)]
@@ -267,11 +275,11 @@ class _Sweep:
             need = max(option.forward, option.backward + self._later[start])
             self._go(start, start + 1, index, here + option.seconds, option.kept, need)
         for stop in stops:
-            inside = self._tables.group(start, stop).seconds
+            inside = self.tables.group(start, stop).seconds
             free = self._free(start, stop) - np.arange(self._states)
             rerun = np.where(free >= 0, inside[np.clip(free, 0, len(inside) - 1)], _INFINITY)
             kept = _known(problem.advances[stop - 1]).output + self._beside[stop] - self._beside[start]
-            self._go(start, stop, -1, here + rerun, kept, self._tables.forward_peak(start, stop))
+            self._go(start, stop, -1, here + rerun, kept, self.tables.forward_peak(start, stop))
 
     def _free(self, start: int, stop: int) -> int:
         """Quanta for the rerun of a group if nothing were live at its start."""
@@ -314,7 +322,7 @@ class _Sweep:
                 blocks[start] = index
             else:
                 groups.append((start, stop))
-                self._tables.choose(start, stop, self._free(start, stop) - before, blocks, groups)
+                self.tables.choose(start, stop, self._free(start, stop) - before, blocks, groups)
             stop, state = start, before
         return blocks, groups
 
@@ -330,7 +338,7 @@ def least_grouped_peak(problem: ChainProblem, quantum: int, high: int) -> int:
     low = problem.base - 1
     while high - low > quantum:
         middle = (low + high) // 2
-        if solve_groups(problem, middle, quantum_for(problem, middle, quantum)) is None:
+        if solve_groups(problem, middle, quantum_for(problem, middle)) is None:
             low = middle
         else:
             high = middle
