@@ -26,7 +26,6 @@ from rematree.plans import Action, BlockRow, Decision, Fingerprint, LedgerLine, 
 from rematree.referee.ranks import Ranks
 from rematree.referee.simulate import Simulation
 from rematree.solve.chain import position_peak
-from rematree.solve.groups import by_block
 from rematree.units import MIB, format_bytes, parse_bytes
 
 
@@ -194,7 +193,7 @@ class Planner:
             known.chain.blocks,
             (known.options[kind][index] for kind, index in zip(known.kinds, entry.choice.blocks, strict=True)),
             describe_groups(entry.choice.groups, len(known.chain.blocks)),
-            by_block(known.problem, entry.choice),
+            known.left_by(entry.choice),
             strict=True,
         )
         rows = [

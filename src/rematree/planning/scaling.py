@@ -39,6 +39,7 @@ def scaled(survey: Survey, ratio: float) -> Survey:
             seconds=seconds(plain.seconds),
         ),
         fixed_seconds=seconds(survey.fixed_seconds),
+        released=tuple(math.ceil(size * ratio) for size in survey.released),
     )
 
 

@@ -25,6 +25,7 @@ from rematree.referee.simulate import Referee, Simulation
 from rematree.regions import Chain
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainChoice, ChainProblem, HeadOption
+from rematree.solve.groups import by_block
 from rematree.units import MIB
 
 _OPTIONS_PER_KIND: Final = 16
@@ -52,6 +53,8 @@ class Survey:
         plain: One step without any lever.
         fixed_seconds: Seconds of the step that no choice changes.
         lean: Paths of the adapter layers of each block that can be lean.
+        released: For each option of the first block, bytes of what that block was given that are gone by backward. Its
+            numbers in `problem` are without them.
         compiled: What was measured of compiled blocks, and why others are not offered.
     """
 
@@ -63,7 +66,14 @@ class Survey:
     plain: Simulation
     fixed_seconds: float
     lean: Mapping[str, tuple[str, ...]]
+    released: tuple[int, ...]
     compiled: CompiledKinds = NOT_COMPILED
+
+    def left_by(self, choice: ChainChoice) -> list[tuple[int, float]]:
+        """For each block, (bytes that its forward leaves until backward, extra seconds)."""
+        (kept, seconds), *others = by_block(self.problem, choice)
+        alone = all(start > 0 for start, _ in choice.groups)
+        return [(kept + (self.released[choice.blocks[0]] if alone else 0), seconds), *others]
 
     def levers(self, choice: ChainChoice) -> Levers:
         """What realises one option a block and one of the head."""
@@ -164,6 +174,7 @@ def survey(
         plain,
         plain.seconds - plain.head.seconds,
         layers,
+        tuple(whole.kept - net.kept for whole, net in zip(stages[kinds[0]], first, strict=True)),
         compiled,
     )
 
