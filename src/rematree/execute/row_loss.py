@@ -141,8 +141,11 @@ def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, div
     with torch.set_grad_enabled(wants_hidden or bool(job.params)):
         raw = job.head(hidden)
     inputs = [*([hidden] if wants_hidden else []), *job.params]
-    grad_raw = None
+    grad_raw = edge = None
     if raw.requires_grad:
+        # Taken before anything is written there: autograd would put a copy in front of the product for a view whose
+        # memory has changed.
+        edge = torch.autograd.graph.get_gradient_edge(raw)
         grad_raw = raw.detach() if _is_product(raw) else torch.empty_like(raw)  # tile by tile in the place of logits
     losses: list[Tensor] = []
     seed = functools.cache(functools.partial(_seed, job, divide))
@@ -151,10 +154,10 @@ def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, div
         rows = slice(start, start + tile)
         losses.append(_tile(job, raw.detach()[rows], target[rows], seed, None if grad_raw is None else grad_raw[rows]))
     whole = losses[0] if len(losses) == 1 else torch.cat(losses)
-    if grad_raw is None:
+    if grad_raw is None or edge is None:
         return [whole, None, *(None for _ in job.params)]
     with autocast_as(hidden.device.type, None):  # as backward usually is: it would cast products again
-        grads = torch.autograd.grad(raw, inputs, grad_raw, allow_unused=True)
+        grads = torch.autograd.grad(edge, inputs, grad_raw, allow_unused=True)
     return [whole, *(() if wants_hidden else (None,)), *grads]
 
 
