@@ -91,7 +91,7 @@ def test_plans_are_made_and_confirmed_with_what_was_measured(monkeypatch: pytest
     # The whole loss and chunks of 32 take as long as a day here, and there is no other choice.
     monkeypatch.setattr(HeadClock, "seconds", lambda _, workspaces: dict.fromkeys(workspaces, 86400.0))
     planner = Planner(model, batch_for(model), optimizer="none")
-    assert [head.seconds for head in planner.survey.problem.heads] == [86400.0, 86400.0]
+    assert [head.seconds for head in planner.survey.problem.heads] == pytest.approx([86400.0, 86400.0])
     assert planner.plain_step()[1] == pytest.approx(86400.0, rel=0.01)
     assert planner.plan().predicted_step_seconds == pytest.approx(86400.0, rel=0.01)
     other = planner.for_batch(batch_for(model, tokens=16))
