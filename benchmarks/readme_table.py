@@ -21,7 +21,7 @@ def frontier_lines(found: Mapping[str, Any]) -> list[str]:
     points: Sequence[Mapping[str, Any]] = found["points"]
     lines = [
         "",
-        f"{found['title']}, {found['dtype']}, forward and backward, {found['rounds']} rounds in turns:",
+        f"{found['title']}, {found['dtype']}, forward and backward, rounds in turns: {found['rounds']}",
         "",
         "| what a user can pick | peak above weights | time | our fastest plan in that peak | also compiled |",
         "|---|--:|--:|--:|--:|",

@@ -154,7 +154,7 @@ def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, div
         rows = slice(start, start + tile)
         losses.append(_tile(job, raw.detach()[rows], target[rows], seed, None if grad_raw is None else grad_raw[rows]))
     whole = losses[0] if len(losses) == 1 else torch.cat(losses)
-    if grad_raw is None or edge is None:
+    if edge is None:
         return [whole, None, *(None for _ in job.params)]
     with autocast_as(hidden.device.type, None):  # as backward usually is: it would cast products again
         grads = torch.autograd.grad(edge, inputs, grad_raw, allow_unused=True)

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from rematree.planning.planner import Planner
     from rematree.referee.ranks import Engine, Ranks
 
-# ROCm answers to the name of CUDA in torch.
 _ENGINE_OF: Final[Mapping[str, "Engine"]] = {
     "--no-reshard": "fsdp2",
     "--gradient-as-bucket-view": "ddp",
     "--reduce-bucket-size": "zero2",
     "--overlap-comm": "zero2",
 }
+# ROCm answers to the name of CUDA in torch.
 _TORCH_DEVICE: Final = {"cuda": "cuda", "rocm": "cuda", "cpu": "cpu", "mps": "mps"}
 
 

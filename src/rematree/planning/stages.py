@@ -42,13 +42,14 @@ def measure_options(
     options: Sequence[Sequence[BlockOption]],
     lean: Mapping[str, tuple[str, ...]],
     gradients: Sequence[int],
-) -> tuple[list[list[StageOption]], list[StageOption], list[list[BlockOption]]]:
+) -> tuple[list[list[StageOption]], tuple[int, ...], list[list[BlockOption]]]:
     """Run every option on the short chain, as many in a run as it has blocks of the kind; the others save everything.
 
     What a block keeps and takes is read off relative to the moment it begins, so its neighbours may do otherwise.
 
     Returns:
-        Options of each kind in numbers, those of the first block, and what each kind's options are.
+        Options of each kind in numbers; what each option of the first block releases (`_released`), which the model's
+        forward holds as long as it runs; what each kind's options are.
     """
     kinds = kinds[: len(short.blocks)]
     final = [list(each) for each in options]
@@ -71,7 +72,7 @@ def measure_options(
             else:
                 seen[kind, turn] = (result, place)
     stages: list[list[StageOption]] = []
-    first: list[StageOption] = []
+    released: list[int] = []
     for kind, each in enumerate(final):
         result, place = seen[kind, len(each) - 1]
         base = result.block_seconds(place)  # the last option saves everything
@@ -86,9 +87,8 @@ def measure_options(
             stage = _profile(result, place, len(short.blocks), later, extra)
             stages[kind].append(replace(stage, fill=_fill(each, turn, result.forward(place).seconds)))
             if kind == kinds[0]:
-                stage = stages[kind][-1]
-                first.append(replace(stage, kept=stage.kept - _released(result, place, option)))
-    return stages, first, final
+                released.append(_released(result, place, option))
+    return stages, tuple(released), final
 
 
 def _fill(options: Sequence[BlockOption], index: int, forward: float) -> float:

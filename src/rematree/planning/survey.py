@@ -150,7 +150,7 @@ def survey(
     enough = max(length, length_for(kinds, representatives, options)) if chain.container else length
     with _shortened(twin.model, chain, range(enough)) as blocks:
         short = referee_of(blocks)
-        stages, first, options = measure_options(short, kinds, representatives, options, layers, gradients)
+        stages, released, options = measure_options(short, kinds, representatives, options, layers, gradients)
         advances = measure_advances(short, kinds, stages, options, layers) if groups else []
     few = _smallest(twin.model, chain, length)
     with _shortened(twin.model, chain, few) as blocks:
@@ -158,9 +158,10 @@ def survey(
         smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
         rows, heads, referee.head_pace = _measure_heads(smallest, chunk, clock)
     plain = plain.with_head(referee.head_pace[None])
+    first = tuple(replace(o, kept=o.kept - gone) for o, gone in zip(stages[kinds[0]], released, strict=True))
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
-        stages=(tuple(first), *(tuple(stages[kind]) for kind in kinds[1:])),
+        stages=(first, *(tuple(stages[kind]) for kind in kinds[1:])),
         gradients=gradients,
         heads=tuple(heads),
         advances=tuple(advances[kind] for kind in kinds) if any(advances) else (),
@@ -174,7 +175,7 @@ def survey(
         plain,
         plain.seconds - plain.head.seconds,
         layers,
-        tuple(whole.kept - net.kept for whole, net in zip(stages[kinds[0]], first, strict=True)),
+        released,
         compiled,
     )
 

@@ -85,7 +85,7 @@ class ZeroTwo:
         self._bucket = ranks.bucket_elements
         self._buckets = self._bucket * self._bytes * (2 if ranks.overlaps else 1)
         total = sum(self._elements.values())
-        self._part = -(-total // (2 * ranks.count)) * 2  # aligned to two elements
+        self._part = _part_of(total, ranks.count)
         matrices = [p for p in self._trained if p.dim() > 1]
         rest = [p for p in self._trained if p.dim() <= 1]
         self._owners = [_owners([self._trained], ranks.count), _owners([matrices, rest], ranks.count)]
@@ -214,11 +214,16 @@ class _State:
         return [before, after]
 
 
+def _part_of(elements: int, count: int) -> int:
+    """Elements of one rank of `count`; DeepSpeed aligns the flat tensor to two for each."""
+    return -(-elements // (2 * count)) * 2
+
+
 def _owners(groups: Sequence[Sequence[torch.Tensor]], count: int) -> dict[int, frozenset[int]]:
     """For each parameter, by identity, the ranks that have a part of it, if each of `groups` becomes a flat tensor."""
     found: dict[int, frozenset[int]] = {}
     for group in groups:
-        part = -(-sum(p.numel() for p in group) // (2 * count)) * 2
+        part = _part_of(sum(p.numel() for p in group), count)
         start = 0
         for parameter in group:
             last = start + max(1, parameter.numel()) - 1
