@@ -47,6 +47,12 @@ def make_parser(description: str | None, output: str, names: Iterable[str]) -> a
     parser.add_argument("--workload", nargs="+", choices=[*names], help="only these")
     parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every way, at most")
+    parser.add_argument(
+        "--more-rounds",
+        type=int,
+        default=0,
+        help="then of the plain step, HF's flag and our plans at its peak and at the share of it that is to be reached",
+    )
     parser.add_argument("--minutes", type=float, default=None, help="for one workload, all included")
     parser.add_argument(
         "--points", type=int, default=None, help="budgets of each of our series, beside the peers' peaks"
@@ -122,6 +128,8 @@ def run_workload(
     prepared = time.perf_counter() - started
     minutes = options.minutes or MINUTES[workload.peers]
     rounds = run.rounds(options.rounds, started + 60 * minutes)
+    if options.more_rounds:
+        run.rounds(options.more_rounds, float("inf"), lambda way: way.series == "plain" or "flag" in way.name)
     return {
         "title": workload.title,
         "dtype": str(dtype).removeprefix("torch."),

@@ -6,10 +6,11 @@ from typing import Any
 INTRO = """One forward and backward, every way of stepping measured in one process, in turns. Peaks are allocated bytes
 above weights and batch; ratios are to the plain step and to Hugging Face's flag in the same run. "exact": every
 gradient is bit for bit the plain step's; otherwise the largest relative difference. Predicted: by the planner, before
-it ran."""
+it ran. Seconds are medians of the rounds; "least" is the fastest of them, which a busy machine disturbs least."""
 HEAD = (
-    "| way | peak MiB | to plain | to HF flag | seconds | to plain | to HF flag | peak off | time off | gradients |",
-    "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    "| way | peak MiB | to plain | to HF flag | seconds | to plain | to HF flag | least | rounds | peak off |"
+    " time off | gradients |",
+    "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
 )
 
 
@@ -53,6 +54,8 @@ def _row(point: Mapping[str, Any]) -> str:
         _number(point["seconds"], "{:.3f}"),
         _number(point["time_to_plain"], "{:.2f}"),
         _number(point["time_to_hf_flag"], "{:.2f}"),
+        _number(min(point["all_seconds"], default=None), "{:.3f}"),
+        str(len(point["all_seconds"])),
         _number(point["peak_error"], "{:+.1%}"),
         _number(point["time_error"], "{:+.1%}"),
         _gradients(point),

@@ -168,21 +168,23 @@ class Interleaved:
 
     # -- turns --------------------------------------------------------------------------------------------------------
 
-    def rounds(self, most: int, deadline: float) -> int:
+    def rounds(self, most: int, deadline: float, chosen: Callable[[Way], bool] = lambda _: True) -> int:
         """Time every way that works, up to `most` rounds; at least one, and none that would end after `deadline`.
 
         Args:
             most: Rounds.
             deadline: On the clock of `time.perf_counter`.
+            chosen: The ways to time.
         Returns:
             How many rounds were made.
         """
         longest = 0.0
+        pairs = [(way, point) for way, point in zip(self._ways, self.points, strict=True) if chosen(way)]
         for number in range(most):
             started = time.perf_counter()
             if number > 0 and started + longest > deadline:
                 return number
-            working = [(way, p) for way, p in zip(self._ways, self.points, strict=True) if p.error is None]
+            working = [(way, point) for way, point in pairs if point.error is None]
             for way, point in working if number % 2 == 0 else reversed(working):
                 self._turn(way, point)
             longest = max(longest, time.perf_counter() - started)
