@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from rematree.engines import is_partitioned
 from rematree.errors import RecomputeMismatchError
 from rematree.regions import join_path
 
@@ -151,7 +152,7 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
         return 0, 0
     # The exact types first: the general question costs as much as all the others.
     one_storage = type(tensor) in _ONE_STORAGE or not is_traceable_wrapper_subclass(tensor)
-    if not one_storage or tensor.layout is not torch.strided or "ds_id" in tensor.__dict__:
+    if not one_storage or tensor.layout is not torch.strided or is_partitioned(tensor):
         return tensor._version, 0
     return tensor._version, tensor.untyped_storage()._cdata
 

@@ -13,7 +13,7 @@ from rematree.execute.adapters import DrawBits, dropouts_of, is_part, lean_forwa
 from rematree.execute.attention import attention_modules
 from rematree.execute.dropout import draw_bits, packed_bytes
 from rematree.execute.override import ForwardOverride
-from rematree.memory.ledger import Ledger, OpRecord
+from rematree.memory.ledger import Ledger
 from rematree.observation.observe import RegionStack, Twin
 from rematree.plans import Action, Decision, Levers
 from rematree.pricing.cost import Cost

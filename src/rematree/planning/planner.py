@@ -214,7 +214,7 @@ class Planner:
             ledger=self._ledger(entry),
             rows=tuple(rows),
             fingerprint=observed.fingerprint,
-            notes=notes_on(known, levers, observed.twin.model, observed.ranks),
+            notes=notes_on(known, levers, observed.twin.model, observed.ranks, entry.simulation.gathers),
             versions=versions(),
         )
 
