@@ -15,13 +15,13 @@ import rematree
 from rematree.engines import without_engine
 from rematree.errors import UsageError
 from rematree.memory.accounts import BUCKETS, GATHERING, GRADIENTS, MASTERS, REDUCING, STATE, STEP
-from rematree.trace import Segment
 from rematree.observation.observe import Twin
 from rematree.plans import Levers
 from rematree.referee.at_work import Arrival
 from rematree.referee.ranks import Ranks, launched_ranks, ranks_of
 from rematree.referee.simulate import Referee
 from rematree.referee.zero import ZeroTwo
+from rematree.trace import Segment
 
 FP32 = 4
 

@@ -115,7 +115,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def parts_of(optimizer: Any) -> Iterator[torch.Tensor]:
-    """What ZeRO-3's optimizer keeps from step to step beside its own state: parts of weights, masters, places of gradients.
+    """What ZeRO-3's optimizer keeps beside its state from step to step: parts of weights, masters, room for gradients.
 
     Args:
         optimizer: DeepSpeed's. Others keep nothing of that kind.

@@ -41,7 +41,7 @@ BucketSize = Annotated[
     int | None,
     typer.Option(
         "--reduce-bucket-size",
-        help="ZeRO-2's and -3's: elements of the bucket that gradients are reduced in; 500 million unless its config says more.",
+        help="ZeRO-2's and -3's: elements of the bucket that gradients are reduced in; 500 million by default.",
         min=1,
         show_default=False,
         rich_help_panel=_RANKS,

@@ -72,7 +72,7 @@ class Storages:
     # -- storages ---------------------------------------------------------------------------------------------------
 
     def adopt(self, tensors: Iterable[torch.Tensor], category: str) -> None:
-        """Count tensors that no op here has made: what exists before the step (weights, state), what an engine makes."""
+        """Count tensors that no op has made here: what exists before the step (weights, state), what engines make."""
         for tensor in tensors:
             self._entry(tensor, category)
         self._raise_peak(0)

@@ -22,7 +22,9 @@ def notes_on(known: Survey, levers: Levers, model: nn.Module, ranks: Ranks | Non
     if ranks is not None:
         notes.append(f"for {ranks}; all bytes are those of one rank")
         if ranks.gathers_for_groups:
-            notes.append(f"no groups of blocks: recomputing one would gather weights that {ranks.title} has sharded again")
+            notes.append(
+                f"no groups of blocks: recomputing one would gather weights that {ranks.title} has sharded again"
+            )
         if gathers:
             notes.append(f"{gathers} all-gathers a step; {known.plain.gathers} without the plan")
     released = len(frozen_int8_linears(model))

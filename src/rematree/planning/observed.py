@@ -111,6 +111,7 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
     if runs:
         referee.pace = measure_pace(model, referee, plain)
         plain = referee.paced(plain)
+    around_modules = ranks is not None and ranks.engine == "zero3"  # Python around every module, which no graph holds
     options = survey(
         referee,
         chain,
@@ -119,8 +120,7 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
         lean=settings.may("lean_adapters"),
         # Their all-gathers are not priced, so a plan takes none but those of the step itself.
         groups=settings.may("groups") and not (ranks and ranks.gathers_for_groups),
-        # Around every module ZeRO-3 runs Python that no graph holds.
-        compiler=Profiler(model, settings.steps) if settings.compiles and not (ranks and ranks.engine == "zero3") else None,
+        compiler=Profiler(model, settings.steps) if settings.compiles and not around_modules else None,
         live=model if runs and settings.loss is None else None,
     )
     return Observed(twin, cost, overhead_of(cost, twin.device.type), referee, options, fingerprint, ranks)

@@ -20,7 +20,7 @@ from rematree.pricing.cost import Cost
 from rematree.quantised import hidden_tensors
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, inner_regions, join_path
 from rematree.solve.block import BlockOption
-from rematree.trace import BlockTrace, TraceOp, TraceSave
+from rematree.trace import BlockTrace, OpRecord, TraceOp, TraceSave
 
 _WORTH: Final = 0.99  # lean adapters must keep less than this share of what a block keeps
 

@@ -37,7 +37,6 @@ import torch
 from torch import nn
 
 from rematree.memory.accounts import BUCKETS, GATHERED, GATHERING, GRADIENTS, REDUCING, STATE, STEP, weights
-from rematree.trace import Segment
 from rematree.memory.ledger import Ledger
 from rematree.memory.recipes import Recipes
 from rematree.referee.at_work import Arrival, AtWork, whole_model
@@ -45,6 +44,7 @@ from rematree.referee.moments import plus, with_moments
 from rematree.referee.ranks import Ranks, works_in_copies
 from rematree.referee.zero import ZeroTwo
 from rematree.referee.zero3 import ZeroThree
+from rematree.trace import Segment
 
 
 @dataclass(frozen=True, slots=True)

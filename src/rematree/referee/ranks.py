@@ -19,8 +19,7 @@ Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
 ENGINES: Final[tuple[str, ...]] = get_args(Engine)
 BUCKET_ELEMENTS: Final = 500_000_000  # DeepSpeed's default
 _TITLES: Final = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
-_STAGES_1_AND_2: Final = "DeepSpeedZeroOptimizer"
-_STAGE_3: Final = "DeepSpeedZeroOptimizer_Stage3"
+_ZERO: Final = frozenset({"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"})
 _OTHERS: Final = {"MiCS_Optimizer": "MiCS"}
 _OTHER_DTYPE: Final = "gradients summed or sent in another dtype than the weights'"
 
@@ -31,7 +30,7 @@ class Stage3:
 
     Attributes:
         prefetch: `stage3_prefetch_bucket_size`: as many are gathered before they are needed.
-        persistence_threshold: `stage3_param_persistence_threshold`: weights of at most as many are gathered once a step.
+        persistence_threshold: `stage3_param_persistence_threshold`: none larger is gathered once a step.
         max_live: `stage3_max_live_parameters`: nothing is gathered ahead where more are whole.
         max_reuse: `stage3_max_reuse_distance`: a weight that is needed again within as many stays whole.
     Raises:
@@ -97,7 +96,7 @@ class Ranks:
 
 
 def works_in_copies(model: nn.Module) -> bool:
-    """Whether collectives of `model` are gloo's, which is what a CPU has: it gathers and sums in copies, NCCL does not."""
+    """Whether collectives of `model` gather and sum in copies: those of gloo, which a CPU has; NCCL's do not."""
     return next((p.device.type for p in model.parameters()), "") == "cpu"
 
 
@@ -154,7 +153,7 @@ def base_optimizer(optimizer: Any) -> Any:
 
 def _zero_optimizer(optimizer: Any) -> Any:
     """DeepSpeed's optimizer, of any of ZeRO's stages, in what wraps it; None if there is none."""
-    while optimizer is not None and not {_STAGES_1_AND_2, _STAGE_3} & {each.__name__ for each in type(optimizer).__mro__}:
+    while optimizer is not None and _ZERO.isdisjoint(each.__name__ for each in type(optimizer).__mro__):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 

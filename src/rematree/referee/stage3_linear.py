@@ -32,7 +32,7 @@ class Stage3Linear(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._nn.linear:
             return _linear(self._whole, *args, **(kwargs or {}))
-        if func is torch.Tensor.backward:  # Python, in which no function mode is in force: needed for what is recomputed
+        if func is torch.Tensor.backward:  # Python, which leaves no function mode in force for what it reruns
             return self._backward(args[0])
         return func(*args, **(kwargs or {}))
 
@@ -42,7 +42,7 @@ class Stage3Linear(TorchFunctionMode):
             _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def _linear(whole: Whole, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:  # noqa: A002
+def _linear(whole: Whole, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     return _Linear.apply(whole, input, weight, bias)
 
 

@@ -32,11 +32,11 @@ from torch import nn
 
 from rematree.memory.accounts import BUCKETS, GATHERING, GRADIENTS, REDUCING, STEP
 from rematree.memory.ledger import Ledger
-from rematree.trace import Segment
 from rematree.memory.recipes import Recipes
 from rematree.referee.at_work import Arrival, AtWork, Taking, whole_model
 from rematree.referee.moments import Bytes, plus, with_moments
 from rematree.referee.ranks import Ranks, works_in_copies
+from rematree.trace import Segment
 
 _FP32_BYTES: Final = 4
 _NORM_BYTES: Final = 8  # of an element, in fp64

@@ -90,7 +90,7 @@ class ZeroThree:
         yield BUCKETS, [first.new_empty(self._ranks.bucket_elements)]
 
     def gradients_left(self, block: int) -> int:
-        """Bytes that the gradients of block number `block` take when its backward is over: they have a place already."""
+        """Bytes that gradients of block number `block` leave behind: there is room for them already."""
         return 0
 
     def on_rank(self, segments: Sequence[Segment], arrivals: Sequence[Arrival], images: Sequence[int]) -> list[Segment]:
