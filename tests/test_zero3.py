@@ -1,8 +1,7 @@
 """DeepSpeed's ZeRO-3: what a rank holds, to the byte, and what is refused by name.
 
 Real processes under its engine are in `test_zero3_ranks`, which needs DeepSpeed. Here four linear layers of 10,000
-elements run under what stands for its engine, on two ranks; each weight takes 40,000 bytes, whole, and the first one's
-input requires no grad.
+elements run under what stands for its engine, on two ranks; each weight takes 40,000 bytes, whole.
 """
 
 from collections.abc import Mapping
@@ -21,16 +20,17 @@ from rematree.observation.observe import Twin
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.referee.ranks import Ranks, Stage3, launched_ranks, ranks_of
 from rematree.referee.simulate import Referee, Simulation
+from rematree.trace import Segment
 
-WHOLE, ROWS = 40_000, 3
+WHOLE, ELEMENTS, ROWS = 40_000, 10_000, 3
 BLOCKS = tuple(f"blocks.{index}" for index in range(4))
 NEVER, ALWAYS = 0, 10**9
 
 
 class Stack(nn.Module):
-    def __init__(self, count: int = 4, width: int = 100, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(width, width, bias=False, dtype=dtype) for _ in range(count))
+        self.blocks = nn.ModuleList(nn.Linear(100, 100, bias=False, dtype=dtype) for _ in BLOCKS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -43,17 +43,19 @@ def settings(prefetch: int = NEVER, persists: int = NEVER, reuse: int = NEVER, l
 
 
 def step(
-    stage3: Stage3, *, count: int = 2, bucket: int = 10_000, recompute: tuple[str, ...] = (), model: Any = None
+    stage3: Stage3,
+    *,
+    count: int = 2,
+    bucket: int = ELEMENTS,
+    recompute: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Simulation:
-    chain = Stack() if model is None else model
-    weight = chain.blocks[0].weight
-    twin = Twin(chain, {"x": torch.zeros(ROWS, weight.shape[1], dtype=weight.dtype)})
-    blocks = tuple(f"blocks.{index}" for index in range(len(chain.blocks)))
+    twin = Twin(Stack(dtype), {"x": torch.zeros(ROWS, 100, dtype=dtype)})
     ranks = Ranks("zero3", count, bucket_elements=bucket, stage3=stage3)
     levers = Levers(dict.fromkeys(recompute, Decision(Action.RECOMPUTE)))
-    found = Referee(twin, blocks, ranked.roofline(), ranks=ranks).run(levers)
+    found = Referee(twin, BLOCKS, ranked.roofline(), ranks=ranks).run(levers)
     assert all(sum(each.at_peak.values()) == each.peak_bytes for each in found.segments)
-    assert not [name for name, p in twin.model.named_parameters() if p.numel() != weight.numel()]  # as it was before
+    assert {p.numel() for p in twin.model.parameters()} == {ELEMENTS}  # the model is as it was before
     return found
 
 
@@ -61,87 +63,100 @@ def whole(bytes_by_category: Mapping[str, int]) -> tuple[int, int]:
     return bytes_by_category.get(GATHERED, 0), bytes_by_category.get(GATHERING, 0)
 
 
-def test_a_weight_is_whole_while_its_module_runs_and_as_long_as_autograd_keeps_it() -> None:
+def forwards(found: Simulation) -> list[tuple[int, int]]:
+    return [whole(found.forward(k).live) for k in range(len(BLOCKS))]
+
+
+def segment(found: Simulation, label: str) -> Segment:
+    here = found.segment(label)
+    assert here is not None
+    return here
+
+
+def test_a_weight_is_whole_while_its_module_runs() -> None:
     found = step(settings())
-    kept = [whole(found.forward(k).live)[0] // WHOLE for k in range(4)]
-    assert kept == [1, 1, 2, 3]  # its own, and those of the blocks before it but the first
-    assert whole(found.head.live) == (3 * WHOLE, 0)
-    later = [found.backward(k) for k in (3, 2, 1, 0)]
-    assert [whole(each.live)[0] // WHOLE for each in later if each] == [4, 3, 2, 1]  # gathered anew, beside the kept
+    assert forwards(found) == [(WHOLE, 0)] * 4
+    assert [whole(segment(found, f"backward {k}").live) for k in range(4)] == [(WHOLE, 0)] * 4
     assert found.gathers == 8  # for each forward, and for each backward
 
 
 def test_gloo_gathers_into_a_copy() -> None:
-    found = step(settings())
-    assert whole(found.forward(0).at_peak) == (WHOLE + 0, WHOLE) or whole(found.forward(0).at_peak)[1] in (0, WHOLE)
+    embedding = segment(step(settings()), "embedding")  # the first weight is gathered before its block begins
+    assert whole(embedding.at_peak) == (WHOLE, WHOLE)
+    assert embedding.peak_bytes - embedding.live_bytes == 2 * WHOLE
 
 
-def test_what_is_recomputed_keeps_no_weight_and_gathers_none() -> None:
+def test_what_is_recomputed_in_the_backward_of_its_module_gathers_nothing() -> None:
     found = step(settings(), recompute=BLOCKS)
-    assert [whole(found.forward(k).live)[0] // WHOLE for k in range(4)] == [1, 1, 1, 1]
-    assert whole(found.head.live) == (0, 0)
+    assert forwards(found) == [(WHOLE, 0)] * 4
     assert found.gathers == 8
 
 
 def test_a_weight_that_is_used_again_soon_stays_whole() -> None:
     found = step(settings(reuse=ALWAYS))
-    assert [whole(found.forward(k).live)[0] // WHOLE for k in range(4)] == [1, 2, 3, 4]
+    assert forwards(found) == [(count * WHOLE, 0) for count in (1, 2, 3, 4)]
     assert found.gathers == 4
-    near = step(settings(reuse=30_000), recompute=BLOCKS)  # behind the last but one: 3, 3 again, and then itself
-    assert whole(near.head.live)[0] == 2 * WHOLE
+    # Behind the third forward 20,000 elements are used before that weight again; behind the second, 40,000.
+    near = step(settings(reuse=30_000))
+    assert whole(near.head.live) == (2 * WHOLE, 0)
     assert near.gathers == 6
 
 
 def test_small_weights_stay_whole_all_along_and_are_gathered_after_the_step() -> None:
-    found = step(settings(persists=10_000))
-    assert {whole(found.forward(k).live)[0] for k in range(4)} == {4 * WHOLE}
+    found = step(settings(persists=ELEMENTS))
+    assert forwards(found) == [(4 * WHOLE, 0)] * 4
     assert found.gathers == 4
-    optimizer = found.segment("optimizer")
-    assert optimizer is not None
+    optimizer = segment(found, "optimizer")
     assert whole(optimizer.live) == (0, 0)
+    assert whole(optimizer.at_peak) == (4 * WHOLE, WHOLE)  # the last of them, with gloo's copy
+    assert forwards(step(settings(persists=ELEMENTS - 1))) == [(WHOLE, 0)] * 4
 
 
 def test_several_weights_are_gathered_ahead_into_one_buffer_and_copied_out_of_it() -> None:
-    found = step(settings(prefetch=20_000))
-    assert whole(found.forward(0).live) == (WHOLE, 2 * WHOLE)
-    # The buffer stays until the second of the two is asked for; the next two are on their way.
-    assert whole(found.forward(1).live) == (2 * WHOLE, 4 * WHOLE)
+    found = step(settings(prefetch=2 * ELEMENTS))
+    # The model's own forward gathers the first two. As the first begins, they are copied, and the next two ordered.
+    assert whole(found.forward(0).live) == (2 * WHOLE, (2 + 2) * WHOLE)
+    # The first buffer goes as the second weight is asked for; the first weight, let go of, is ordered for its backward.
+    assert whole(found.forward(1).live) == (2 * WHOLE, 2 * WHOLE)
+    assert whole(found.forward(3).live) == (4 * WHOLE, 0)
+    assert found.gathers == 3
 
 
 def test_nothing_is_gathered_ahead_where_enough_is_whole() -> None:
-    assert whole(step(settings(prefetch=10_000)).forward(0).live) == (2 * WHOLE, 0)
-    assert whole(step(settings(prefetch=10_000, live=10_000)).forward(0).live) == (WHOLE, 0)
+    assert whole(step(settings(prefetch=ELEMENTS)).forward(0).live) == (2 * WHOLE, 0)
+    assert whole(step(settings(prefetch=ELEMENTS, live=ELEMENTS)).forward(0).live) == (WHOLE, 0)
 
 
 @pytest.mark.parametrize(
-    ("bucket", "size"),
+    ("count", "bucket", "size"),
     [
-        (10_000, 40_000),  # one weight's gradient, of two equal parts: in place, but for gloo's copy
-        (20_000, 2 * 80_000),  # two are put in order first
+        (2, ELEMENTS, WHOLE),  # one gradient, of two equal parts: in place, but for gloo's copy
+        (3, ELEMENTS, 2 * 3 * 3334 * 4),  # three parts with padding are put in order first
+        (2, 2 * ELEMENTS, 2 * 2 * WHOLE),  # so are the parts of two gradients
+        (2, 1, WHOLE),  # it does not fit, and waits by itself
     ],
 )
-def test_gradients_are_reduced_when_the_next_one_does_not_fit(bucket: int, size: int) -> None:
-    found = step(settings(), bucket=bucket, recompute=BLOCKS)
-    assert max(each.at_peak.get(REDUCING, 0) for each in found.segments) in (0, size)
+def test_gradients_are_reduced_when_the_next_one_does_not_fit(count: int, bucket: int, size: int) -> None:
+    found = step(settings(), count=count, bucket=bucket)
+    assert max(each.at_peak.get(REDUCING, 0) for each in found.segments) == size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_masters_state_and_a_place_for_gradients_are_held_all_along(dtype: torch.dtype) -> None:
-    found = step(settings(), count=3, bucket=500, model=Stack(dtype=dtype))
+def test_parts_masters_state_and_room_for_gradients_are_held_all_along(dtype: torch.dtype) -> None:
+    live = step(settings(), count=3, bucket=500, dtype=dtype).forward(0).live
     part, size = 4 * 3334, dtype.itemsize
-    live = found.forward(0).live
     assert live[TRAINED] == part * size
-    assert live.get(MASTERS, 0) == (0 if size == 4 else part * 4)  # the part itself, if it is fp32
-    assert live[STATE] == 2 * part * 4 + 4
+    assert live[MASTERS] == part * 4
+    assert live[STATE] == 2 * part * 4 + 4  # two moments and a counter
     assert live[GRADIENTS] == part * size
     assert live[BUCKETS] == 500 * size
 
 
-def test_the_first_step_knows_no_order_and_the_later_ones_need_more() -> None:
+def test_each_run_begins_with_a_first_step_which_knows_no_order() -> None:
     twin = Twin(Stack(), {"x": torch.zeros(ROWS, 100)})
-    ranks = Ranks("zero3", 2, bucket_elements=1000, stage3=settings(prefetch=10_000))
+    ranks = Ranks("zero3", 2, bucket_elements=1000, stage3=settings(prefetch=ELEMENTS))
     referee = Referee(twin, BLOCKS, ranked.roofline(), ranks=ranks)
-    assert referee.run(Levers()) == referee.run(Levers())  # each run begins with a first step
+    assert referee.run(Levers()) == referee.run(Levers())
 
 
 def test_frozen_weights_gathered_for_a_recomputation_serve_the_backward_as_well() -> None:
@@ -149,10 +164,10 @@ def test_frozen_weights_gathered_for_a_recomputation_serve_the_backward_as_well(
     layers = tuple(path for path, m in model.named_modules() if type(m).__name__ == "LlamaDecoderLayer")
     ranks = Ranks("zero3", 2, bucket_elements=2000, stage3=settings(persists=400))
     referee = Referee(Twin(model, ranked.LONG), layers, ranked.roofline(), ranks=ranks)
-    plain, planned = (
-        referee.run(Levers(decisions)) for decisions in ({}, dict.fromkeys(layers, Decision(Action.RECOMPUTE)))
-    )
+    everything = dict.fromkeys(layers, Decision(Action.RECOMPUTE))
+    plain, planned = referee.run(Levers()), referee.run(Levers(everything))
     assert planned.gathers <= plain.gathers
+    assert planned.peak_bytes < plain.peak_bytes
 
 
 # -- what a live model shows -------------------------------------------------------------------------------------------

@@ -249,8 +249,11 @@ class Gathering:
         self._running.pop()
         self._release(module, True)
         self._in_forward = self._in_forward and module is not self._model
-        came = functools.partial(self._gradient_came, module)
-        return _mapped(output, lambda tensor: _Passing.apply(tensor, came))  # pyright: ignore[reportReturnType]
+
+        def came(tensor: torch.Tensor) -> torch.Tensor:
+            return _Passing.apply(tensor, functools.partial(self._gradient_came, module))  # pyright: ignore[reportReturnType]
+
+        return _mapped(output, came)
 
     def _gradient_came(self, module: nn.Module) -> None:
         """Backward of `module` begins; its outputs may say so one by one."""

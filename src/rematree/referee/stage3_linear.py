@@ -9,12 +9,13 @@ does not. This is the same for a simulated step, and in force for that alone.
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
+_LINEAR: Final[Any] = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
 Whole = Callable[[torch.Tensor], AbstractContextManager[None]]
 
 
@@ -30,7 +31,7 @@ class Stage3Linear(TorchFunctionMode):
         self._whole = whole
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._nn.linear:
+        if func is _LINEAR:
             return _linear(self._whole, *args, **(kwargs or {}))
         if func is torch.Tensor.backward:  # Python, which leaves no function mode in force for what it reruns
             return self._backward(args[0])
