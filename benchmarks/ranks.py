@@ -267,8 +267,8 @@ def main() -> int:
             f"predicted within {PEAK_TOLERANCE:.0%}. Under ZeRO-2 (buckets of {BUCKET} elements) ranks differ: the "
             "last one's part of the gradients comes first. ZeRO-3 has such buckets too; its stage3_ settings are "
             f"prefetch_bucket_size {STAGE_3.prefetch}, param_persistence_threshold {STAGE_3.persistence_threshold}, "
-            f"max_live_parameters {STAGE_3.max_live}, max_reuse_distance {STAGE_3.max_reuse}. Predictions are made in one "
-            "process, without the engine; "
+            f"max_live_parameters {STAGE_3.max_live}, max_reuse_distance {STAGE_3.max_reuse}. "
+            "Predictions are made in one process, without the engine; "
             f"the {format_bytes(PEAK_SLACK)} that every plan counts for host tensors are left out of them here. "
             "gloo's copies of what it gathers and sums are counted while a collective runs.",
             "",

@@ -17,14 +17,14 @@ of them is needed; the buffer goes when the last of them has been. A weight that
 
 What is let go of is freed where autograd keeps no view of it. Of linear layers it keeps none (`stage3_linear`).
 
-On a GPU the gathers are another stream's; what that delays is not counted.
+On a GPU the gathers are another stream's; what that delays is not counted. Nor is a plan that is put on after steps
+without it: DeepSpeed remembers by the number of a use what can go behind it, also when modules run in another order.
 """
 
 import collections
 import contextlib
-import functools
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,7 +140,7 @@ class Gathering:
         learned: Learned | None,
     ) -> None:
         self._settings, self._count, self._staged = settings, count, staged
-        self._model, self._recipes, self._ledger = model, recipes, ledger
+        self._recipes, self._ledger = recipes, ledger
         self.gathers = 0
         self.learned = Learned(borrowed={} if learned is None else learned.borrowed)
         self.weights: dict[int, Weight] = {}
@@ -151,12 +151,8 @@ class Gathering:
                 parameter, len(self.weights), parameter.data, size, -(-size // count), persists
             )
         self._uses = None if learned is None else _Uses([self._of(module) for module in learned.order])
-        self._undo: list[Callable[[], Any]] = []
-        self._running: list[nn.Module] = []  # modules whose forward is on the stack
-        self._in_forward = False
         self._backward: dict[nn.Module, None] = {}  # modules whose backward has begun, in order
         self._recomputed: dict[nn.Module, set[Weight]] = {}  # frozen weights, by the module whose backward needs them
-        self._inputs: collections.Counter[nn.Module] = collections.Counter()  # whose gradients are still to come
         self._queue: collections.deque[tuple[Weight, int]] = collections.deque()
         self._latest: dict[Weight, int] = {}  # last step that each weight has been gathered for
         self._step = self._whole = 0
@@ -164,25 +160,16 @@ class Gathering:
     # -- the step ---------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Make parts of all weights, and gather at every module; what stays whole is whole, if a step came before."""
+        """Make parts of all weights; what stays whole is whole, if a step came before."""
         for weight in self.weights.values():
             weight.parameter.ds_shape = weight.whole.shape  # pyright: ignore[reportAttributeAccessIssue]  # which shows the executor why it moves
             self._set(weight, self._blank(weight.whole, 0), (0,))
             if self._uses is not None and weight.persists:
                 self._bring_alone(weight, GATHERED)
         self.gathers = 0
-        for module in self._model.modules():
-            self._undo.append(module.register_forward_pre_hook(self._begins).remove)
-            self._undo.append(module.register_forward_hook(self._ended).remove)
-            own = module._parameters
-            module.__dict__["_parameters"] = _Watched(own, self._read)
-            self._undo.append(functools.partial(module.__dict__.__setitem__, "_parameters", own))
 
     def end(self) -> None:
         """Leave the model as it was."""
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
         for weight in self.weights.values():
             weight.users.clear()
             weight.flight = None
@@ -227,45 +214,31 @@ class Gathering:
     # -- at every module --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _arrive(self, module: nn.Module, forward: bool) -> None:
+    def begins(self, module: nn.Module, forward: bool) -> None:
+        """Forward or backward of `module` begins: gather what it needs, and what comes next."""
         if self._uses is None:
             self.learned.order.append(module)
+        if not forward:
+            self._backward.setdefault(module)
         self._fetch(module, forward)
 
-    def _begins(self, module: nn.Module, args: Any) -> Any:
-        if module is self._model:
-            self._restart()
-        self._running.append(module)
-        self._arrive(module, True)
-        self._inputs[module] = 0
+    @torch.no_grad()
+    def ended(self, module: nn.Module, forward: bool) -> None:
+        """Forward or backward of `module` is over: let go of what is not needed soon."""
+        mine = self._of(module)
+        leaving = {weight for weight in mine if self._uses is None or not self._stays(weight)}
+        if not forward:
+            recomputed = self._recomputed.pop(module, set[Weight]())
+            leaving |= {weight for weight in recomputed if not weight.persists}
+            mine += [weight for weight in recomputed if weight not in mine]
+            self._backward.pop(module, None)
+        for weight in mine:
+            weight.users.discard(module)
+            if weight in leaving:
+                self._let_go(weight)
 
-        def left(tensor: torch.Tensor) -> torch.Tensor:
-            self._inputs[module] += 1
-            return _Passing.apply(tensor, functools.partial(self._gradient_left, module))  # pyright: ignore[reportReturnType]
-
-        return _mapped(args, left)
-
-    def _ended(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._running.pop()
-        self._release(module, True)
-        self._in_forward = self._in_forward and module is not self._model
-
-        def came(tensor: torch.Tensor) -> torch.Tensor:
-            return _Passing.apply(tensor, functools.partial(self._gradient_came, module))  # pyright: ignore[reportReturnType]
-
-        return _mapped(output, came)
-
-    def _gradient_came(self, module: nn.Module) -> None:
-        """Backward of `module` begins; its outputs may say so one by one."""
-        self._backward.setdefault(module)
-        self._arrive(module, False)
-
-    def _gradient_left(self, module: nn.Module) -> None:
-        self._inputs[module] -= 1
-        if not self._inputs[module]:
-            self._release(module, False)
-
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """The forward of the model begins."""
         for weight in self.weights.values():
             if weight.flight is not None:
                 self._wait(weight)
@@ -273,15 +246,13 @@ class Gathering:
         self._queue = collections.deque(self._uses.queue if self._uses is not None else ())
         self._latest.clear()
         self._step = self._whole = 0
-        self._in_forward = True
 
-    def _read(self, parameter: Any) -> None:
-        """A module's weight is looked at; in forward it is gathered, and becomes the running module's as well."""
+    def borrow(self, module: nn.Module, parameter: Any) -> None:
+        """`module` looks at what may be a weight of another one: gather it, and take it as the module's as well."""
         weight = self.weights.get(id(parameter))
-        if weight is None or weight.here or weight.flight is not None or not self._in_forward:
-            return
-        self.learned.borrowed.setdefault(self._running[-1], []).append(id(parameter))
-        self._bring_alone(weight, GATHERED)
+        if weight is not None and not weight.here and weight.flight is None:
+            self.learned.borrowed.setdefault(module, []).append(id(parameter))
+            self._bring_alone(weight, GATHERED)
 
     def _of(self, module: nn.Module) -> list[Weight]:
         """Weights that `module` uses, its own and borrowed ones."""
@@ -370,20 +341,6 @@ class Gathering:
             each.here = True
         flight.landed = True
 
-    @torch.no_grad()
-    def _release(self, module: nn.Module, forward: bool) -> None:
-        mine = self._of(module)
-        leaving = {weight for weight in mine if self._uses is None or not self._stays(weight)}
-        if not forward:
-            recomputed = self._recomputed.pop(module, set[Weight]())
-            leaving |= {weight for weight in recomputed if not weight.persists}
-            mine += [weight for weight in recomputed if weight not in mine]
-            self._backward.pop(module, None)
-        for weight in mine:
-            weight.users.discard(module)
-            if weight in leaving:
-                self._let_go(weight)
-
     def _stays(self, weight: Weight) -> bool:
         assert self._uses is not None
         if weight.persists or self._latest.get(weight, -1) > self._step:
@@ -408,44 +365,3 @@ class Gathering:
             front = torch.empty(shape, dtype=memory.dtype, device=META)
             bare.set_(memory.untyped_storage(), 0, front.size(), front.stride())  # pyright: ignore[reportCallIssue, reportArgumentType]
         weight.parameter.data = self._recipes.wrap(bare, memory.fake_device)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownArgumentType]
-
-
-class _Watched(dict[str, Any]):
-    """Parameters of a module, which tells of each that it is asked for."""
-
-    def __init__(self, own: dict[str, Any], read: Callable[[Any], None]) -> None:
-        super().__init__(own)
-        self._tell = read
-
-    def __getitem__(self, name: str) -> Any:
-        found = super().__getitem__(name)
-        self._tell(found)
-        return found
-
-
-class _Passing(torch.autograd.Function):
-    """A tensor handed on, which tells when its gradient comes by."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, then: Callable[[], None]) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.then = then
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.then()
-        return gradient, None
-
-
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with tensors that require grad changed, in the containers that DeepSpeed looks into; dicts in place."""
-    if isinstance(value, torch.Tensor):
-        return change(value) if value.requires_grad and torch.is_grad_enabled() else value
-    if isinstance(value, tuple | list):
-        items = [_mapped(item, change) for item in value]  # pyright: ignore[reportUnknownVariableType]
-        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
-        return kind(*items) if hasattr(value, "_fields") else kind(items)  # pyright: ignore[reportUnknownArgumentType]
-    if isinstance(value, dict):
-        for key in list(value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-            value[key] = _mapped(value[key], change)
-    return value

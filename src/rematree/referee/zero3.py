@@ -20,6 +20,7 @@ Not covered: offload, hpZ, MiCS, quantised weights or gradients, leaf modules, g
 weights. What NCCL allocates is not counted.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self
@@ -30,6 +31,7 @@ from torch import nn
 from rematree.memory.accounts import BUCKETS, GRADIENTS, MASTERS, REDUCING, STEP, weights
 from rematree.memory.ledger import Ledger
 from rematree.memory.recipes import Recipes
+from rematree.referee.at_modules import AtModules
 from rematree.referee.at_work import Arrival, AtWork
 from rematree.referee.gathering import Gathering, Learned
 from rematree.referee.ranks import Ranks, works_in_copies
@@ -47,6 +49,7 @@ class ZeroThree:
         model: The model.
     Attributes:
         takes_gradients: As of `Layout`.
+        model: The model.
         folds: Whether blocks may be left out of a simulated step.
     """
 
@@ -55,7 +58,7 @@ class ZeroThree:
 
     def __init__(self, ranks: Ranks, model: nn.Module) -> None:
         self._ranks = ranks
-        self._model = model
+        self.model = model
         self._staged = works_in_copies(model)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._part = sum(self._part_of(p) for p in self._trained)
@@ -73,7 +76,7 @@ class ZeroThree:
         trained = {id(p) for p in self._trained}
         line_of_trained = MASTERS
         seen = set[int]()
-        for tensor, line in weights(self._model):
+        for tensor, line in weights(self.model):
             if id(tensor) in trained:
                 line_of_trained = line
             elif not isinstance(tensor, nn.Parameter):
@@ -100,7 +103,7 @@ class ZeroThree:
     def at_work(self, recipes: Recipes, ledger: Ledger) -> AtWork:
         """The engine around a step of the model, whose fake mode has `recipes`."""
         gathering = Gathering(
-            self._ranks.stage3, self._ranks.count, self._staged, self._model, recipes, ledger, self._learned
+            self._ranks.stage3, self._ranks.count, self._staged, self.model, recipes, ledger, self._learned
         )
         return _Working(gathering, ledger, self._ranks.bucket_elements, self._ranks.count, self._staged, self)
 
@@ -140,17 +143,19 @@ class _Working(AtWork):
         self._part = sum(each.part for each in trained)
         self._largest = max((each.part for each in trained), default=0)
         self._linear = Stage3Linear(gathering.whole)
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         self._gathering.begin()
-        self._linear.__enter__()
+        self._undo.callback(self._gathering.end)
+        self._undo.callback(AtModules(self._layout.model, self._gathering).remove)
+        self._undo.enter_context(self._linear)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._linear.__exit__(kind, error, trace)
-        self._gathering.end()
+        self._undo.close()
         if error is None:
             self._layout.learned(self._gathering.learned)
 
