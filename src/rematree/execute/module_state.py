@@ -61,7 +61,8 @@ class ModuleState:
             buffers = [(name, buffer) for name, buffer in buffers if name in changing.names or buffer.numel() <= _SMALL]
         self._before: dict[str, tuple[Tensor, Tensor]] = {name: (b, b.detach().clone()) for name, b in buffers}
         held: list[dict[str, Any]] = [d for part in modules for d in (part._parameters, part._buffers) if d]
-        self._places = [(place, dict(place)) for place in held]
+        # By `items()`: a weight asked for by name ZeRO-3 gathers, if it has not, and from then on with the block.
+        self._places = [(place, dict(place.items())) for place in held]
         tensors = {id(t): t for _, then in self._places for t in then.values() if t is not None}
         self._marks = [(tensor, _mark(tensor)) for tensor in tensors.values()]
 
