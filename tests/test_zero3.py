@@ -159,13 +159,15 @@ def test_each_run_begins_with_a_first_step_which_knows_no_order() -> None:
     assert referee.run(Levers()) == referee.run(Levers())
 
 
-def test_a_recomputation_gathers_what_does_not_stay_until_backward_needs_it() -> None:
+def test_a_recomputation_gathers_frozen_weights_once_more() -> None:
     model = ranked.tiny(True)
     layers = tuple(path for path, m in model.named_modules() if type(m).__name__ == "LlamaDecoderLayer")
     twin, everything = Twin(model, ranked.LONG), dict.fromkeys(layers, Decision(Action.RECOMPUTE))
     larger = [name for name, p in model.named_parameters() if p.numel() > 400 and ".layers." in name]
-    assert len(larger) == 28  # the frozen weights of linear layers
-    for reuse, more in ((NEVER, len(larger)), (ALWAYS, 0)):
+    assert len(larger) == 28  # the frozen weights of linear layers; all adapters stay whole
+    # Where all stays whole, what the rerun has gathered goes nevertheless, and is gathered anew for its own backward,
+    # which three weights of the first layer have not: nothing is trained before them.
+    for reuse, more in ((NEVER, 28), (ALWAYS, 28 - 3)):
         ranks = Ranks("zero3", 2, bucket_elements=2000, stage3=settings(persists=400, reuse=reuse))
         referee = Referee(twin, layers, ranked.roofline(), ranks=ranks)
         plain, planned = referee.run(Levers()), referee.run(Levers(everything))

@@ -7,8 +7,9 @@ step shows. Between steps a rank has a part of every weight. A module's own weig
 * gathered before its forward, and before its backward, if they are not whole then;
 * let go of after either, unless they are small (`persistence_threshold`: they stay until the optimizer's step, and are
   gathered again after it), another module that has not come to its end needs them, or they are needed again before
-  `max_reuse` elements have been. A frozen weight that a recomputation has gathered stays until the backward of the
-  block that it was recomputed for is over, so that the two share one all-gather.
+  `max_reuse` elements have been. A trained weight that a recomputation has gathered may so stay for its backward. A
+  frozen one stays until the backward is over of the module that the rerun came in; with adapters that is one of the last
+  of its block, and most are gathered once more for their own backward, whatever `max_reuse` is.
 
 From the second step on DeepSpeed knows in which order modules run, and gathers up to `prefetch` elements ahead, as long
 as at most `max_live` are whole. Weights gathered together come in one buffer and are copied out of it when the first
