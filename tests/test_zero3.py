@@ -19,7 +19,8 @@ from rematree.memory.accounts import BUCKETS, GATHERED, GATHERING, GRADIENTS, MA
 from rematree.observation.observe import Twin
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.referee.ranks import Ranks, Stage3, launched_ranks, ranks_of
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.trace import Segment
 
 WHOLE, ELEMENTS, ROWS = 40_000, 10_000, 3

@@ -8,8 +8,8 @@ step shows. Between steps a rank has a part of every weight. A module's own weig
 * let go of after either, unless they are small (`persistence_threshold`: they stay until the optimizer's step, and are
   gathered again after it), another module that has not come to its end needs them, or they are needed again before
   `max_reuse` elements have been. A trained weight that a recomputation has gathered may so stay for its backward. A
-  frozen one stays until the backward is over of the module that the rerun came in; with adapters that is one of the last
-  of its block, and most are gathered once more for their own backward, whatever `max_reuse` is.
+  frozen one stays until the backward is over of the module that the rerun came in. With adapters that is one of the
+  last of its block: most are gathered once more for their own backward, whatever `max_reuse` is.
 
 From the second step on DeepSpeed knows in which order modules run, and gathers up to `prefetch` elements ahead, as long
 as at most `max_live` are whole. Weights gathered together come in one buffer and are copied out of it when the first
@@ -24,9 +24,7 @@ without it: DeepSpeed remembers by the number of a use what can go behind it, al
 
 import collections
 import contextlib
-from bisect import bisect_left
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,80 +35,9 @@ from rematree.memory.accounts import GATHERED, GATHERING
 from rematree.memory.ledger import Ledger
 from rematree.memory.recipes import META, Recipes
 from rematree.referee.ranks import Stage3
+from rematree.referee.stage3_weights import Flight, Learned, Uses, Weight
 
 _OUTSIDE_BACKWARD = -1
-
-
-@dataclass(slots=True, eq=False)
-class Weight:
-    """A parameter of which every rank has a part.
-
-    Attributes:
-        parameter: It; its data is what the rank has whole of it, which is nothing between its uses.
-        number: Place in the model.
-        whole: Its data without an engine.
-        elements: Of the whole.
-        part: Of a rank's part, padding included.
-        persists: It is gathered once a step.
-        here: It is whole.
-        flight: The all-gather it is waiting for, or has not asked for yet.
-        users: Modules that have asked for it and have not let go of it.
-    """
-
-    parameter: nn.Parameter
-    number: int
-    whole: torch.Tensor
-    elements: int
-    part: int
-    persists: bool
-    here: bool = False
-    flight: "_Flight | None" = None
-    users: set[nn.Module] = field(default_factory=set[nn.Module])
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """An all-gather: the weights it brings, and the buffers it brings several in, one of each dtype."""
-
-    weights: list[Weight]
-    buffers: list[torch.Tensor]
-    landed: bool = False
-
-
-@dataclass(slots=True)
-class Learned:
-    """What a first step has shown.
-
-    Attributes:
-        order: Modules in the order in which they ask for their weights, in forward and backward.
-        borrowed: Weights that modules use and that are other modules', by identity of the parameter.
-    """
-
-    order: list[nn.Module] = field(default_factory=list[nn.Module])
-    borrowed: dict[nn.Module, list[int]] = field(default_factory=dict[nn.Module, list[int]])
-
-
-class _Uses:
-    """When each weight is used, in a step whose order is known.
-
-    Args:
-        order: For every use, in order, the weights of the module.
-    """
-
-    def __init__(self, order: Sequence[Sequence[Weight]]) -> None:
-        self.queue = [(weight, step) for step, weights in enumerate(order) for weight in weights]
-        self._before = [0]  # elements used before each step
-        self._steps: dict[Weight, list[int]] = {}
-        for step, weights in enumerate(order):
-            self._before.append(self._before[-1] + sum(weight.elements for weight in weights))
-            for weight in weights:
-                self._steps.setdefault(weight, []).append(step)
-
-    def soon(self, weight: Weight, step: int, within: int) -> bool:
-        """Whether `weight` is used at `step` or later, before `within` elements have been."""
-        steps = self._steps[weight]
-        place = bisect_left(steps, step)
-        return place < len(steps) and self._before[steps[place]] - self._before[step] < within
 
 
 class Gathering:
@@ -151,7 +78,7 @@ class Gathering:
             self.weights[id(parameter)] = Weight(
                 parameter, len(self.weights), parameter.data, size, -(-size // count), persists
             )
-        self._uses = None if learned is None else _Uses([self._of(module) for module in learned.order])
+        self._uses = None if learned is None else Uses([self._of(module) for module in learned.order])
         self._backward: dict[nn.Module, None] = {}  # modules whose backward has begun, in order
         self._recomputed: dict[nn.Module, set[Weight]] = {}  # frozen weights, by the module whose backward needs them
         self._queue: collections.deque[tuple[Weight, int]] = collections.deque()
@@ -301,7 +228,7 @@ class Gathering:
         if not absent:
             return
         self._whole += sum(weight.elements for weight in absent)
-        flight = _Flight(absent, [])
+        flight = Flight(absent, [])
         if len(absent) == 1:
             self._bring_alone(absent[0], GATHERED)
             absent[0].here = False

@@ -33,9 +33,10 @@ from rematree.memory.ledger import Ledger
 from rematree.memory.recipes import Recipes
 from rematree.referee.at_modules import AtModules
 from rematree.referee.at_work import Arrival, AtWork
-from rematree.referee.gathering import Gathering, Learned
+from rematree.referee.gathering import Gathering
 from rematree.referee.ranks import Ranks, works_in_copies
 from rematree.referee.stage3_linear import Stage3Linear
+from rematree.referee.stage3_weights import Learned
 from rematree.trace import Segment
 
 _NORM_BYTES: Final = 8  # of an element, in fp64
