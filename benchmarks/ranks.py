@@ -2,8 +2,8 @@
 
     python benchmarks/ranks.py                   # two and four processes over gloo, writes docs/ranks.md
     python benchmarks/ranks.py --quick           # two processes, a smaller model, prints the page
-    python benchmarks/ranks.py --engine zero2    # that engine alone, prints the page; needs DeepSpeed, and is
-                                                 # left out of the others where that is not installed
+    python benchmarks/ranks.py --engine zero3    # that engine alone, prints the page; zero2 and zero3 need DeepSpeed,
+                                                 # and are left out of the others where that is not installed
 
 Every rank takes its rows of a batch of eight; one process takes all of them. Dropout is off, or the ranks would draw
 other masks than the one process. A rank's peak is summed from the profiler's allocation events, over a gloo group that
@@ -35,12 +35,13 @@ from torch.distributed.fsdp import fully_shard
 import rematree
 from rematree.finetune.result import library_versions
 from rematree.gloo import Settling, start_settled_gloo
-from rematree.referee.ranks import ENGINES, Engine, base_optimizer
+from rematree.referee.ranks import ENGINES, Engine, Stage3, base_optimizer
 from rematree.units import format_bytes
 from rematree.verification import PEAK_SLACK
 
 PAGE = Path(__file__).parent.parent / "docs" / "ranks.md"
 ROWS, STEPS = 8, 4
+DEEPSPEED = frozenset({"zero2", "zero3"})
 LOSS_TOLERANCE, PEAK_TOLERANCE = 1e-4, 0.05
 
 
@@ -52,7 +53,9 @@ class Size:
     vocabulary: int
 
 
-BUCKET = 1 << 20  # elements, of ZeRO-2
+BUCKET = 1 << 20  # elements, of ZeRO-2 and -3
+# Elements; a block has 0.7 million of them. The defaults would keep all weights of so small a model whole.
+STAGE_3 = Stage3(prefetch=1 << 18, persistence_threshold=1000, max_live=1 << 22, max_reuse=1 << 19)
 FULL, QUICK = Size(256, 16, 128, 2000), Size(64, 4, 32, 300)
 
 
@@ -114,9 +117,15 @@ def engine_of(model: nn.Module, ranks: rematree.Ranks) -> nn.Module:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)
+    told, stage3 = ranks.stage3, dict[str, int]()
+    if ranks.engine == "zero3":
+        stage3["stage3_prefetch_bucket_size"] = told.prefetch
+        stage3["stage3_param_persistence_threshold"] = told.persistence_threshold
+        stage3["stage3_max_live_parameters"] = told.max_live
+        stage3["stage3_max_reuse_distance"] = told.max_reuse
     config = {
         "train_micro_batch_size_per_gpu": ROWS // ranks.count,
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": ranks.bucket_elements},
+        "zero_optimization": {"stage": int(ranks.engine[-1]), "reduce_bucket_size": ranks.bucket_elements, **stage3},
         "gradient_clipping": 0.0,  # 1.0 where nothing is said; the other engines do not clip
         "zero_allow_untested_optimizer": True,  # torch's AdamW, and on a CPU without DeepSpeed's own in its place
         "zero_force_ds_cpu_optimizer": False,
@@ -126,7 +135,7 @@ def engine_of(model: nn.Module, ranks: rematree.Ranks) -> nn.Module:
 
 def wrapped(model: nn.Module, ranks: rematree.Ranks) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """What runs, and the optimizer that must be stepped beside it."""
-    if ranks.engine == "zero2":
+    if ranks.engine in DEEPSPEED:
         return engine_of(model, ranks), None
     if ranks.engine == "ddp":
         # All ranks have the same weights; sent around in a flat copy, they would at times be counted as buckets.
@@ -138,7 +147,7 @@ def wrapped(model: nn.Module, ranks: rematree.Ranks) -> tuple[nn.Module, torch.o
 
 
 def peak(case: Case, rows: slice) -> int:
-    """Of the second step; DDP's buckets, which no tensor shows, as what wrapping leaves."""
+    """Of the second step, of ZeRO-3 of the third; DDP's buckets, which no tensor shows, as what wrapping leaves."""
     model, settling = build(case.size, case.lora), Settling()
     batch = batch_of(case.size, 0, rows)
     with rematree.PeakMeter(model, None, batch) as wrapping:
@@ -148,9 +157,10 @@ def peak(case: Case, rows: slice) -> int:
     else:
         settling.every_collective_of(model)
     buckets = wrapping.end_bytes - wrapping.start_bytes if case.ranks.engine == "ddp" else 0
-    stepped = base_optimizer(optimizer or under.optimizer)
+    zero3 = case.ranks.engine == "zero3"
+    stepped = under.optimizer if zero3 else base_optimizer(optimizer or under.optimizer)
     with rematree.apply(case.plan, under):
-        for _ in range(2):
+        for _ in range(3 if zero3 else 2):  # it knows the order of modules from the second on
             gc.collect()
             settling.now()
             with rematree.PeakMeter(model, stepped, batch) as meter:
@@ -190,7 +200,7 @@ def run(count: int, cases: list[Case], folder: Path) -> list[list[tuple[list[flo
 def cases_of(count: int, size: Size, engines: Sequence[Engine]) -> list[Case]:
     """A budget a quarter of the way from the smallest peak of any plan to that of the plain step."""
     found: list[Case] = []
-    for ranks in (rematree.Ranks(engine, count, bucket_elements=BUCKET) for engine in engines):
+    for ranks in (rematree.Ranks(engine, count, bucket_elements=BUCKET, stage3=STAGE_3) for engine in engines):
         for lora in (True, False):
             rows = slice(0, None, count)
             planner = rematree.Planner(build(size, lora), batch_of(size, 0, rows), ranks=ranks)
@@ -229,9 +239,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--engine", action="append", choices=ENGINES)
     told = parser.parse_args()
-    quick, engines = told.quick, told.engine or [name for name in ENGINES if name != "zero2" or find_spec("deepspeed")]
-    if told.engine is None and "zero2" not in engines:
-        print("DeepSpeed is not installed: no lines for ZeRO-2", file=sys.stderr)
+    engines = told.engine or [name for name in ENGINES if name not in DEEPSPEED or find_spec("deepspeed")]
+    quick, needs_deepspeed = told.quick, DEEPSPEED & set(engines)
+    if told.engine is None and not needs_deepspeed:
+        print("DeepSpeed is not installed: no lines for ZeRO-2 and ZeRO-3", file=sys.stderr)
     size = QUICK if quick else FULL
     warnings.simplefilter("ignore")
     lines, good = list[str](), True
@@ -240,7 +251,7 @@ def main() -> int:
             more, holds = lines_of(count, size, engines, Path(folder))
             lines, good = lines + more, good and holds
     named = library_versions()
-    if "zero2" in engines:
+    if needs_deepspeed:
         named["deepspeed"] = version("deepspeed")
     versions = ", ".join(f"{name} {number}" for name, number in named.items())
     text = "\n".join(
@@ -254,7 +265,10 @@ def main() -> int:
             f"A line holds if losses equal those of one process that takes all rows within {LOSS_TOLERANCE} (the order "
             f"of sums differs), every rank stays within the budget, and the peak of the rank that needs most was "
             f"predicted within {PEAK_TOLERANCE:.0%}. Under ZeRO-2 (buckets of {BUCKET} elements) ranks differ: the "
-            "last one's part of the gradients comes first. Predictions are made in one process, without the engine; "
+            "last one's part of the gradients comes first. ZeRO-3 has such buckets too; its stage3_ settings are "
+            f"prefetch_bucket_size {STAGE_3.prefetch}, param_persistence_threshold {STAGE_3.persistence_threshold}, "
+            f"max_live_parameters {STAGE_3.max_live}, max_reuse_distance {STAGE_3.max_reuse}. "
+            "Predictions are made in one process, without the engine; "
             f"the {format_bytes(PEAK_SLACK)} that every plan counts for host tensors are left out of them here. "
             "gloo's copies of what it gathers and sums are counted while a collective runs.",
             "",

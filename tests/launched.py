@@ -1,7 +1,7 @@
 """What `accelerate launch` starts in each process: a Trainer with a budget.
 
 Arguments: file for the result, rows of a batch, budget, and "fsdp2" where accelerate was told to use FSDP, or "zero2"
-where the training arguments ask for DeepSpeed.
+or "zero3" where the training arguments ask for DeepSpeed.
 """
 
 import sys
@@ -37,8 +37,8 @@ def take_fsdp_on_a_cpu() -> None:
     AcceleratorState.__init__ = begin_with_fsdp
 
 
-ZERO_2: dict[str, Any] = {
-    "zero_optimization": {"stage": 2, "reduce_bucket_size": 2000},
+ZERO: dict[str, Any] = {
+    "zero_optimization": {"reduce_bucket_size": 2000},
     "zero_allow_untested_optimizer": True,  # torch's AdamW, and on a CPU without DeepSpeed's own in its place
     "zero_force_ds_cpu_optimizer": False,
     "gradient_accumulation_steps": "auto",
@@ -46,6 +46,18 @@ ZERO_2: dict[str, Any] = {
     "train_batch_size": "auto",
     "gradient_clipping": "auto",
 }
+
+
+def deepspeed_config(engine: str) -> dict[str, Any] | None:
+    """What the training arguments ask for: ZeRO-3 with little that stays whole or comes ahead."""
+    match engine:
+        case "zero2":
+            return {**ZERO, "zero_optimization": {"stage": 2, **ZERO["zero_optimization"]}}
+        case "zero3":
+            told = {"stage3_prefetch_bucket_size": 2000, "stage3_param_persistence_threshold": 100}
+            return {**ZERO, "zero_optimization": {"stage": 3, **told, **ZERO["zero_optimization"]}}
+        case _:
+            return None
 
 
 def main(result: Path, rows: int, budget: str, engine: str = "") -> None:
@@ -57,7 +69,7 @@ def main(result: Path, rows: int, budget: str, engine: str = "") -> None:
             per_device_train_batch_size=rows,
             max_steps=4,
             ddp_find_unused_parameters=False,
-            deepspeed=ZERO_2 if engine == "zero2" else None,
+            deepspeed=deepspeed_config(engine),
         )
         callback = BudgetCallback(budget, cost=Roofline(1e11, 1e10), forbid=QUICK, say=lambda text: None)
         trainer = Trainer(

@@ -1,4 +1,4 @@
-"""What the ranks of the tests do under DeepSpeed: as `ranked`, with its engine in place of a wrapper."""
+"""What the ranks of the tests do under DeepSpeed's ZeRO-2 or -3: as `ranked`, with its engine in place of a wrapper."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ def engine_of(model: nn.Module, ranks: Ranks, rows: int = 2, accumulation_steps:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)
-    settings = {"stage": 2, "reduce_bucket_size": ranks.bucket_elements, "overlap_comm": ranks.overlaps}
+    settings = settings_of(ranks)
     config = {
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": accumulation_steps,
@@ -39,6 +39,28 @@ def engine_of(model: nn.Module, ranks: Ranks, rows: int = 2, accumulation_steps:
     }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def settings_of(ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`."""
+    if ranks.engine == "zero2":
+        return {"stage": 2, "reduce_bucket_size": ranks.bucket_elements, "overlap_comm": ranks.overlaps}
+    return {
+        "stage": 3,
+        "reduce_bucket_size": ranks.bucket_elements,
+        "stage3_prefetch_bucket_size": ranks.stage3.prefetch,
+        "stage3_param_persistence_threshold": ranks.stage3.persistence_threshold,
+        "stage3_max_live_parameters": ranks.stage3.max_live,
+        "stage3_max_reuse_distance": ranks.stage3.max_reuse,
+    }
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All of them, whole."""
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):  # of ZeRO-2 they are whole
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def step(engine: Any, batch: dict[str, torch.Tensor]) -> float:
@@ -66,7 +88,7 @@ def exactness(rank: int, ranks: Ranks, lora: bool, kind: str, first: bool) -> di
             losses = [step(engine, batch(number, rank, ranks)) for number in range(3)]
         if handle is not None:
             handle.remove()
-        found[name] = {"losses": losses, "weights": {n: p.detach().clone() for n, p in model.named_parameters()}}
+        found[name] = {"losses": losses, "weights": weights_of(model)}
         found[name]["collectives"] = dict(collectives.count)
         found["ranks"] = ranks_of(engine)
         engine.destroy()
@@ -104,21 +126,23 @@ def peak(
     accumulates: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """As `ranked.peak`: measured bytes of a rank in its second step, or in the last micro-batch of that."""
+    """As `ranked.peak`: measured bytes of a rank in its last step of some, or in the last micro-batch of that."""
     model, settling = ranked.sizeable(lora).to(dtype), Settling()
     engine = engine_of(model, ranks, len(batch["input_ids"]), 2 if accumulates else 1)
     with warnings.catch_warnings(), rematree.apply(plan, engine):
         warnings.simplefilter("ignore")
         settling.every_collective_of_deepspeed()
         peaks: list[int] = []
-        for _ in range(2):
+        for _ in range(2 if ranks.engine == "zero2" else 3):  # ZeRO-3 knows the order of modules from the second on
             if accumulates:
                 step(engine, batch)
             gc.collect()
             settling.now()
-            # What an earlier micro-batch has left is the engine's, and in nothing that the meter is given.
-            earlier = storage_bytes(t for group in engine.optimizer.all_grad_tensors.values() for t in group or ())
-            with PeakMeter(model, base_optimizer(engine.optimizer), batch) as meter:
+            # What an earlier micro-batch has left is ZeRO-2's, and in nothing that the meter is given.
+            left: dict[Any, Any] = getattr(engine.optimizer, "all_grad_tensors", {})
+            earlier = storage_bytes(t for group in left.values() for t in group or ())
+            stepped = engine.optimizer if ranks.engine == "zero3" else base_optimizer(engine.optimizer)
+            with PeakMeter(model, stepped, batch) as meter:
                 step(engine, batch)
             peaks.append(meter.peak_bytes + earlier)
     engine.destroy()
@@ -135,6 +159,18 @@ def planned_here(rank: int, ranks: Ranks) -> dict[str, Any]:
             found["plan"] = ranked.quick_plan(engine, ranked.LONG)
             found["levers"] = rematree.plan(engine, ranked.LONG, None, forbid=("groups", "compile")).levers
         step(engine, batch(0, rank, ranks))
-        found[name] = {n: p.detach().clone() for n, p in model.named_parameters()}
+        found[name] = weights_of(model)
         engine.destroy()
     return found
+
+
+def gathers(rank: int, ranks: Ranks, lora: bool, plan: Plan, batch: dict[str, torch.Tensor]) -> int:
+    """All-gathers of one step, when the engine knows the order of modules."""
+    engine = engine_of(ranked.sizeable(lora), ranks, len(batch["input_ids"]))
+    with rematree.apply(plan, engine):
+        for _ in range(3):
+            step(engine, batch)
+        with ranked.Collectives() as collectives:
+            step(engine, batch)
+    engine.destroy()
+    return collectives.count["allgather_base"]

@@ -12,12 +12,14 @@ from rematree.cli import options
 from rematree.finetune.target import Target
 from rematree.plans import Plan
 from rematree.pricing.devices import find_device
-from rematree.referee.ranks import Ranks
+from rematree.referee.ranks import Ranks, Stage3
 
 FORBIDDEN = ("chunked_loss", "groups", "lean_adapters")
 WORDS = ["--lora-target-modules", "down_proj", "--batch-size", "8", "--max-length", "64", "--device", "h100"]
 WORDS.extend(["--forbid", ",".join(FORBIDDEN)])
-DDP, FSDP2, ZERO2 = (["--ranks", "2", "--engine", name] for name in ("ddp", "fsdp2", "zero2"))
+DDP, FSDP2, ZERO2, ZERO3 = (["--ranks", "2", "--engine", name] for name in ("ddp", "fsdp2", "zero2", "zero3"))
+STAGE3 = ["--stage3-prefetch-bucket-size", "0", "--stage3-param-persistence-threshold", "1"]
+STAGE3.extend(["--stage3-max-live-parameters", "2", "--stage3-max-reuse-distance", "3"])
 TWO = {
     "ddp": Ranks("ddp", 2),
     "ddp view": Ranks("ddp", 2, bucket_view=True),
@@ -25,6 +27,8 @@ TWO = {
     "fsdp2 whole": Ranks("fsdp2", 2, reshard=False),
     "zero2": Ranks("zero2", 2),
     "zero2 told": Ranks("zero2", 2, bucket_elements=16_777_216, overlaps=True),
+    "zero3": Ranks("zero3", 2),
+    "zero3 told": Ranks("zero3", 2, bucket_elements=9, stage3=Stage3(0, 1, 2, 3)),
 }
 OPTIONS = {
     "ddp": DDP,
@@ -33,6 +37,8 @@ OPTIONS = {
     "fsdp2 whole": [*FSDP2, "--no-reshard"],
     "zero2": ZERO2,
     "zero2 told": [*ZERO2, "--reduce-bucket-size", "16777216", "--overlap-comm"],
+    "zero3": ZERO3,
+    "zero3 told": [*ZERO3, "--reduce-bucket-size", "9", *STAGE3],
 }
 COMMANDS = ("plan", "fit", "frontier", "advise", "compare")
 
@@ -115,7 +121,7 @@ def test_every_command_that_plans_a_shape_has_the_options(command: str, monkeypa
     monkeypatch.setenv("COLUMNS", "240")
     outcome = rematree(command, "--help")
     named = ("--ranks", "--engine", "--no-reshard", "--gradient-as-bucket-view", "--reduce-bucket-size")
-    for option in (*named, "--overlap-comm"):
+    for option in (*named, "--overlap-comm", *STAGE3[::2]):
         assert option in outcome.out
     assert "ddp (every rank holds the model), fsdp2" in outcome.out
 
@@ -131,7 +137,9 @@ def test_every_command_that_plans_a_shape_has_the_options(command: str, monkeypa
         ([*DDP, "--overlap-comm"], "--overlap-comm is ZeRO-2's, and --engine is ddp", "--engine zero2"),
         ([*FSDP2, "--reduce-bucket-size", "9"], "--reduce-bucket-size is ZeRO-2's", "--engine zero2"),
         ([*ZERO2, "--no-reshard"], "--no-reshard is FSDP2's, and --engine is zero2", "--engine fsdp2"),
-        (["--ranks", "2", "--engine", "zero3"], "ZeRO-3 is not covered", "--engine fsdp2"),
+        ([*ZERO2, *STAGE3], "--stage3-prefetch-bucket-size is ZeRO-3's, and --engine is zero2", "--engine zero3"),
+        ([*ZERO3, "--overlap-comm"], "--overlap-comm is ZeRO-2's, and --engine is zero3", "--engine zero2"),
+        ([*ZERO3, "--load-in-4bit"], "how ZeRO-3 shards packed weights is not covered", "--engine ddp"),
         (["--ranks", "1", "--engine", "ddp"], "--ranks is 1; a step is distributed over at least 2", "leave out"),
         (["--ranks", "-3"], "--ranks is -3; a step is distributed over at least 2", "leave out --ranks"),
         (["--ranks", "2"], "--engine, which says how, is missing", "--engine fsdp2"),

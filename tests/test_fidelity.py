@@ -15,7 +15,8 @@ from rematree.memory.optimizers import Optimizer, make_optimizer
 from rematree.observation.observe import Twin
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.pricing.cost import Measured
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.regions import find_chain
 from rematree.units import KIB, MIB
 

@@ -16,7 +16,8 @@ from rematree.observation.observe import Twin
 from rematree.plans import Action, Decision, Levers
 from rematree.pricing.cost import Roofline
 from rematree.referee.folding import fold, list_of, whole
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.regions import find_chain, inner_regions
 
 COST = Roofline(5e10, 1e10)

@@ -1,4 +1,4 @@
-"""`accelerate launch` for real: a Trainer with a budget in two processes over gloo, under DDP, FSDP2 and ZeRO-2."""
+"""`accelerate launch` for real: a Trainer with a budget in two processes over gloo, under DDP, FSDP2, ZeRO-2 and -3."""
 
 import os
 import socket
@@ -23,6 +23,7 @@ LLAMA = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transforme
 ENGINES = {
     "ddp": (["--multi_gpu"], "DistributedDataParallel"),
     "zero2": (["--use_deepspeed", "--zero_stage", "2"], "DeepSpeedEngine"),
+    "zero3": (["--use_deepspeed", "--zero_stage", "3"], "DeepSpeedEngine"),
     "fsdp2": (["--use_fsdp", "--fsdp_version", "2", *LLAMA, "LlamaDecoderLayer"], "FSDPPeftModel"),
 }
 
@@ -30,7 +31,7 @@ ENGINES = {
 @pytest.mark.slow  # two interpreters that import everything
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_as_one_does_that_has_all_rows(tmp_path: Path, engine: str) -> None:
-    if engine == "zero2":
+    if engine in {"zero2", "zero3"}:
         pytest.importorskip("deepspeed")
     launched.main(tmp_path / "alone", 4, "1GiB")
     alone: Any = torch.load(tmp_path / "alone.0", weights_only=False)

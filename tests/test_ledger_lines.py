@@ -20,7 +20,8 @@ from rematree.pricing.devices import find_device, overhead_of
 from rematree.pricing.price import Cost, Free, Overhead
 from rematree.pricing.roofline import Roofline
 from rematree.quantised import hidden_tensors
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.regions import find_chain
 from rematree.units import KIB, MIB
 

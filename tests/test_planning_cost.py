@@ -15,7 +15,8 @@ from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers
 from rematree.pricing.price import Cost
 from rematree.pricing.roofline import Roofline
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.regions import find_chain
 from rematree.units import MIB
 

@@ -15,12 +15,13 @@ import rematree
 from rematree.engines import without_engine
 from rematree.errors import UsageError
 from rematree.memory.accounts import BUCKETS, GATHERING, GRADIENTS, MASTERS, REDUCING, STATE, STEP
-from rematree.memory.ledger import Segment
 from rematree.observation.observe import Twin
-from rematree.plans import Levers, Plan
+from rematree.plans import Levers
+from rematree.referee.at_work import Arrival
 from rematree.referee.ranks import Ranks, launched_ranks, ranks_of
 from rematree.referee.simulate import Referee
-from rematree.referee.zero import Arrival, ZeroTwo
+from rematree.referee.zero import ZeroTwo
+from rematree.trace import Segment
 
 FP32 = 4
 
@@ -207,18 +208,11 @@ def test_what_zero_does_otherwise_is_refused_by_name(change: dict[str, Any], nam
         ranks_of(DeepSpeedEngine(Chain(), DeepSpeedZeroOptimizer(**change)))
 
 
-def partitioned() -> nn.Module:
-    model = ranked.tiny(True)
-    next(model.parameters()).ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]
-    return model
-
-
 @pytest.mark.parametrize(
     ("under", "named"),
     [
-        (lambda: DeepSpeedEngine(ranked.tiny(True)), "DeepSpeed without ZeRO-2"),
+        (lambda: DeepSpeedEngine(ranked.tiny(True)), "DeepSpeed without ZeRO-2 or ZeRO-3"),
         (lambda: PipelineEngine(ranked.tiny(True)), "DeepSpeed's PipelineEngine"),
-        (partitioned, "DeepSpeed with ZeRO-3"),
     ],
 )
 def test_other_engines_of_deepspeed_are_not_planned_for(under: Any, named: str) -> None:
@@ -226,13 +220,7 @@ def test_other_engines_of_deepspeed_are_not_planned_for(under: Any, named: str) 
         rematree.plan(under(), ranked.LONG, None, cost=ranked.roofline())
 
 
-def test_a_plan_is_not_applied_to_weights_that_are_partitioned() -> None:
-    plan = Plan.of(Levers(), ranked.describe_model(ranked.tiny(True)))
-    with pytest.raises(UsageError, match="DeepSpeed with ZeRO-3"):
-        rematree.apply(plan, partitioned())
-
-
-def test_a_trainer_that_is_to_use_deepspeed_without_zero_2_is_refused_by_name() -> None:
+def test_a_trainer_that_is_to_use_deepspeed_without_zero_is_refused_by_name() -> None:
     arguments = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 0}})
     with pytest.raises(UsageError, match=r"deepspeed=\.\.\."):
         rematree.BudgetCallback("1GiB").on_train_begin(arguments, None, None, model=ranked.tiny(True))

@@ -1,7 +1,8 @@
 """What engines for several ranks do to a model: wrappers, sharded parameters, and how to see through both.
 
 DistributedDataParallel and DeepSpeed's engine are modules around the model; under ZeRO-2 the trained weights are views
-of one tensor, each of them whole. FSDP2 (`fully_shard`) changes the class of the modules it shards
+of one tensor, each of them whole. Under ZeRO-3 a parameter has no data but while it is used; its part, and the shape of
+the whole, are attributes of it. FSDP2 (`fully_shard`) changes the class of the modules it shards
 (`FSDPLlamaForCausalLM`), hooks that gather their weights before forward and before backward, and parameters that are
 `DTensor`s in between: their shape is that of the whole tensor, their storage a shard.
 
@@ -12,7 +13,7 @@ brings them back for as long as one block runs.
 
 import contextlib
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, Final
 
 import torch
@@ -21,7 +22,12 @@ from torch import nn
 from rematree.errors import UsageError
 
 _HOOKS: Final = ("torch.distributed.fsdp", "deepspeed.")
-_MARKS_OF_FSDP: Final = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+# Attributes that engines put on modules, by the beginnings of their names: FSDP2's and ZeRO-3's.
+_MARKS: Final = (
+    "__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params",
+    "ds_", "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "_external_params", "all_parameters",
+    "_original_parameters",
+)  # fmt: skip
 _META: Final = torch.device("meta")
 
 
@@ -40,14 +46,12 @@ def is_deepspeed(model: nn.Module) -> bool:
     return "DeepSpeedEngine" in {base.__name__ for base in type(model).__mro__}
 
 
-def refuse_partitioned(model: nn.Module) -> None:
-    """Refuse a model whose weights ZeRO-3 has partitioned, and one that DeepSpeed runs as a pipeline.
+def refuse_pipeline(model: nn.Module) -> None:
+    """Refuse a model that DeepSpeed runs as a pipeline.
 
     Raises:
-        UsageError: names which.
+        UsageError: names its engine.
     """
-    if any("ds_id" in p.__dict__ for p in model.parameters()):
-        raise not_counted("DeepSpeed with ZeRO-3")
     if is_deepspeed(model) and type(model).__name__ != "DeepSpeedEngine":
         raise not_counted(f"DeepSpeed's {type(model).__name__}")
 
@@ -57,10 +61,25 @@ def not_counted(what: str) -> UsageError:
     return UsageError(
         f"plans do not cover {what}: what a rank holds under it is not counted",
         remedies=[
-            'DeepSpeed with {"zero_optimization": {"stage": 2}}',
+            'DeepSpeed with {"zero_optimization": {"stage": 2}}, or 3, and its defaults otherwise',
             "FSDP2 (fully_shard; accelerate launch --use_fsdp --fsdp_version 2), which shards weights too",
         ],
     )
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 keeps a part of `parameter` on each rank; its data is then whole only while it is used."""
+    return "ds_shape" in parameter.__dict__
+
+
+def any_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has made parts of weights of `model`."""
+    return any(is_partitioned(parameter) for parameter in model.parameters())
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """Shape of `tensor`, or of the whole that this rank has a part of."""
+    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
 
 
 def is_flattened(parameter: torch.Tensor) -> bool:
@@ -95,9 +114,26 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def parts_of(optimizer: Any) -> Iterator[torch.Tensor]:
+    """What ZeRO-3's optimizer keeps beside its state from step to step: parts of weights, masters, room for gradients.
+
+    Args:
+        optimizer: DeepSpeed's. Others keep nothing of that kind.
+    """
+    if not hasattr(optimizer, "fp16_partitioned_groups_flat"):
+        return
+    for parameter in optimizer.module.parameters():
+        yield parameter.ds_tensor
+    yield from optimizer.fp16_partitioned_groups_flat
+    yield from optimizer.fp32_partitioned_groups_flat
+    yield optimizer.grad_partitions_flat_buffer
+    for bucket in optimizer.ipg_buckets.values():
+        yield bucket.buffer
+
+
 def whole_on_meta(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on `meta` like the whole that `tensor` is a shard of."""
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=_META)
+    whole = torch.empty(whole_shape(tensor), dtype=tensor.dtype, device=_META)
     return nn.Parameter(whole, requires_grad=tensor.requires_grad)
 
 
@@ -113,13 +149,10 @@ def copy_without_engine(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         kind: Any = own_class(module)
         memo[id(module)] = kind.__new__(kind)
     for module in changed:
-        entries = {name: _without_hooks(value) for name, value in vars(module).items() if not _marks_fsdp(name)}
+        entries = {name: _without_hooks(value) for name, value in vars(module).items() if not name.startswith(_MARKS)}
+        entries["_parameters"] = dict(module._parameters.items())  # ZeRO-3's is a class of its own
         vars(memo[id(module)]).update({name: copy.deepcopy(value, memo) for name, value in entries.items()})
     return copy.deepcopy(model, memo)
-
-
-def _marks_fsdp(attribute: str) -> bool:
-    return attribute.startswith(_MARKS_OF_FSDP)
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from rematree.engines import own_class
+from rematree.engines import own_class, whole_shape
 from rematree.plans import Fingerprint
 from rematree.quantised import describe_packing, recast_biases
 from rematree.regions import unwrap
@@ -35,7 +35,7 @@ def describe_model(model: nn.Module) -> Fingerprint:
     """
     named = list(model.named_parameters()) + list(model.named_buffers())
     recast = recast_biases(model)
-    shapes = [f"{name} {tuple(t.shape)} {'' if name in recast else t.dtype}" for name, t in named]
+    shapes = [f"{name} {tuple(whole_shape(t))} {'' if name in recast else t.dtype}" for name, t in named]
     shapes += describe_packing(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     dropout = [f"{path} {m.p}" for path, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from rematree.engines import local_part
+from rematree.engines import local_part, parts_of
 from rematree.quantised import hidden_tensors
 from rematree.units import KIB
 
@@ -38,7 +38,7 @@ class PeakMeter:
 
     Args:
         model: The model that steps.
-        optimizer: Its optimizer, for the state; None when the step has none.
+        optimizer: Its optimizer, for the state; None when the step has none. Of ZeRO-3 its own, which has the parts.
         batch: Counted with what is live when the step begins.
     Attributes:
         peak_bytes: After the block: largest bytes live at once. On a CPU what torch allocated for model, optimizer
@@ -71,6 +71,7 @@ class PeakMeter:
         yield from model.buffers()
         yield from hidden_tensors(model)
         if optimizer is not None:
+            yield from parts_of(optimizer)
             for group in optimizer.param_groups:  # the model's, or master weights that an engine makes of them
                 yield from group["params"]
             for state in optimizer.state.values():

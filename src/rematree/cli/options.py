@@ -28,7 +28,7 @@ DEFAULT: Final[dict[str, Any]] = {
 }
 _LISTS: Final = ("forbid", "lora_target_modules")
 _NO_COMPILER: Final = "TORCHDYNAMO_DISABLE"
-_MODEL, _SHAPE, _LORA, _RANKS = "Model", "Batch", "Adapters", "Several ranks"
+_MODEL, _SHAPE, _LORA = "Model", "Batch", "Adapters"
 
 Model = Annotated[
     str | None,
@@ -120,52 +120,6 @@ LoraTargets = Annotated[
     ),
 ]
 Full = Annotated[bool, typer.Option("--full", help="Train all parameters, without adapters.", rich_help_panel=_LORA)]
-RankCount = Annotated[
-    int | None,
-    typer.Option(
-        "--ranks",
-        help="Processes that run the step together, each with a device of its own; all bytes are then those of one.",
-        show_default=False,
-        rich_help_panel=_RANKS,
-    ),
-]
-Engine = Annotated[
-    str | None,
-    typer.Option(
-        help="What distributes it: ddp (every rank holds the model), fsdp2 (fully_shard: each holds its share) or "
-        "zero2 (DeepSpeed: each holds its share of gradients and optimizer state).",
-        show_default=False,
-        rich_help_panel=_RANKS,
-    ),
-]
-Reshard = Annotated[
-    bool,
-    typer.Option(
-        "--reshard/--no-reshard",
-        help="FSDP2's reshard_after_forward of the blocks; without, weights stay whole until backward.",
-        rich_help_panel=_RANKS,
-    ),
-]
-BucketView = Annotated[
-    bool,
-    typer.Option(
-        "--gradient-as-bucket-view", help="DDP's: gradients are views of its buckets.", rich_help_panel=_RANKS
-    ),
-]
-BucketSize = Annotated[
-    int | None,
-    typer.Option(
-        "--reduce-bucket-size",
-        help="ZeRO-2's: elements of the bucket that gradients are reduced in; 500 million unless its config says more.",
-        min=1,
-        show_default=False,
-        rich_help_panel=_RANKS,
-    ),
-]
-OverlapComm = Annotated[
-    bool,
-    typer.Option("--overlap-comm", help="ZeRO-2's: there are two such buckets.", rich_help_panel=_RANKS),
-]
 Forbid = Annotated[
     list[str],
     typer.Option(help="Lever the plan may not use; chunked_loss and compile change rounding.", show_default=False),
@@ -258,6 +212,12 @@ def ranks_of(ctx: typer.Context, config: TrainConfig) -> "Ranks | None":
         bucket_view=given["gradient_as_bucket_view"],
         bucket_elements=given["reduce_bucket_size"],
         overlaps=given["overlap_comm"],
+        stage3={
+            "prefetch": given["stage3_prefetch_bucket_size"],
+            "persistence_threshold": given["stage3_param_persistence_threshold"],
+            "max_live": given["stage3_max_live_parameters"],
+            "max_reuse": given["stage3_max_reuse_distance"],
+        },
     )
 
 

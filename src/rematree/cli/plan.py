@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rematree.cli import options
+from rematree.cli import options, rank_options
 from rematree.cli.options import DEFAULT
 from rematree.cli.output import check_writable, command_with, emit_table, hint, write_plan
 from rematree.report.tables import plan_columns
@@ -36,12 +36,16 @@ def plan(
     load_in_8bit: options.LoadIn8bit = DEFAULT["load_in_8bit"],
     bnb_4bit_quant_type: options.QuantType = DEFAULT["bnb_4bit_quant_type"],
     bnb_4bit_use_double_quant: options.DoubleQuant = DEFAULT["bnb_4bit_use_double_quant"],
-    ranks: options.RankCount = None,
-    engine: options.Engine = None,
-    reshard: options.Reshard = True,
-    gradient_as_bucket_view: options.BucketView = False,
-    reduce_bucket_size: options.BucketSize = None,
-    overlap_comm: options.OverlapComm = False,
+    ranks: rank_options.RankCount = None,
+    engine: rank_options.Engine = None,
+    reshard: rank_options.Reshard = True,
+    gradient_as_bucket_view: rank_options.BucketView = False,
+    reduce_bucket_size: rank_options.BucketSize = None,
+    overlap_comm: rank_options.OverlapComm = False,
+    stage3_prefetch_bucket_size: rank_options.Prefetch = None,
+    stage3_param_persistence_threshold: rank_options.Persistence = None,
+    stage3_max_live_parameters: rank_options.MaxLive = None,
+    stage3_max_reuse_distance: rank_options.MaxReuse = None,
     forbid: options.Forbid = [],  # noqa: B006
     compile: options.Compile = DEFAULT["compile"],
     as_json: options.Json = False,

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, Self
 import torch
 from torch import nn
 
-from rematree.engines import refuse_partitioned, without_engine
+from rematree.engines import refuse_pipeline, without_engine
 from rematree.errors import PlanMismatchError, UsageError
 from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
@@ -282,7 +282,7 @@ def apply(
         UsageError: another plan is in force on this model, one of several compiles blocks, or the user compiled it.
         UnsupportedModelError: an evaluation has rewritten 4-bit weights of the model for inference.
     """
-    refuse_partitioned(model)
+    refuse_pipeline(model)
     model = without_engine(model)
     refuse_compiled(model)
     present = model.__dict__.get(_ATTRIBUTE)

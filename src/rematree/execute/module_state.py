@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from rematree.engines import is_partitioned
 from rematree.errors import RecomputeMismatchError
 from rematree.regions import join_path
 
@@ -60,7 +61,8 @@ class ModuleState:
             buffers = [(name, buffer) for name, buffer in buffers if name in changing.names or buffer.numel() <= _SMALL]
         self._before: dict[str, tuple[Tensor, Tensor]] = {name: (b, b.detach().clone()) for name, b in buffers}
         held: list[dict[str, Any]] = [d for part in modules for d in (part._parameters, part._buffers) if d]
-        self._places = [(place, dict(place)) for place in held]
+        # By `items()`: a weight asked for by name ZeRO-3 gathers, if it has not, and from then on with the block.
+        self._places = [(place, dict(place.items())) for place in held]
         tensors = {id(t): t for _, then in self._places for t in then.values() if t is not None}
         self._marks = [(tensor, _mark(tensor)) for tensor in tensors.values()]
 
@@ -151,7 +153,7 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
         return 0, 0
     # The exact types first: the general question costs as much as all the others.
     one_storage = type(tensor) in _ONE_STORAGE or not is_traceable_wrapper_subclass(tensor)
-    if not one_storage or tensor.layout is not torch.strided or "ds_id" in tensor.__dict__:
+    if not one_storage or tensor.layout is not torch.strided or is_partitioned(tensor):
         return tensor._version, 0
     return tensor._version, tensor.untyped_storage()._cdata
 

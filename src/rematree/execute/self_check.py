@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import CheckpointFunction
 
+from rematree.engines import is_partitioned
 from rematree.table import fold_paths
 
 _MAX_NAMES: Final = 6
@@ -249,7 +250,7 @@ def _adapters(model: nn.Module, trained: Collection[int]) -> Iterator[_Adapter]:
 
 def _elsewhere(parameter: nn.Parameter) -> bool:
     """Whether its gradient is kept by ZeRO, or is of no values at all."""
-    return hasattr(parameter, "ds_id") or isinstance(parameter, FakeTensor)
+    return is_partitioned(parameter) or isinstance(parameter, FakeTensor)
 
 
 def _inside_reentrant() -> bool:

@@ -50,6 +50,13 @@ def settings_of(config: TrainConfig, target: Target, *, full: bool) -> Mapping[s
             case "zero2":
                 found["reduce_bucket_size"] = _text(target.ranks.bucket_elements)
                 found["overlap_comm"] = _text(target.ranks.overlaps)
+            case "zero3":
+                settings = target.ranks.stage3
+                found["reduce_bucket_size"] = _text(target.ranks.bucket_elements)
+                found["stage3_prefetch_bucket_size"] = _text(settings.prefetch)
+                found["stage3_param_persistence_threshold"] = _text(settings.persistence_threshold)
+                found["stage3_max_live_parameters"] = _text(settings.max_live)
+                found["stage3_max_reuse_distance"] = _text(settings.max_reuse)
     return found
 
 

@@ -21,11 +21,21 @@ if TYPE_CHECKING:
     from rematree.planning.planner import Planner
     from rematree.referee.ranks import Engine, Ranks
 
-_ENGINE_OF: Final[Mapping[str, "Engine"]] = {
-    "--no-reshard": "fsdp2",
-    "--gradient-as-bucket-view": "ddp",
-    "--reduce-bucket-size": "zero2",
-    "--overlap-comm": "zero2",
+_ENGINES_OF: Final[Mapping[str, tuple["Engine", ...]]] = {
+    "--no-reshard": ("fsdp2",),
+    "--gradient-as-bucket-view": ("ddp",),
+    "--reduce-bucket-size": ("zero2", "zero3"),
+    "--overlap-comm": ("zero2",),
+    "--stage3-prefetch-bucket-size": ("zero3",),
+    "--stage3-param-persistence-threshold": ("zero3",),
+    "--stage3-max-live-parameters": ("zero3",),
+    "--stage3-max-reuse-distance": ("zero3",),
+}
+_STAGE_3: Final = {
+    "prefetch": "--stage3-prefetch-bucket-size",
+    "persistence_threshold": "--stage3-param-persistence-threshold",
+    "max_live": "--stage3-max-live-parameters",
+    "max_reuse": "--stage3-max-reuse-distance",
 }
 # ROCm answers to the name of CUDA in torch.
 _TORCH_DEVICE: Final = {"cuda": "cuda", "rocm": "cuda", "cpu": "cpu", "mps": "mps"}
@@ -174,6 +184,7 @@ def named_ranks(
     bucket_view: bool = False,
     bucket_elements: int | None = None,
     overlaps: bool = False,
+    stage3: Mapping[str, int | None] | None = None,
 ) -> "Ranks | None":
     """The ranks that options of the command line name; None if they name none.
 
@@ -185,6 +196,7 @@ def named_ranks(
         bucket_view: `--gradient-as-bucket-view`.
         bucket_elements: `--reduce-bucket-size`; None: DeepSpeed's default.
         overlaps: `--overlap-comm`.
+        stage3: Options of ZeRO-3's all-gathers, by the names of `rematree.referee.ranks.Stage3`; None: the default.
     Raises:
         UsageError: fewer than two ranks, an engine that there is not (names the nearest), or options that contradict
             each other.
@@ -194,6 +206,7 @@ def named_ranks(
         "--gradient-as-bucket-view": bucket_view,
         "--reduce-bucket-size": bucket_elements is not None,
         "--overlap-comm": overlaps,
+        **{_STAGE_3[name]: value is not None for name, value in (stage3 or {}).items()},
     }
     options = [option for option, given in told.items() if given]
     if count is None:
@@ -205,17 +218,12 @@ def named_ranks(
         raise UsageError(
             f"--ranks is {count}; a step is distributed over at least 2", remedies=["leave out --ranks: one process"]
         )
-    from rematree.referee.ranks import BUCKET_ELEMENTS, ENGINES, Ranks
+    from rematree.referee.ranks import BUCKET_ELEMENTS, ENGINES, Ranks, Stage3
 
     if engine is None:
         raise UsageError(
             "--ranks says how many, and --engine, which says how, is missing",
             remedies=[f"--engine {name}" for name in ENGINES],
-        )
-    if engine == "zero3":
-        raise UsageError(
-            "ZeRO-3 is not covered: what a rank holds under it is not counted",
-            remedies=["--engine fsdp2   (shards weights too)", "--engine zero2"],
         )
     if engine not in ENGINES:
         close = difflib.get_close_matches(engine.lower(), ENGINES, n=len(ENGINES), cutoff=0.0)
@@ -223,15 +231,17 @@ def named_ranks(
             f"unknown engine {engine!r}; the nearest are {', '.join(close)}",
             remedies=[f"--engine {name}" for name in close],
         )
-    elsewhere = next((option for option in options if _ENGINE_OF[option] != engine), None)
+    elsewhere = next((option for option in options if engine not in _ENGINES_OF[option]), None)
     if elsewhere is not None:
-        title = Ranks(_ENGINE_OF[elsewhere], count).title
+        theirs = _ENGINES_OF[elsewhere]
         raise UsageError(
-            f"{elsewhere} is {title}'s, and --engine is {engine}", remedies=[f"--engine {_ENGINE_OF[elsewhere]}"]
+            f"{elsewhere} is {Ranks(theirs[0], count).title}'s, and --engine is {engine}",
+            remedies=[f"--engine {name}" for name in theirs],
         )
-    if engine == "fsdp2" and config.quantised_bits is not None:
+    if engine in {"fsdp2", "zero3"} and config.quantised_bits is not None:
+        title = Ranks(cast("Engine", engine), count).title
         raise UsageError(
-            f"--load-in-{config.quantised_bits}bit packs weights, and how FSDP2 shards packed weights is not covered",
+            f"--load-in-{config.quantised_bits}bit packs weights, and how {title} shards packed weights is not covered",
             remedies=["--engine ddp"],
         )
     return Ranks(
@@ -241,6 +251,7 @@ def named_ranks(
         reshard=reshard,
         bucket_elements=BUCKET_ELEMENTS if bucket_elements is None else bucket_elements,
         overlaps=overlaps,
+        stage3=Stage3(**{name: value for name, value in (stage3 or {}).items() if value is not None}),
     )
 
 

@@ -108,7 +108,7 @@ class BudgetCallback(TrainerCallback):
             UsageError: no budget is given anywhere, or two different ones.
             InfeasibleBudgetError: nothing fits.
             UsageError: `torch_compile=True` is among the arguments, or the model is compiled.
-            UsageError: DeepSpeed trains the model, and by other means than ZeRO-2 (`referee.zero`).
+            UsageError: DeepSpeed trains the model, and by other means than ZeRO-2 or -3 as `referee.ranks` reads them.
             UnsupportedModelError: the adapter is prefix tuning.
         Warns:
             UserWarning: the arguments ask for checkpointing in a way that has no effect under a plan.
@@ -123,8 +123,8 @@ class BudgetCallback(TrainerCallback):
             return
         refuse_compiled(model)
         ranks = launched_ranks(kwargs["model"], kwargs.get("optimizer"))
-        if getattr(args, "deepspeed", None) and (ranks is None or ranks.engine != "zero2"):
-            raise not_counted("TrainingArguments(deepspeed=...) without an engine of ZeRO-2")
+        if getattr(args, "deepspeed", None) and (ranks is None or ranks.engine not in {"zero2", "zero3"}):
+            raise not_counted("TrainingArguments(deepspeed=...) without an engine of ZeRO-2 or ZeRO-3")
         if getattr(args, "torch_compile", False):  # accelerate compiles a wrapper that the callback does not see
             raise compiled_elsewhere("TrainingArguments(torch_compile=True)")
         _warn_of_what_has_no_effect(args)

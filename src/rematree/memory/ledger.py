@@ -5,8 +5,7 @@ computed, but storages live and die exactly as the executor makes them, because 
 adds what fake tensors cannot show: seconds, and bytes a kernel allocates inside.
 """
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,30 +13,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rematree.memory.accounts import DEQUANTISED, MASKS, RECOMPUTED, ROUNDING, SAVED, WORKSPACE
-from rematree.memory.allocator import CachingAllocator, rounded
+from rematree.memory.accounts import DEQUANTISED, MASKS, RECOMPUTED, SAVED, WORKSPACE
 from rematree.memory.recipes import Recipes, draws_numbers, mutated
+from rematree.memory.storages import Entry, Storages
 from rematree.pricing.devices import overhead_of
 from rematree.pricing.price import Cost, Free, OpPrice, tensors_in
 from rematree.pricing.roofline import Roofline
-from rematree.trace import OpRecord, Segment
+from rematree.trace import OpRecord
 
-# Ops that look at a tensor's shape, never at its values.
 _SHAPE_ONLY: Final = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
 _DEVICE: Final = torch.ops.prim.device.default
 _BITSANDBYTES: Final = "bitsandbytes"
 BEFORE_THE_BLOCKS: Final = "embedding"  # the mark of what runs in front of the first block
 _MASK_DIMENSIONS: Final = 4
-
-
-@dataclass(slots=True)
-class _Entry:
-    uid: int
-    num_bytes: int
-    category: str
-    padding: int
-    block: Any
-    reference: "weakref.ref[torch.UntypedStorage]"
 
 
 @dataclass(slots=True)
@@ -58,7 +46,7 @@ class _Op:
     cost: Cost | None = None
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(Storages, TorchDispatchMode):
     """Tracks live bytes by category, the peak, and time; optionally tells a listener every op.
 
     Categories are the caller's: whatever `category` is set to when a storage is born. Some are known better: what a
@@ -75,136 +63,19 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, cost: Cost, device_type: str, recipes: Recipes | None = None) -> None:
-        super().__init__()
+        super().__init__(device_type, overhead_of(cost, device_type).caches)
         self._recipes = recipes
         self._keeps_price = isinstance(cost, Roofline | Free)  # others look at what is around an op
-        self._allocator = CachingAllocator() if overhead_of(cost, device_type).caches else None
         self._cost = cost
-        self._device_type = device_type
         self.draws = 0
-        self._entries: dict[int, _Entry] = {}
-        self._next_uid = 0
         self._taint: dict[int, frozenset[str]] = {}
-        self.label = "start"
-        self._segment_live, self._segment_peak, self._segment_seconds = 0, 0, 0.0
-        self._segment_start: dict[str, int] = {}
-        self._segment_at_peak: dict[str, int] = {}
-        self._segment_turn: dict[str, int] = {}
-        self.segments: list[Segment] = []
-        self.category = "other"
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self.by_category: dict[str, int] = {}
-        self.at_peak: dict[str, int] = {}
-        self.seconds = 0.0
         self.recomputing = 0
         self.misread: set[str] = set()
         self.written_regions: set[str] = set()
         self.listener: Callable[[OpRecord], None] | None = None
 
-    # -- storages ---------------------------------------------------------------------------------------------------
-
-    def adopt(self, tensors: Iterable[torch.Tensor], category: str) -> None:
-        """Count tensors that exist before the step (weights, optimizer state, the batch)."""
-        for tensor in tensors:
-            self._entry(tensor, category)
-        self._raise_peak(0)
-
-    def move(self, tensor: torch.Tensor, category: str) -> None:
-        """Change the category of a live tensor's storage (a gradient is known as one only once it is accumulated)."""
-        entry = self._entry(tensor, category)
-        if entry.category != category:
-            self.by_category[entry.category] -= entry.num_bytes
-            self.by_category[category] = self.by_category.get(category, 0) + entry.num_bytes
-            entry.category = category
-
-    def size(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """(uid, bytes) of the storage of `tensor`; two tensors with one uid share memory."""
-        entry = self._entry(tensor, self.category)
-        return entry.uid, entry.num_bytes
-
-    def ran(self, seconds: float, workspace_bytes: int) -> None:
-        """Count what ran without an op to show for it: its time, and its most bytes beyond what is live now."""
-        self.seconds += seconds
-        self._segment_seconds += seconds
-        self._raise_peak(workspace_bytes)
-
-    def known(self) -> list[int]:
-        """Uids of all live storages."""
-        return [entry.uid for entry in self._entries.values()]
-
-    def _entry(self, tensor: torch.Tensor, category: str) -> _Entry:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        entry = self._entries.get(key)
-        if entry is not None and entry.reference() is not None:
-            return entry
-        self._next_uid += 1
-        device: torch.device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
-        num_bytes = storage.nbytes() if device.type == self._device_type else 0
-        padding, block = 0, None
-        if self._allocator is not None:
-            padding, block = rounded(num_bytes) - num_bytes, self._allocator.allocate(num_bytes)
-        reference = weakref.ref(storage, lambda _: self._free(key))
-        entry = self._entries[key] = _Entry(self._next_uid, num_bytes, category, padding, block, reference)
-        self.live_bytes += num_bytes + padding
-        self.by_category[category] = self.by_category.get(category, 0) + num_bytes
-        if padding:
-            self.by_category[ROUNDING] = self.by_category.get(ROUNDING, 0) + padding
-        return entry
-
-    def _free(self, key: int) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self.live_bytes -= entry.num_bytes + entry.padding
-            self.by_category[entry.category] -= entry.num_bytes
-            if self._allocator is not None:
-                self._allocator.release(entry.block)
-                if entry.padding:
-                    self.by_category[ROUNDING] -= entry.padding
-            self._taint.pop(entry.uid, None)
-
-    def _raise_peak(self, workspace: int, line: str = WORKSPACE) -> None:
-        padding = 0
-        if workspace and self._allocator is not None:
-            padding = rounded(workspace) - workspace
-            self._allocator.release(self._allocator.allocate(workspace))
-        here = self.live_bytes + workspace + padding
-        if here > self._segment_peak:
-            self._segment_peak = here
-            self._segment_at_peak = {**self.by_category}
-            for name, more in ((line, workspace), (ROUNDING, padding)):
-                self._segment_at_peak[name] = self._segment_at_peak.get(name, 0) + more
-            if here > self.peak_bytes:
-                self.peak_bytes, self.at_peak = here, self._segment_at_peak
-
-    @property
-    def slack_bytes(self) -> int:
-        """Most that the allocator's segments in use held, beyond the most that was allocated."""
-        return 0 if self._allocator is None else max(0, self._allocator.peak_held_bytes - self.peak_bytes)
-
-    # -- time line --------------------------------------------------------------------------------------------------
-
-    def mark(self, label: str) -> None:
-        """End the current segment and begin one called `label`."""
-        self.segments.append(
-            Segment(
-                self.label,
-                self._segment_live,
-                self._segment_peak,
-                self._segment_seconds,
-                self._segment_start,
-                self._segment_at_peak,
-                self._segment_turn,
-            )
-        )
-        self.label, self._segment_live, self._segment_peak = label, self.live_bytes, self.live_bytes
-        self._segment_start = self._segment_at_peak = dict(self.by_category)
-        self._segment_seconds, self._segment_turn = 0.0, {}
-
-    def turn(self) -> None:
-        """The forward pass is over, the backward pass begins."""
-        self._segment_turn = dict(self.by_category)
+    def _gone(self, entry: Entry) -> None:
+        self._taint.pop(entry.uid, None)
 
     # -- placeholders (R3) ------------------------------------------------------------------------------------------
 
@@ -221,7 +92,7 @@ class Ledger(TorchDispatchMode):
         """The output of saved `region` was written to by the region around it: it cannot be given back."""
         self.written_regions.add(region)
 
-    def _follow_taint(self, name: str, reads: list[_Entry], writes: list[_Entry]) -> None:
+    def _follow_taint(self, name: str, reads: list[Entry], writes: list[Entry]) -> None:
         sources = [self._taint[entry.uid] for entry in reads if entry.uid in self._taint]
         if not sources or any(word in name for word in _SHAPE_ONLY):
             return
@@ -293,7 +164,7 @@ class Ledger(TorchDispatchMode):
         assert self._recipes is not None
         if op.draws:
             self.draws += 1
-        entries_known, inputs = self._entries, list[_Entry]()
+        entries_known, inputs = self._entries, list[Entry]()
         for tensor in tensors:
             entry = entries_known.get(tensor.untyped_storage()._cdata)
             if entry is None or entry.reference() is None:
@@ -320,8 +191,8 @@ class Ledger(TorchDispatchMode):
         args: Any,
         kwargs: Any,
         price: OpPrice,
-        inputs: list[_Entry],
-        entries: list[_Entry],
+        inputs: list[Entry],
+        entries: list[Entry],
         born: int,
     ) -> None:
         self.seconds += price.seconds

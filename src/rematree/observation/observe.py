@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
 
-from rematree.engines import copy_without_engine, is_flattened, is_shard, whole_on_meta
+from rematree.engines import copy_without_engine, is_flattened, is_partitioned, is_shard, whole_on_meta
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.attention import AttentionRegions, declare_unpacked, forget_attention
 from rematree.execute.dropout import draw, mask_can_be_kept, scale
@@ -181,7 +181,8 @@ class Twin:
         kept = [*model.parameters(), *model.buffers(), *hidden_tensors(model)]
         for tensor in kept:
             if id(tensor) not in memo:
-                whole = whole_on_meta(tensor) if is_shard(tensor) or is_flattened(tensor) else tensor
+                elsewhere = is_shard(tensor) or is_flattened(tensor) or is_partitioned(tensor)
+                whole = whole_on_meta(tensor) if elsewhere else tensor
                 memo[id(tensor)] = self.mode.fake(whole, storages)
         self.model = copy_without_engine(model, memo)
         for parameter in model.parameters():

@@ -26,7 +26,8 @@ from rematree.execute.compiled import call_compiled, compiled_forward, why_no_co
 from rematree.execute.stand_in import CompiledProfile
 from rematree.measure import allocation_changes, storage_bytes
 from rematree.planning.pace import MOST_CACHED, calls_of, copy_of, is_live, made_up, timed
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.regions import block_kind
 from rematree.solve.block import BlockOption
 from rematree.units import format_seconds

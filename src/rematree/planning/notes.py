@@ -8,7 +8,7 @@ from rematree.quantised import frozen_int8_linears
 from rematree.referee.ranks import Ranks
 
 
-def notes_on(known: Survey, levers: Levers, model: nn.Module, ranks: Ranks | None) -> tuple[str, ...]:
+def notes_on(known: Survey, levers: Levers, model: nn.Module, ranks: Ranks | None, gathers: int) -> tuple[str, ...]:
     """One line for each thing to know about a plan.
 
     Args:
@@ -16,12 +16,17 @@ def notes_on(known: Survey, levers: Levers, model: nn.Module, ranks: Ranks | Non
         levers: What it does.
         model: It, or its twin.
         ranks: Over which ranks the step is distributed.
+        gathers: All-gathers of a step under it, if ZeRO-3 gathers.
     """
     notes = [known.chain.note] if known.chain.note else []
     if ranks is not None:
         notes.append(f"for {ranks}; all bytes are those of one rank")
         if ranks.gathers_for_groups:
-            notes.append("no groups of blocks: recomputing one would gather weights that FSDP2 has sharded again")
+            notes.append(
+                f"no groups of blocks: recomputing one would gather weights that {ranks.title} has sharded again"
+            )
+        if gathers:
+            notes.append(f"{gathers} all-gathers a step; {known.plain.gathers} without the plan")
     released = len(frozen_int8_linears(model))
     if released:
         notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")

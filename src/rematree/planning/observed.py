@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from rematree.engines import any_sharded, without_engine
+from rematree.engines import any_partitioned, any_sharded, without_engine
 from rematree.errors import UsageError
 from rematree.execute.own_compile import refuse_compiled
 from rematree.fingerprint import describe_batch, describe_model
@@ -106,10 +106,12 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
         clips=settings.clips,
     )
     plain = referee.run(Levers())
-    runs = is_measured(cost) and is_live(model, twin.device) and not any_sharded(model)
+    whole = not (any_sharded(model) or any_partitioned(model))
+    runs = is_measured(cost) and is_live(model, twin.device) and whole
     if runs:
         referee.pace = measure_pace(model, referee, plain)
         plain = referee.paced(plain)
+    around_modules = ranks is not None and ranks.engine == "zero3"  # Python around every module, which no graph holds
     options = survey(
         referee,
         chain,
@@ -118,7 +120,7 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
         lean=settings.may("lean_adapters"),
         # Their all-gathers are not priced, so a plan takes none but those of the step itself.
         groups=settings.may("groups") and not (ranks and ranks.gathers_for_groups),
-        compiler=Profiler(model, settings.steps) if settings.compiles else None,
+        compiler=Profiler(model, settings.steps) if settings.compiles and not around_modules else None,
         live=model if runs and settings.loss is None else None,
     )
     return Observed(twin, cost, overhead_of(cost, twin.device.type), referee, options, fingerprint, ranks)

@@ -13,14 +13,14 @@ from rematree.execute.adapters import DrawBits, dropouts_of, is_part, lean_forwa
 from rematree.execute.attention import attention_modules
 from rematree.execute.dropout import draw_bits, packed_bytes
 from rematree.execute.override import ForwardOverride
-from rematree.memory.ledger import Ledger, OpRecord
+from rematree.memory.ledger import Ledger
 from rematree.observation.observe import RegionStack, Twin
 from rematree.plans import Action, Decision, Levers
 from rematree.pricing.cost import Cost
 from rematree.quantised import hidden_tensors
 from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, inner_regions, join_path
 from rematree.solve.block import BlockOption
-from rematree.trace import BlockTrace, TraceOp, TraceSave
+from rematree.trace import BlockTrace, OpRecord, TraceOp, TraceSave
 
 _WORTH: Final = 0.99  # lean adapters must keep less than this share of what a block keeps
 

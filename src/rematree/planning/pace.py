@@ -22,7 +22,8 @@ from rematree.execute.attention import forget_attention
 from rematree.execute.override import ForwardOverride, remove_overrides
 from rematree.observation.observe import Twin
 from rematree.pricing.cost import Cost, Measured, unexpanded
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.units import MIB
 
 LARGEST: Final = 1024 * MIB  # saved by the block; a larger one is not run for its time

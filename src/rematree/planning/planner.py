@@ -24,7 +24,7 @@ from rematree.planning.settings import Settings, Told, shows_settings
 from rematree.planning.survey import Survey
 from rematree.plans import Action, BlockRow, Decision, Fingerprint, LedgerLine, Levers, Plan
 from rematree.referee.ranks import Ranks
-from rematree.referee.simulate import Simulation
+from rematree.referee.simulation import Simulation
 from rematree.solve.chain import position_peak
 from rematree.units import MIB, format_bytes, parse_bytes
 
@@ -214,7 +214,7 @@ class Planner:
             ledger=self._ledger(entry),
             rows=tuple(rows),
             fingerprint=observed.fingerprint,
-            notes=notes_on(known, levers, observed.twin.model, observed.ranks),
+            notes=notes_on(known, levers, observed.twin.model, observed.ranks, entry.simulation.gathers),
             versions=versions(),
         )
 

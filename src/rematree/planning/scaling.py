@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from rematree.memory.ledger import BEFORE_THE_BLOCKS
 from rematree.planning.survey import Survey
-from rematree.referee.simulate import Simulation
+from rematree.referee.simulation import Simulation
 from rematree.solve.chain import Advance, ChainProblem, HeadOption, StageOption
 
 

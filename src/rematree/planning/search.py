@@ -12,7 +12,8 @@ from typing import Final
 from rematree.errors import UnsupportedModelError
 from rematree.planning.survey import Survey
 from rematree.plans import Levers
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.solve.bound import Certified, certify
 from rematree.solve.chain import ChainChoice, in_runs, least_peak, solve_chain
 from rematree.solve.groups import Group, choice_peak

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rematree.planning.options import levers_of
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.regions import join_path
 from rematree.solve.block import BlockOption
 from rematree.solve.chain import Advance, StageOption

@@ -21,7 +21,8 @@ from rematree.planning.options import levers_of, merged, observe_block
 from rematree.planning.stages import length_for, measure_advances, measure_options
 from rematree.plans import Levers
 from rematree.referee.folding import shortened
-from rematree.referee.simulate import Referee, Simulation
+from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.regions import Chain
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainChoice, ChainProblem, HeadOption

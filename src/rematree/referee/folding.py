@@ -19,9 +19,10 @@ from typing import Any, Final
 
 from torch import nn
 
-from rematree.memory.ledger import Ledger, OpRecord, Segment
+from rematree.memory.ledger import Ledger
 from rematree.plans import Levers
 from rematree.regions import POSITIONAL_ATTRIBUTES, block_kind
+from rematree.trace import OpRecord, Segment
 
 _OUTSIDE: Final = object()
 Bytes = dict[str, int]

@@ -30,17 +30,21 @@ accelerate makes units of their own of the input embedding and of norm and outpu
 is outside the blocks, which is at most too high by the embedding. What NCCL allocates for itself is not counted.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from rematree.memory.accounts import BUCKETS, GATHERED, GATHERING, GRADIENTS, REDUCING, STATE, STEP, weights
-from rematree.memory.ledger import Segment
+from rematree.memory.ledger import Ledger
+from rematree.memory.recipes import Recipes
+from rematree.referee.at_work import Arrival, AtWork, whole_model
 from rematree.referee.moments import plus, with_moments
-from rematree.referee.ranks import Ranks
-from rematree.referee.zero import Arrival, ZeroTwo
+from rematree.referee.ranks import Ranks, works_in_copies
+from rematree.referee.zero import ZeroTwo
+from rematree.referee.zero3 import ZeroThree
+from rematree.trace import Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +74,18 @@ class Layout:
         accumulate: Gradients of an earlier micro-batch are there when the step begins; under FSDP2, their shards.
     Attributes:
         takes_gradients: Whether the engine takes each gradient as soon as it is there.
+        folds: Whether blocks may be left out of a simulated step.
     """
 
     takes_gradients = False  # autograd's gradients stay until the optimizer's step
+    folds = True
 
     def __init__(self, ranks: Ranks | None, model: nn.Module, blocks: Sequence[str], accumulate: bool = False) -> None:
+        self._model = model
         self._ranks = ranks
         self._accumulates = accumulate
-        # gloo, which is what a CPU has, gathers into a copy of the buffer and sums in a copy of what it is given, and
-        # both go when the collective is over; NCCL needs neither.
-        self._staged = int(next((p.device.type for p in model.parameters()), "") == "cpu")
+        # A copy of the buffer that is gathered into, and of what is summed; both go when the collective is over.
+        self._staged = int(works_in_copies(model))
         inside = [list(model.get_submodule(path).parameters()) for path in blocks]
         known = {id(p) for each in inside for p in each}
         self._blocks = [self._unit(each) for each in inside]
@@ -124,6 +130,14 @@ class Layout:
     def masters(self) -> list[nn.Parameter]:
         """What the optimizer steps in place of the trained parameters; nothing: it steps these."""
         return []
+
+    def resident(self, masters: Sequence[torch.Tensor]) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """What a process holds of the model all along, by line; `on_rank` puts parts in its place."""
+        yield from whole_model(self._model, masters)
+
+    def at_work(self, recipes: Recipes, ledger: Ledger) -> AtWork:
+        """The engine while a step runs: it changes the timeline later, in `on_rank`."""
+        return AtWork()
 
     def on_rank(self, segments: Sequence[Segment], arrivals: Sequence[Arrival], images: Sequence[int]) -> list[Segment]:
         """The timeline of a rank from that of one process.
@@ -239,8 +253,10 @@ class Layout:
 
 def layout_of(
     ranks: Ranks | None, model: nn.Module, blocks: Sequence[str], accumulate: bool = False
-) -> Layout | ZeroTwo:
+) -> Layout | ZeroTwo | ZeroThree:
     """What `ranks` do to the bytes of `model`; arguments as for `Layout`."""
     if ranks is not None and ranks.engine == "zero2":
         return ZeroTwo(ranks, model, blocks, accumulate)
+    if ranks is not None and ranks.engine == "zero3":
+        return ZeroThree(ranks, model)
     return Layout(ranks, model, blocks, accumulate)

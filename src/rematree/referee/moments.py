@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rematree.memory.ledger import Segment
+from rematree.trace import Segment
 
 Bytes = Mapping[str, int]
 

@@ -7,7 +7,7 @@ ledger; the result is the timeline, the peak with what was live at it, and the p
 
 import contextlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_leaves
 from rematree.execute.handle import Handle
 from rematree.execute.override import ForwardOverride
 from rematree.execute.stand_in import Profiles, StandIns
-from rematree.memory.accounts import BATCH, GRADIENTS, MASTERS, SAVED, STATE, STEP, weights
-from rematree.memory.ledger import BEFORE_THE_BLOCKS, Ledger, Segment
+from rematree.memory.accounts import BATCH, GRADIENTS, SAVED, STATE, STEP
+from rematree.memory.ledger import BEFORE_THE_BLOCKS, Ledger
 from rematree.memory.optimizers import Optimizer, optimizer_with_state
 from rematree.observation.observe import Twin
 from rematree.plans import Fingerprint, Levers, Plan
 from rematree.pricing.cost import Cost
 from rematree.pricing.devices import overhead_of
+from rematree.referee.at_work import AtWork
 from rematree.referee.clipping import clipping_seconds
 from rematree.referee.folding import (
     FarReadError,
@@ -39,76 +40,16 @@ from rematree.referee.folding import (
     whole,
 )
 from rematree.referee.layout import layout_of
-from rematree.referee.marks import HEAD, BlockMarks
+from rematree.referee.marks import BlockMarks
 from rematree.referee.ranks import Ranks
-from rematree.referee.zero import Arrival
+from rematree.referee.simulation import Simulation
+from rematree.referee.zero3 import ZeroThree
+from rematree.trace import Segment
 
 _BETWEEN: Final = "between backward and optimizer"
 _NOBODY: Final = Fingerprint("", "", "", "", (), "", "")  # the executor checks it only against live models
 _OPTIMIZER: Final = "optimizer"
 _FIRST: Final = "backward 0"
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """One simulated step.
-
-    Attributes:
-        peak_bytes: Largest live sum; what the allocator would hand out at once.
-        seconds: Sum of the prices of all ops.
-        at_peak: Bytes by category at the peak; the sum is `peak_bytes`.
-        segments: The timeline, by what was running.
-        misread: Regions whose placeholder was read outside a recomputation: their output must be stashed.
-        written: Saved regions whose output the recomputed region around them writes to: they cannot be saved alone.
-        graph: For each block, whether its input and its output require grad.
-        slack_bytes: Beyond the peak, what a GPU's allocator holds in segments that are in use.
-        tail_seconds: Of the backward of the first block, what comes after it: gradients of embeddings.
-        released_bytes: Of what the first block was given, what is held until the model's forward ends and no longer.
-    """
-
-    peak_bytes: int
-    seconds: float
-    at_peak: Mapping[str, int]
-    segments: tuple[Segment, ...]
-    misread: frozenset[str]
-    written: frozenset[str]
-    graph: tuple[tuple[bool, bool], ...]
-    slack_bytes: int = 0
-    tail_seconds: float = 0.0
-    released_bytes: int = 0
-
-    def segment(self, label: str) -> Segment | None:
-        """The segment called `label`, if the step had one."""
-        return next((s for s in self.segments if s.label == label), None)
-
-    def forward(self, block: int) -> Segment:
-        """Forward of block number `block`."""
-        segment = self.segment(f"forward {block}")
-        assert segment is not None
-        return segment
-
-    def backward(self, block: int) -> Segment | None:
-        """Backward of block number `block`; None when it builds no graph."""
-        return self.segment(f"backward {block}")
-
-    def block_seconds(self, block: int) -> float:
-        """Seconds of block number `block`, forward and backward."""
-        backward = self.backward(block)
-        tail = self.tail_seconds if block == 0 else 0.0
-        return self.forward(block).seconds + (backward.seconds - tail if backward else 0.0)
-
-    @property
-    def head(self) -> Segment:
-        """Everything between the last block's forward and its backward."""
-        segment = self.segment(HEAD)
-        assert segment is not None
-        return segment
-
-    def with_head(self, ratio: float) -> "Simulation":
-        """The same with the seconds of the head multiplied by `ratio`."""
-        head = replace(self.head, seconds=self.head.seconds * ratio)
-        segments = tuple(head if segment.label == HEAD else segment for segment in self.segments)
-        return replace(self, segments=segments, seconds=sum(segment.seconds for segment in segments))
 
 
 class Referee:
@@ -171,7 +112,7 @@ class Referee:
         if clips and self._stepper is not None:
             stepped = self._masters or self.trainable
             self._clipping_seconds = clipping_seconds(stepped, cost, twin.device, twin.mode)
-        self._container = list_of(twin.model, blocks) if folds else None
+        self._container = list_of(twin.model, blocks) if folds and self.layout.folds else None
         self.kinds = tuple(block_kinds(twin.model, blocks) if kinds is None else kinds)
         self.pace = dict(pace or {})
         self.head_pace: Mapping[int | None, float] = {}
@@ -198,6 +139,14 @@ class Referee:
 
     def run(self, levers: Levers) -> Simulation:
         """Simulate one step under `levers`."""
+        if not isinstance(self.layout, ZeroThree):
+            return self._folded(levers)
+        self.layout.forget()
+        first, later = (self._run(levers, whole(len(self.blocks))) for _ in range(2))
+        # What is gathered ahead and what stays whole is known from the second step on; the first must fit as well.
+        return replace(max(later, first, key=lambda step: step.peak_bytes), gathers=later.gathers)
+
+    def _folded(self, levers: Levers) -> Simulation:
         chain = whole(len(self.blocks))
         if self._container is not None:
             place = {path: index for index, path in enumerate(self.blocks)}
@@ -220,7 +169,7 @@ class Referee:
         model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type, self.twin.mode.recipes)
         marks = BlockMarks(ledger, chain.kept)
         absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
-        overrides, arrivals = list[ForwardOverride](), list[Arrival]()
+        overrides = list[ForwardOverride]()
         with contextlib.ExitStack() as undo:
             if absent:
                 assert self._container is not None
@@ -229,24 +178,33 @@ class Referee:
             plan = Plan.of(levers, _NOBODY)
             stand_ins = StandIns(self.profiles, levers.compiled, ledger)
             handle = Handle(plan, model, watcher=ledger, check_loss=False, compiler=stand_ins)
-            undo.callback(self._clear_gradients)
+            undo.callback(self._clear, (*self.trainable, *self._masters))
             undo.callback(handle.remove)
             for index in chain.kept:
                 overrides.append(ForwardOverride(model.get_submodule(self.blocks[index]), marks.around(index)))
                 undo.callback(overrides[-1].remove)
-            with self.twin.mode, self._gradients_known(ledger, arrivals):
+            with (
+                self.twin.mode,
+                self.layout.at_work(self.twin.mode.recipes, ledger) as engine,
+                self._gradients_known(ledger, engine),
+            ):
                 self._adopt(ledger)
                 with ledger:
                     self._forward_backward(ledger, marks)
+                engine.backward_is_over()
                 tail = marks.tail_seconds()
                 ledger.mark(_BETWEEN)
+                engine.step_begins()
                 left = self._adopt_gradients(ledger, [] if self.layout.takes_gradients else absent)
                 self._adopt_gradients(ledger, self._masters)
                 ledger.category = STEP
                 ledger.mark(_OPTIMIZER)
+                engine.stepping()
                 if self._stepper is not None and self.optimizer != "none":
                     with ledger:
                         self._stepper.step()
+                self._clear(self._masters)
+                engine.stepped()
                 ledger.mark("end")
         *step, between, optimizer = ledger.segments
         optimizer = replace(optimizer, seconds=optimizer.seconds + self._clipping_seconds)
@@ -256,7 +214,7 @@ class Referee:
         segments = [*unfold([*step, between], chain, left)]
         if segments[-1].label == _BETWEEN:
             segments.pop()
-        segments = self.layout.on_rank([*segments, optimizer], arrivals, chain.images)
+        segments = self.layout.on_rank([*segments, optimizer], engine.arrivals, chain.images)
         highest = max(segments, key=lambda segment: segment.peak_bytes)
         result = Simulation(
             highest.peak_bytes,
@@ -269,6 +227,7 @@ class Referee:
             ledger.slack_bytes,
             tail,
             marks.released_bytes,
+            engine.gathers,
         )
         return self.paced(result).with_head(self.head_pace.get(levers.loss_chunk_rows, 1.0))
 
@@ -284,16 +243,17 @@ class Referee:
         beside, scale = tail if segment.label == _FIRST else 0.0, self.pace.get(self.kinds[int(number)], 1.0)
         return replace(segment, seconds=(segment.seconds - beside) * scale + beside)
 
-    def _clear_gradients(self) -> None:
-        for parameter in (*self.trainable, *self._masters):
+    def _clear(self, parameters: Iterable[torch.Tensor]) -> None:
+        for parameter in parameters:
             parameter.grad = None
 
     def _existing(self) -> list[tuple[str, list[torch.Tensor]]]:
         """What exists before the step, by category."""
         state = [t for entry in self._stepper.state.values() for t in entry.values()] if self._stepper else []
+        with self.twin.mode:
+            resident = list(self.layout.resident(self._masters))
         return [
-            *((line, [tensor]) for tensor, line in weights(self.twin.model)),
-            (MASTERS, [*self._masters]),
+            *resident,
             (BATCH, [t for t in tree_leaves(self.twin.batch) if isinstance(t, torch.Tensor)]),
             (STATE, [t for t in state if isinstance(t, torch.Tensor)]),
         ]
@@ -324,13 +284,11 @@ class Referee:
         del loss
 
     @contextlib.contextmanager
-    def _gradients_known(self, ledger: Ledger, arrivals: list[Arrival]) -> Generator[None]:
+    def _gradients_known(self, ledger: Ledger, engine: AtWork) -> Generator[None]:
         def moved(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 ledger.move(parameter.grad, GRADIENTS)
-            if self.layout.takes_gradients:
-                arrivals.append(Arrival.now(parameter, ledger))
-                parameter.grad = None
+            engine.arrived(parameter)
 
         hooks = [p.register_post_accumulate_grad_hook(moved) for p in self.trainable]
         try:

@@ -21,47 +21,25 @@ a rank that two large parameters reach into has the largest. Counted is one that
 a flat tensor of each group of the optimizer: one for all is assumed, or one for matrices and one for the rest, as
 transformers' Trainer has them, whichever needs more.
 
-Not covered: offload, ZeRO-1, ZeRO-3, gradients in another dtype than the weights. What NCCL allocates is not counted.
+Not covered: offload, ZeRO-1, gradients in another dtype than the weights. What NCCL allocates is not counted.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Self
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from torch import nn
 
 from rematree.memory.accounts import BUCKETS, GATHERING, GRADIENTS, REDUCING, STEP
-from rematree.memory.ledger import Ledger, Segment
+from rematree.memory.ledger import Ledger
+from rematree.memory.recipes import Recipes
+from rematree.referee.at_work import Arrival, AtWork, Taking, whole_model
 from rematree.referee.moments import Bytes, plus, with_moments
-from rematree.referee.ranks import Ranks
+from rematree.referee.ranks import Ranks, works_in_copies
+from rematree.trace import Segment
 
 _FP32_BYTES: Final = 4
 _NORM_BYTES: Final = 8  # of an element, in fp64
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A gradient that is there, in a simulated step.
-
-    Attributes:
-        parameter: Identity of what it is for.
-        label: Of the segment that was running.
-        change: What was live then and not when the segment began, by category, the gradient included.
-        risen: Most bytes of the segment until then, beyond those at its beginning.
-    """
-
-    parameter: int
-    label: str
-    change: Mapping[str, int]
-    risen: int
-
-    @classmethod
-    def now(cls, parameter: torch.Tensor, ledger: Ledger) -> Self:
-        """That of `parameter`, which `ledger` has just seen."""
-        before, here = ledger._segment_start, ledger.by_category
-        change = {name: size - before.get(name, 0) for name, size in here.items()}
-        return cls(id(parameter), ledger.label, change, ledger._segment_peak - ledger._segment_live)
 
 
 class ZeroTwo:
@@ -73,12 +51,14 @@ class ZeroTwo:
         blocks: Module paths of the blocks that run.
         accumulate: Gradients of an earlier micro-batch are there when the step begins.
     Attributes:
-        takes_gradients: As of `Layout`.
+        takes_gradients, folds: As of `Layout`.
     """
 
     takes_gradients = True
+    folds = True
 
     def __init__(self, ranks: Ranks, model: nn.Module, blocks: Sequence[str], accumulate: bool = False) -> None:
+        self._model = model
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._elements = {id(p): p.numel() for p in self._trained}
         self._bytes = self._trained[0].itemsize if self._trained else _FP32_BYTES  # the engine casts all to one dtype
@@ -92,13 +72,21 @@ class ZeroTwo:
         largest = max((self._held_by(rank) for rank in range(ranks.count)), default=0)
         self._buffer = largest * self._bytes
         self._earlier = self._buffer if accumulate else 0
-        self._staged = total * self._bytes if next((p.device.type for p in self._trained), "") == "cpu" else 0
+        self._staged = total * self._bytes if works_in_copies(model) else 0
         self._inside = [[id(p) for p in model.get_submodule(path).parameters()] for path in blocks]
         self._place = {key: place for inside in self._inside for place, key in enumerate(inside)}
 
     def masters(self) -> list[nn.Parameter]:
         """The rank's part of the trained weights, which the optimizer steps; as fake as these."""
         return [nn.Parameter(self._trained[0].new_empty(self._part, dtype=torch.float32))] if self._trained else []
+
+    def resident(self, masters: Sequence[torch.Tensor]) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """What a rank holds of the model all along, by line."""
+        yield from whole_model(self._model, masters)
+
+    def at_work(self, recipes: Recipes, ledger: Ledger) -> AtWork:
+        """The engine while a step runs: gradients go as soon as they are there."""
+        return Taking(ledger)
 
     def gradients_left(self, block: int) -> int:
         """Bytes that the gradients of block number `block` take when its backward is over: they are in the bucket."""

@@ -17,7 +17,7 @@ from rematree.typed_json import read_typed
 
 if TYPE_CHECKING:
     from rematree.planning.planner import Planner
-    from rematree.referee.simulate import Simulation
+    from rematree.referee.simulation import Simulation
 
 FRONTIER_FORMAT: Final = 1
 POINTS: Final = 8  # each costs a solved chain and a simulated step before training begins

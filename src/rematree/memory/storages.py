@@ -1,0 +1,182 @@
+"""Which storages are live, by category, from mark to mark of a step: the ledger's books.
+
+Nothing here looks at ops. Whoever sees them (`rematree.memory.ledger`, and the engines of the referee) says which
+tensors there are; a storage leaves by itself when its last tensor goes.
+"""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from rematree.memory.accounts import ROUNDING, WORKSPACE
+from rematree.memory.allocator import CachingAllocator, rounded
+from rematree.trace import Segment
+
+
+@dataclass(slots=True)
+class Entry:
+    """One live storage.
+
+    Attributes:
+        uid: A number that no other storage of the step has.
+        num_bytes: Its size, 0 if it is on another device.
+        category: What it counts as.
+        padding: Bytes that a GPU's allocator adds.
+        block: Where that allocator has put it.
+        reference: To the storage.
+    """
+
+    uid: int
+    num_bytes: int
+    category: str
+    padding: int
+    block: Any
+    reference: "weakref.ref[torch.UntypedStorage]"
+
+
+class Storages:
+    """Live bytes by category, their peak, and the segments between marks.
+
+    Args:
+        device_type: Only storages on such a device count ("cpu", "cuda"); others weigh nothing.
+        caches: Sizes are rounded and segments counted as a GPU's allocator does.
+    Attributes:
+        category: What a storage counts as that is seen for the first time.
+        label: The latest mark.
+        segments: Those that have ended.
+    """
+
+    def __init__(self, device_type: str, caches: bool) -> None:
+        super().__init__()
+        self._allocator = CachingAllocator() if caches else None
+        self._device_type = device_type
+        self._entries: dict[int, Entry] = {}
+        self._next_uid = 0
+        self.label = "start"
+        self._segment_live, self._segment_peak, self._segment_seconds = 0, 0, 0.0
+        self._segment_start: dict[str, int] = {}
+        self._segment_at_peak: dict[str, int] = {}
+        self._segment_turn: dict[str, int] = {}
+        self.segments: list[Segment] = []
+        self.category = "other"
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.by_category: dict[str, int] = {}
+        self.at_peak: dict[str, int] = {}
+        self.seconds = 0.0
+
+    # -- storages ---------------------------------------------------------------------------------------------------
+
+    def adopt(self, tensors: Iterable[torch.Tensor], category: str) -> None:
+        """Count tensors that no op has made here: what exists before the step (weights, state), what engines make."""
+        for tensor in tensors:
+            self._entry(tensor, category)
+        self._raise_peak(0)
+
+    def move(self, tensor: torch.Tensor, category: str) -> None:
+        """Change the category of a live tensor's storage (a gradient is known as one only once it is accumulated)."""
+        entry = self._entry(tensor, category)
+        if entry.category != category:
+            self.by_category[entry.category] -= entry.num_bytes
+            self.by_category[category] = self.by_category.get(category, 0) + entry.num_bytes
+            entry.category = category
+
+    def size(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """(uid, bytes) of the storage of `tensor`; two tensors with one uid share memory."""
+        entry = self._entry(tensor, self.category)
+        return entry.uid, entry.num_bytes
+
+    def ran(self, seconds: float, workspace_bytes: int, line: str = WORKSPACE) -> None:
+        """Count what ran without an op to show for it: its time, and its most bytes beyond what is live now."""
+        self.seconds += seconds
+        self._segment_seconds += seconds
+        self._raise_peak(workspace_bytes, line)
+
+    def known(self) -> list[int]:
+        """Uids of all live storages."""
+        return [entry.uid for entry in self._entries.values()]
+
+    def _entry(self, tensor: torch.Tensor, category: str) -> Entry:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        entry = self._entries.get(key)
+        if entry is not None and entry.reference() is not None:
+            return entry
+        self._next_uid += 1
+        device: torch.device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        num_bytes = storage.nbytes() if device.type == self._device_type else 0
+        padding, block = 0, None
+        if self._allocator is not None:
+            padding, block = rounded(num_bytes) - num_bytes, self._allocator.allocate(num_bytes)
+        reference = weakref.ref(storage, lambda _: self._free(key))
+        entry = self._entries[key] = Entry(self._next_uid, num_bytes, category, padding, block, reference)
+        self.live_bytes += num_bytes + padding
+        self.by_category[category] = self.by_category.get(category, 0) + num_bytes
+        if padding:
+            self.by_category[ROUNDING] = self.by_category.get(ROUNDING, 0) + padding
+        return entry
+
+    def _free(self, key: int) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.live_bytes -= entry.num_bytes + entry.padding
+            self.by_category[entry.category] -= entry.num_bytes
+            if self._allocator is not None:
+                self._allocator.release(entry.block)
+                if entry.padding:
+                    self.by_category[ROUNDING] -= entry.padding
+            self._gone(entry)
+
+    def _gone(self, entry: Entry) -> None:
+        """The storage of `entry` has been freed."""
+
+    def _raise_peak(self, workspace: int, line: str = WORKSPACE) -> None:
+        padding = 0
+        if workspace and self._allocator is not None:
+            padding = rounded(workspace) - workspace
+            self._allocator.release(self._allocator.allocate(workspace))
+        here = self.live_bytes + workspace + padding
+        if here > self._segment_peak:
+            self._segment_peak = here
+            self._segment_at_peak = {**self.by_category}
+            for name, more in ((line, workspace), (ROUNDING, padding)):
+                self._segment_at_peak[name] = self._segment_at_peak.get(name, 0) + more
+            if here > self.peak_bytes:
+                self.peak_bytes, self.at_peak = here, self._segment_at_peak
+
+    @property
+    def slack_bytes(self) -> int:
+        """Most that the allocator's segments in use held, beyond the most that was allocated."""
+        return 0 if self._allocator is None else max(0, self._allocator.peak_held_bytes - self.peak_bytes)
+
+    # -- time line --------------------------------------------------------------------------------------------------
+
+    def mark(self, label: str) -> None:
+        """End the current segment and begin one called `label`."""
+        self.segments.append(
+            Segment(
+                self.label,
+                self._segment_live,
+                self._segment_peak,
+                self._segment_seconds,
+                self._segment_start,
+                self._segment_at_peak,
+                self._segment_turn,
+            )
+        )
+        self.label, self._segment_live, self._segment_peak = label, self.live_bytes, self.live_bytes
+        self._segment_start = self._segment_at_peak = dict(self.by_category)
+        self._segment_seconds, self._segment_turn = 0.0, {}
+
+    def turn(self) -> None:
+        """The forward pass is over, the backward pass begins."""
+        self._segment_turn = dict(self.by_category)
+
+    def since_mark(self) -> tuple[dict[str, int], int]:
+        """What is live now and was not at the latest mark, by category; and the most bytes since then beyond that."""
+        change = {name: size - self._segment_start.get(name, 0) for name, size in self.by_category.items()}
+        return change, self._segment_peak - self._segment_live
