@@ -15,6 +15,7 @@ from torch import nn
 
 from rematree.execute.adapters import lean_layers
 from rematree.execute.loss import find_head
+from rematree.execute.norms import lean_norms
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.planning.head_pace import HeadClock
 from rematree.planning.options import levers_of, merged, observe_block
@@ -181,11 +182,14 @@ def survey(
 
 
 def _lean_layers(model: nn.Module, chain: Chain) -> dict[str, tuple[str, ...]]:
-    """Paths of the adapter layers inside each block that can be lean, for blocks that have any."""
-    found = {
-        block: tuple(f"{block}.{path}" for path, _ in lean_layers(model.get_submodule(block))) for block in chain.blocks
-    }
-    return {block: paths for block, paths in found.items() if paths}
+    """Paths of the layers inside each block that can be lean, norms among them, for blocks with adapters that can."""
+    found: dict[str, tuple[str, ...]] = {}
+    for block in chain.blocks:
+        inside = model.get_submodule(block)
+        adapters = lean_layers(inside)
+        if adapters:
+            found[block] = tuple(f"{block}.{path}" for path, _ in (*adapters, *lean_norms(inside)))
+    return found
 
 
 def _beside_lean(
