@@ -1,4 +1,4 @@
-"""An adapter's products written out in a compiled block: as near to the true sum as the kernel, and only where meant."""
+"""Products of few terms written out in a compiled block: as near to the true sum as the kernel; only where meant."""
 
 from typing import Any
 

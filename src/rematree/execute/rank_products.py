@@ -15,10 +15,11 @@ import torch
 from torch._guards import detect_fake_mode
 from torch._inductor import inductor_prims
 
-_PRODUCT: Final = torch.ops.aten.mm.default
+_ATEN: Final = torch.ops.aten
+_PRODUCT: Final = _ATEN.mm.default
 MOST_TERMS: Final = 16  # of a sum, all written out; with more the kernel is as fast
-# Settings of torch's compiler. A sum of this many terms becomes part of the loop that reads it, and is not stored for its many
-# reads and operations; stored, its loop over rows and columns would not be joined with one over all elements.
+# Settings of torch's compiler. A sum of so many terms becomes part of the loop that reads it, and is not stored for its
+# many reads and operations: stored, its loop over rows and columns would not be joined with one over all elements.
 FUSED: Final = {
     "unroll_reductions_threshold": MOST_TERMS + 1,
     "realize_acc_reads_threshold": 8 * MOST_TERMS,
@@ -43,10 +44,10 @@ def write_out_products(graph: Any) -> int:
 def _few_terms(node: Any) -> bool:
     left, right = (argument.meta["val"] for argument in node.args)
     (rows, terms), columns = left.shape, right.shape[1]
-    if left.device.type != "cpu" or left.dtype is not torch.float32:
+    if left.device.type != "cpu" or left.dtype is not torch.float32 or not isinstance(terms, int):
         return False
     # As many rows or columns as terms: a gradient of weights in a batch of few tokens. There is nothing to be won.
-    return isinstance(terms, int) and terms <= MOST_TERMS and all(not isinstance(n, int) or n > terms for n in (rows, columns))
+    return terms <= MOST_TERMS and all(not isinstance(n, int) or n > terms for n in (rows, columns))
 
 
 def _write_out(graph: Any, node: Any) -> None:
@@ -61,11 +62,12 @@ def _write_out(graph: Any, node: Any) -> None:
         return made
 
     with graph.inserting_before(node):
-        terms, columns = right.meta["val"].shape
-        if right.meta["val"].stride(1) != 1:  # the loop goes along columns
-            right = call(inductor_prims.force_stride_order, right, (columns, 1))
-        each = call(torch.ops.aten.mul.Tensor, call(torch.ops.aten.unsqueeze.default, left, 2), call(torch.ops.aten.unsqueeze.default, right, 0))
-        total = call(torch.ops.aten.sum.dim_IntList, each, [1])
+        value = right.meta["val"]
+        if value.stride(1) != 1:  # the loop goes along columns
+            right = call(inductor_prims.force_stride_order, right, (value.shape[1], 1))
+        left, right = (call(_ATEN.unsqueeze.default, side, dim) for side, dim in ((left, 2), (right, 0)))
+        each = call(_ATEN.mul.Tensor, left, right)
+        total = call(_ATEN.sum.dim_IntList, each, [1])
     total.meta = {**node.meta, "val": total.meta["val"]}
     node.replace_all_uses_with(total)
     graph.erase_node(node)

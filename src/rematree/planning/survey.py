@@ -53,7 +53,7 @@ class Survey:
         problem: The same in numbers.
         plain: One step without any lever.
         fixed_seconds: Seconds of the step that no choice changes.
-        lean: Paths of the adapter layers of each block that can be lean.
+        lean: Paths of the adapter layers and norms of each block that can be lean.
         released: For each option of the first block, bytes of what that block was given that are gone by backward. Its
             numbers in `problem` are without them.
         compiled: What was measured of compiled blocks, and why others are not offered.
@@ -104,7 +104,7 @@ def survey(
         chain: Its blocks.
         plain: What it says of a step without any lever.
         chunk: Whether chunked loss may be used.
-        lean: Whether adapter layers may be lean.
+        lean: Whether adapter layers, and norms beside them, may be lean.
         groups: Whether blocks may be recomputed in groups.
         compiler: Compiles and measures blocks, if they may be compiled.
         live: The model itself, if its head may be run for its time.
