@@ -222,15 +222,10 @@ class _Compiler:
         from torch._inductor.compile_fx import compile_fx
 
         from rematree.execute.partition import Partitioner
-        from rematree.execute.rank_products import FUSED
 
         start = time.perf_counter()
         with cast("Any", config).patch(activation_memory_budget=self._budget):
-            patches = {
-                "fallback_random": True,
-                "custom_partitioner_fn": Partitioner(self._budget),
-                **FUSED,
-            }
+            patches = {"fallback_random": True, "custom_partitioner_fn": Partitioner(self._budget)}
             compiled = compile_fx(graph, inputs, config_patches=patches)
         self._seconds.append(time.perf_counter() - start)
         return compiled

@@ -22,11 +22,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
-from rematree.execute import attention_backward, joined_products, rank_products, row_slices
+from rematree.execute import attention_backward
 from rematree.execute.attention_backward import replace_attention_backward
-from rematree.execute.joined_products import join_products
-from rematree.execute.rank_products import write_out_products
-from rematree.execute.row_slices import slice_casts
 
 _SEEDED: Final = torch.Tag.nondeterministic_seeded
 _PROBABILITIES: Final = frozenset({"dropout_p", "p"})
@@ -56,15 +53,10 @@ class Partitioner(CustomPartitionerFn):
             node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": number}
         budget = max(self._budget, _LEAST) if drawn else self._budget
         with cast("Any", config).patch(activation_memory_budget=budget):
-            parts = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        for part in parts:
-            if write_out_products(part.graph) + join_products(part.graph) + slice_casts(part.graph):
-                part.recompile()
-        return parts
+            return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> Any:
-        files = (attention_backward, joined_products, rank_products, row_slices)
-        return get_hash_for_files((__file__, *(module.__file__ for module in files)), repr(self._budget))
+        return get_hash_for_files((__file__, attention_backward.__file__), repr(self._budget))
 
 
 def _remade_from_its_mask(graph: Any, node: Any) -> None:
