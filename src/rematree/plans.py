@@ -156,7 +156,8 @@ class Plan:
         ledger: Where the bytes are at the peak; the sum is `predicted_peak_bytes`.
         rows: One line a block.
         fingerprint: What the plan was made for.
-        lean: Paths of the adapter layers that keep one input and the bits of their dropout masks.
+        lean: Paths of the adapter layers that keep one input and the bits of their dropout masks, and of the norms
+            beside them that keep their input in its own dtype.
         compiled: Path of a block -> share of its saved bytes, 0 to 1, that its compiler may keep. Changes rounding.
         groups: Runs of consecutive blocks, each recomputed as one from the input of its first; a group may hold
             smaller ones.

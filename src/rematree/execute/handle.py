@@ -19,6 +19,7 @@ from rematree.execute.compiled import BlockCompiler, CompiledBlocks
 from rematree.execute.context import Captured
 from rematree.execute.group import Group
 from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
+from rematree.execute.norms import is_norm, lean_norm, why_no_norm
 from rematree.execute.override import ForwardOverride
 from rematree.execute.own_compile import refuse_compiled, refuse_compiling
 from rematree.execute.own_switch import OwnSwitch
@@ -137,13 +138,16 @@ class Handle:
         self._install_groups(number, plan)
 
     def _lean(self, plan: Plan, path: str, layer: nn.Module) -> Callable[..., Any]:
-        """What runs the adapter layer at `path` lean."""
-        reason = why_not(layer)
+        """What runs the layer at `path`, an adapter's or a norm, lean."""
+        norm = is_norm(layer)
+        reason = why_no_norm(layer) if norm else why_not(layer)
         if reason is not None:
             raise PlanMismatchError(
                 f"the plan runs {path} lean, which it cannot: {reason}",
                 remedies=["plan again with forbid=['lean_adapters']"],
             )
+        if norm:
+            return functools.partial(lean_norm, layer)
         draws: dict[str, DrawBits] = {}
         for name, region in dropouts_of(path, layer):
             if region in plan.decisions and effective_action(plan.decisions, path) is Action.RECOMPUTE:

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from rematree.execute.norms import is_norm
 from rematree.planning.survey import Survey
 from rematree.plans import Levers
 from rematree.quantised import frozen_int8_linears
@@ -31,7 +32,10 @@ def notes_on(known: Survey, levers: Levers, model: nn.Module, ranks: Ranks | Non
     if released:
         notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")
     if levers.lean:
-        notes.append(f"{len(levers.lean)} LoRA layers are lean: one input, shared and in its own dtype; exact")
+        norms = sum(is_norm(model.get_submodule(path)) for path in levers.lean)
+        beside = f", and {norms} norms" if norms else ""
+        lean = f"{len(levers.lean) - norms} LoRA layers{beside} are lean"
+        notes.append(f"{lean}: one input, shared and in its own dtype; exact")
     if levers.loss_chunk_rows is not None:
         said = f"chunked loss, {levers.loss_chunk_rows} rows at a time: changes rounding"
         notes.append(f"{said}; forbid with 'chunked_loss'")

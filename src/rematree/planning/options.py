@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from rematree.execute.adapters import DrawBits, dropouts_of, is_part, lean_forward
 from rematree.execute.attention import attention_modules
 from rematree.execute.dropout import draw_bits, packed_bytes
+from rematree.execute.norms import is_norm, lean_norm
 from rematree.execute.override import ForwardOverride
 from rematree.memory.ledger import Ledger
 from rematree.observation.observe import RegionStack, Twin
@@ -33,6 +34,9 @@ def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -
     inner = {name: m for name, m in inner_regions(block) if not any(is_part(name, layer) for layer in layers)}
     overrides: list[ForwardOverride] = []
     for name, layer in layers.items():  # innermost, and so before the regions
+        if is_norm(layer):
+            overrides.append(ForwardOverride(layer, functools.partial(lean_norm, layer)))
+            continue
         draws = {adapter: _draws_in(region, lambda: stack) for adapter, region in dropouts_of(name, layer)}
         overrides.append(ForwardOverride(layer, functools.partial(lean_forward, layer, draws)))
     stack = RegionStack(

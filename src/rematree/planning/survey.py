@@ -15,6 +15,7 @@ from torch import nn
 
 from rematree.execute.adapters import lean_layers
 from rematree.execute.loss import find_head
+from rematree.execute.norms import lean_norms
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.planning.head_pace import HeadClock
 from rematree.planning.options import levers_of, merged, observe_block
@@ -53,7 +54,7 @@ class Survey:
         problem: The same in numbers.
         plain: One step without any lever.
         fixed_seconds: Seconds of the step that no choice changes.
-        lean: Paths of the adapter layers of each block that can be lean.
+        lean: Paths of the adapter layers and norms of each block that can be lean.
         released: For each option of the first block, bytes of what that block was given that are gone by backward. Its
             numbers in `problem` are without them.
         compiled: What was measured of compiled blocks, and why others are not offered.
@@ -104,7 +105,7 @@ def survey(
         chain: Its blocks.
         plain: What it says of a step without any lever.
         chunk: Whether chunked loss may be used.
-        lean: Whether adapter layers may be lean.
+        lean: Whether adapter layers, and norms beside them, may be lean.
         groups: Whether blocks may be recomputed in groups.
         compiler: Compiles and measures blocks, if they may be compiled.
         live: The model itself, if its head may be run for its time.
@@ -182,11 +183,14 @@ def survey(
 
 
 def _lean_layers(model: nn.Module, chain: Chain) -> dict[str, tuple[str, ...]]:
-    """Paths of the adapter layers inside each block that can be lean, for blocks that have any."""
-    found = {
-        block: tuple(f"{block}.{path}" for path, _ in lean_layers(model.get_submodule(block))) for block in chain.blocks
-    }
-    return {block: paths for block, paths in found.items() if paths}
+    """Paths of the layers inside each block that can be lean, norms among them, for blocks with adapters that can."""
+    found: dict[str, tuple[str, ...]] = {}
+    for block in chain.blocks:
+        inside = model.get_submodule(block)
+        adapters = lean_layers(inside)
+        if adapters:
+            found[block] = tuple(f"{block}.{path}" for path, _ in (*adapters, *lean_norms(inside)))
+    return found
 
 
 def _beside_lean(

@@ -26,7 +26,7 @@ class BlockOption:
         stashed: Those of them whose output is kept because the rerun reads it.
         kept_bytes: Predicted bytes kept between forward and backward, block input not counted.
         rerun_seconds: Predicted seconds of the rerun.
-        lean: Whether the block's adapters keep one input each.
+        lean: Whether the block's adapters, and norms, keep one input each.
         compiled: Share of its saved bytes that the compiler of the block may keep, or None when it is not compiled.
     """
 
