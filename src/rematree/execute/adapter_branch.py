@@ -9,7 +9,6 @@ Letters: T tokens (all leading dimensions), I and O features in and out, r rank.
 Source: peft/tuners/lora/layer.py and bnb.py, 0.21.2; torch/csrc/autograd/FunctionsManual.cpp, 2.13.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -20,7 +19,6 @@ from torch.autograd.function import once_differentiable
 
 from rematree.execute.dropout import byte_table, look_up, packed_bytes
 
-_POWER_OF_TWO: Final = 0.5  # mantissa of a positive one, by `math.frexp`
 _PER_BRANCH: Final = 3  # tensors: A, B, bits
 _PIECES: Final = 4  # in which a mask is made and used
 _SMALL: Final = 1 << 20  # elements of a mask that is one piece
@@ -101,14 +99,9 @@ class _AddAdapters(torch.autograd.Function):
             assert first is not None
             assert second is not None
             dropped, _ = _dropped(x, how, branch, masks.pop(0))
-            product = dropped.mm(first.t())
+            delta = dropped.mm(first.t())
             del dropped
-            early = _may_scale_early(branch.scaling, how.compute)
-            if early:
-                product.mul_(branch.scaling)
-            delta = product.mm(second.t()).view(*x.shape[:-1], second.shape[0])
-            if not early:
-                delta.mul_(branch.scaling)
+            delta = delta.mm(second.t()).view(*x.shape[:-1], second.shape[0]).mul_(branch.scaling)
             if how.rounds_each:
                 delta = delta.to(out.dtype)
             # In place where the sum has its dtype; a sum of two numbers has no order.
@@ -141,15 +134,6 @@ class _AddAdapters(torch.autograd.Function):
         if of_input is not None:
             of_input = of_input.to(x.dtype)
         return None, None, grad.to(ctx.result_dtype) if needs[2] else None, of_input, *of_tensors
-
-
-def _may_scale_early(scaling: float, compute: torch.dtype) -> bool:
-    """Whether the [T, r] side of a product may be scaled in the place of its [T, O] side: the same bits.
-
-    A power of two changes exponents only, and commutes with every rounding, as long as no number leaves the range of
-    normal ones. That of fp16 is too narrow to count on it.
-    """
-    return math.frexp(scaling)[0] == _POWER_OF_TWO and compute is not torch.float16
 
 
 def _added_in_place(total: Tensor, other: Tensor) -> Tensor:
@@ -238,19 +222,12 @@ def _branch_grads(
     table = None if bits is None else byte_table(how.cast, branch.p, bits.device)
     dropped, drawn = _dropped_again(x, how, branch, bits, table)
     product = dropped.mm(first.t())  # again
-    early = _may_scale_early(branch.scaling, how.compute) and grad.is_contiguous()
     scaled = grad.to(how.compute)
-    if not early:
-        scaled = scaled * branch.scaling if scaled is grad else scaled.mul_(branch.scaling)
-    scaled = _rows(scaled)
-    if early and needs_second:
-        product.mul_(branch.scaling)
+    scaled = _rows(scaled * branch.scaling if scaled is grad else scaled.mul_(branch.scaling))
     if needs_second:
         of_second = _grad_of_right(scaled, product, second.t()).t()
     if needs_first or needs_input:
         of_product = _grad_of_left(scaled, _by_columns(product), second.t())
-        if early:
-            of_product.mul_(branch.scaling)
         del scaled, product
         if needs_first:
             of_first = _grad_of_right(of_product, dropped, first.t()).t()
