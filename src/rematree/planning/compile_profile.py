@@ -138,9 +138,7 @@ class Profiler:
                 reasons.append(f"one copy of {path} with its activations does not fit beside the model")
         return CompiledKinds(profiles, shares, tuple(reasons))
 
-    def _measured(
-        self, referee: Referee, path: str, plain: Simulation, priced: float
-    ) -> dict[float, CompiledProfile]:
+    def _measured(self, referee: Referee, path: str, plain: Simulation, priced: float) -> dict[float, CompiledProfile]:
         twin = referee.twin
         live = self._model.get_submodule(path)
         block = copy_of(live)
