@@ -136,7 +136,7 @@ def test_a_size_that_is_none_is_refused_before_the_model_is_loaded(
 
 @pytest.fixture(scope="module")
 def planned() -> tuple[library.Planner, nn.Module, Batch]:
-    model = with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"])
+    model = with_lora(build("llama", layers=2))
     batch = batch_for(model, rows=4)
     return library.Planner(model, batch, cost=COST, forbid=["chunked_loss"]), model, batch
 

@@ -26,7 +26,6 @@ from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.pricing.price import Free
 from rematree.regions import find_chain
-from trainers import QUICK
 
 # fp32: sums of a few hundred terms in another order. The plain block against itself in fp64 is off by as much.
 TOLERANCE = 5e-6
@@ -279,8 +278,7 @@ def test_compiling_counts_against_a_short_job(planned: Planned, monkeypatch: pyt
     assert set(known.shares.values()) == {0.0}  # a job of unknown length: it does not count
     again = {budget: replace(found, compile_seconds=8.0) for (_, budget), found in known.profiles.items()}
     monkeypatch.setattr(Profiler, "_measured", lambda *_: again)
-    make = functools.partial(Planner, model, batch, cost=planner.observed.cost, optimizer="none", forbid=QUICK)
-    short = make(allow_compile=True, steps=20)
+    short = Planner(model, batch, cost=planner.observed.cost, optimizer="none", allow_compile=True, steps=20)
     assert set(short.survey.compiled.shares.values()) == {8.0 / len(planner.survey.chain.blocks) / 20}
     assert not short.plan().compiled
 
