@@ -18,14 +18,18 @@ from rematree.measure import PeakMeter
 from rematree.planning.planner import Planner
 from rematree.pricing.cost import Roofline
 from rematree.units import parse_bytes
-from trainers import adapters, pad, quiet_arguments, rows_of
+from trainers import QUICK, adapters, pad, quiet_arguments, rows_of
 
 COST = Roofline(1e11, 1e10)
-
 
 LENGTHS = (12, 40, 9, 33, 21, 40, 17, 8, 30, 25, 11, 38)
 LONG = (40,) * 8  # every batch is the longest
 SLACK = (256 << 10) + 4096  # that every prediction holds, and the batch, which the meter does not see here
+
+
+def adapted(base: Any = None) -> Any:
+    """Two layers with adapters on two projections: the fewer regions there are, the fewer steps are simulated."""
+    return with_lora(build("llama", layers=2) if base is None else base, target_modules=["q_proj", "down_proj"])
 
 
 class LastStepPeak(TrainerCallback):
@@ -50,7 +54,7 @@ class LastStepPeak(TrainerCallback):
 def train(
     folder: Path, *callbacks: TrainerCallback, model: Any = None, lengths: tuple[int, ...] = LENGTHS, **settings: Any
 ) -> tuple[Any, list[float]]:
-    model = model if model is not None else with_lora(build("llama", layers=2))
+    model = model if model is not None else adapted()
     arguments = quiet_arguments(folder, max_steps=4, **settings)
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows_of(*lengths), data_collator=pad, callbacks=list(callbacks)
@@ -65,7 +69,7 @@ def limits() -> tuple[int, int]:
     rows: list[Any] = list(rows_of(*LENGTHS))
     batch = pad([row for row in rows if len(row["input_ids"]) == 40])
     batch["attention_mask"][-1, -1] = 0  # other batches of this size have padding, and with it a mask
-    planner = Planner(with_lora(build("llama", layers=2)), batch, cost=COST, forbid=["chunked_loss"])
+    planner = Planner(adapted(), batch, cost=COST, forbid=QUICK)
     return planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
 
 
@@ -96,7 +100,7 @@ def test_trainer_stays_inside_and_trains_the_same(
 ) -> None:
     budget = (limits[0] * 3 + limits[1]) // 4
     said: list[str] = []
-    callback = BudgetCallback(budget, cost=COST, forbid=["chunked_loss"], say=said.append)
+    callback = BudgetCallback(budget, cost=COST, forbid=QUICK, say=said.append)
     peak = LastStepPeak()
     model, losses = train(tmp_path, callback, peak)
     same_run(plain, model, losses)
@@ -126,7 +130,7 @@ def test_short_batches_run_under_plans_of_their_own(
 ) -> None:
     budget = (limits[0] + limits[1]) // 2
     said: list[str] = []
-    callback = BudgetCallback(budget, cost=COST, forbid=["chunked_loss"], say=said.append)
+    callback = BudgetCallback(budget, cost=COST, forbid=QUICK, say=said.append)
     steps = Steps(callback)
     model, losses = train(tmp_path, callback, steps)
     same_run(plain, model, losses)
@@ -149,7 +153,7 @@ def test_budget_in_the_training_arguments(
 ) -> None:
     budget = f"{limits[0] / 2**20 + 0.2:.2f}MiB"
     settings: dict[str, Any] = {name: True, f"{name}_kwargs": {"budget": budget}}
-    callback = BudgetCallback(cost=COST, forbid=["chunked_loss"], say=lambda text: None)
+    callback = BudgetCallback(cost=COST, forbid=QUICK, say=lambda text: None)
     model, losses = train(tmp_path, callback, **settings)
     same_run(plain, model, losses)
     assert callback.plan is not None
@@ -160,8 +164,8 @@ def test_budget_written_on_the_model(tmp_path: Path, limits: tuple[int, int]) ->
     """As a script does it that prepares for k-bit training: until the plan is applied, every layer is checkpointed."""
     base = prepare_model_for_kbit_training(build("llama", layers=2), budget=limits[1] * 2)
     assert is_activation_checkpointing(base)
-    model = with_lora(base)
-    callback = BudgetCallback(cost=COST, forbid=["chunked_loss"], say=lambda text: None)
+    model = adapted(base)
+    callback = BudgetCallback(cost=COST, forbid=QUICK, say=lambda text: None)
     train(tmp_path, callback, model=model)
     assert callback.plan is not None
     assert (callback.plan.budget_bytes, callback.plan.recomputes) == (limits[1] * 2, False)
@@ -172,7 +176,7 @@ def test_nothing_is_left_behind(tmp_path: Path, limits: tuple[int, int]) -> None
     model, _ = train(tmp_path)  # accelerate leaves a mark of its own
     before = {path: dict(module.__dict__) for path, module in model.named_modules()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    train(tmp_path, BudgetCallback(limits[0], cost=COST, forbid=["chunked_loss"], say=lambda text: None), model=model)
+    train(tmp_path, BudgetCallback(limits[0], cost=COST, forbid=QUICK, say=lambda text: None), model=model)
     assert applied_handle(model) is None
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
     for path, module in model.named_modules():
@@ -188,7 +192,7 @@ def predicted_within_slack(callback: BudgetCallback, peak: LastStepPeak) -> None
 
 def test_peak_is_the_predicted_one(tmp_path: Path, limits: tuple[int, int]) -> None:
     callback, peak = (
-        BudgetCallback(limits[0], cost=COST, forbid=["chunked_loss"], say=lambda text: None),
+        BudgetCallback(limits[0], cost=COST, forbid=QUICK, say=lambda text: None),
         LastStepPeak(),
     )
     train(tmp_path, callback, peak, lengths=LONG)
@@ -251,7 +255,7 @@ def test_messages(tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match="has no unit"):
         BudgetCallback("14")
-    model = with_lora(build("llama", layers=2))
+    model = adapted()
     with pytest.raises(InfeasibleBudgetError, match="below the smallest reachable peak") as caught:
         train(tmp_path, BudgetCallback("300KiB", cost=COST), model=model)
     assert caught.value.budget == 300 * 1024 < caught.value.min_peak

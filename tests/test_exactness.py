@@ -1,5 +1,7 @@
 """Design rule R1: Save and Recompute give the plain model's loss and gradients bit for bit, dropout included."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -9,16 +11,18 @@ from rematree.execute.handle import apply
 from rematree.planning.planner import Planner
 from rematree.plans import Action
 from rematree.pricing.cost import Roofline
+from trainers import QUICK
 
 # Prices do not matter for exactness; a fixed roofline makes the plans the same on every machine.
 COST = Roofline(5e10, 1e10)
 
 
-def check_five_budgets(model: nn.Module) -> None:
+def check_five_budgets(model: nn.Module, forbid: Sequence[str] = QUICK) -> Planner:
+    """Without lean adapters and groups every budget is met by Save and Recompute."""
     batch = batch_for(model)
     expected = gradients(model, batch)
     assert_same(expected, gradients(model, batch))  # the control: the plain model repeats itself
-    planner = Planner(model, batch, cost=COST, forbid=["chunked_loss"])
+    planner = Planner(model, batch, cost=COST, forbid=list(forbid))
     least, most = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
     assert least < most
     recomputed: set[int] = set()
@@ -31,11 +35,20 @@ def check_five_budgets(model: nn.Module) -> None:
     assert len(recomputed) > 1, "all budgets gave the same plan"
     assert 0 in recomputed
     assert_same(expected, gradients(model, batch))
+    return planner
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_lora_with_dropout(name: str) -> None:
     check_five_budgets(with_lora(build(name)))
+
+
+# Each of these levers has tests of its own, over architectures, in test_lean_plans.py and test_groups.py.
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES[1:])])
+def test_lora_with_every_exact_lever(name: str) -> None:
+    planner = check_five_budgets(with_lora(build(name)), ["chunked_loss"])
+    least = planner.plan(planner.min_peak_bytes())
+    assert least.lean or least.groups
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -45,9 +58,7 @@ def test_full_fine_tuning(name: str) -> None:
 
 def test_frozen_bottom_runs_once_and_keeps_no_graph() -> None:
     model = with_lora(build("llama"), target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3])
-    check_five_budgets(model)
-    batch = batch_for(model)
-    planner = Planner(model, batch, cost=COST, forbid=["chunked_loss"])
+    planner = check_five_budgets(model, ["chunked_loss"])
     plan = planner.plan(planner.min_peak_bytes())
     assert all(".layers.2" in path or ".layers.3" in path for path in plan.decisions)
     calls: list[int] = []
@@ -55,7 +66,7 @@ def test_frozen_bottom_runs_once_and_keeps_no_graph() -> None:
     for index, layer in enumerate(layers.children()):
         layer.get_submodule("mlp").register_forward_hook(lambda *_, index=index: calls.append(index))
     with apply(plan, model):
-        gradients(model, batch)
+        gradients(model, batch_for(model))
     assert calls.count(0) == 1
     assert calls.count(1) == 1
 

@@ -37,7 +37,7 @@ def test_the_head_is_run_with_every_loss_and_nothing_is_left_of_it(family: str) 
     before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
     attributes = [dict(vars(module)) for module in model.modules()]
     random = torch.get_rng_state()
-    clock = HeadClock(model, twin, blocks)
+    clock = HeadClock(model, twin, blocks, Referee(twin, blocks, COST).run(Levers()))
     ran.clear()  # the twin's blocks, whose output it asks for, have the hook too
     heads.clear()
     seconds = clock.seconds({None: 0, 8: 0})
@@ -58,7 +58,8 @@ def test_the_head_is_run_with_every_loss_and_nothing_is_left_of_it(family: str) 
 
 def test_a_head_too_large_to_be_run_gets_no_answer() -> None:
     model = with_lora(build("llama"))
-    clock = HeadClock(model, Twin(model, batch_for(model)), find_chain(model).blocks)
+    twin, blocks = Twin(model, batch_for(model)), find_chain(model).blocks
+    clock = HeadClock(model, twin, blocks, Referee(twin, blocks, COST).run(Levers()))
     assert clock.seconds({None: LARGEST + 1, 32: LARGEST}).keys() == {32}
 
 
@@ -90,6 +91,8 @@ def test_plans_are_made_and_confirmed_with_what_was_measured(monkeypatch: pytest
     model = with_lora(build("llama", layers=2), target_modules=["q_proj"])
     # The whole loss and chunks of 32 take as long as a day here, and there is no other choice.
     monkeypatch.setattr(HeadClock, "seconds", lambda _, workspaces: dict.fromkeys(workspaces, 86400.0))
+    # A busy machine: what no cache holds takes long. Of the head that is its weight, in the first simulated step only.
+    monkeypatch.setattr("rematree.pricing.cost.measure_cold_rate", lambda: 1e-7)
     planner = Planner(model, batch_for(model), optimizer="none")
     assert [head.seconds for head in planner.survey.problem.heads] == pytest.approx([86400.0, 86400.0])
     assert planner.plain_step()[1] == pytest.approx(86400.0, rel=0.01)

@@ -117,7 +117,7 @@ def batch_of(tokens: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    model = with_lora(build("llama"))
+    model = with_lora(build("llama"), target_modules=["q_proj", "down_proj"])
     model.config.use_cache = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return model
 

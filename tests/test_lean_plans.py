@@ -74,9 +74,9 @@ def test_plans_are_exact_and_predicted_to_the_byte(dtype: torch.dtype, made: Cal
         with rematree.apply(plan, model, batch):
             assert_same(expected, gradients(model, batch))
             assert_same(expected, gradients(model, batch))
-        # A generator's state is beside the model, and another is at a peak within a rerun; the slack is for that.
         beyond = measured(plan, model, batch) - (plan.predicted_peak_bytes - PEAK_SLACK)
-        assert min(abs(beyond), abs(beyond - torch.get_rng_state().nbytes)) < 1 << 10
+        # Below the dispatcher, out of the ledger's sight: the number that PEFT's layers scale by, as autograd keeps it.
+        assert beyond in range(0, 8 * (28 - len(plan.lean)) + 1, 8)
     assert_same(expected, gradients(model, batch))
 
 
@@ -198,7 +198,8 @@ def test_the_adapter_of_the_forward_is_rerun() -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_packed_models(kind: str, tmp_path: Path) -> None:
-    model = with_lora(quantised(build("llama", layers=2), kind, tmp_path), lora_dropout=0.05)
+    base = quantised(build("llama", layers=2), kind, tmp_path)
+    model = with_lora(base, lora_dropout=0.05, target_modules=["q_proj", "down_proj"])
     batch = batch_for(model)
     expected = gradients(model, batch)
     planner = Planner(model, batch, cost=COST, forbid=["chunked_loss", "compile"])
@@ -219,7 +220,7 @@ def test_a_layer_that_cannot_be_lean_is_refused() -> None:
 
 
 def test_models_without_such_layers_are_planned_as_before() -> None:
-    adapted = with_lora(build("llama", layers=2), use_dora=True, lora_dropout=0.0)
+    adapted = with_lora(build("llama", layers=2), use_dora=True, lora_dropout=0.0, target_modules=["q_proj"])
     for model in (adapted, build("llama", layers=2).train()):
         planner = Planner(model, batch_for(model), cost=COST, forbid=["chunked_loss", "compile"])
         assert planner.survey.lean == {}

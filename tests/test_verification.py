@@ -42,7 +42,7 @@ def recompute(model: nn.Module, batch: Batch, *regions: str) -> Plan:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     """A Llama under LoRA with dropout 0.1."""
-    return with_lora(build("llama", layers=2))
+    return with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"])
 
 
 @pytest.fixture(scope="module")

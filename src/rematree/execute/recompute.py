@@ -144,7 +144,7 @@ class Executor:
 
     def random_now(self) -> RandomState | None:
         """State of the generators; the same object as last time in this thread, if nothing was drawn since."""
-        now = RandomState.now(None if self.watcher is None else self.watcher.draws)
+        now = RandomState.now(self.watcher)
         thread = threading.get_ident()
         latest = self._latest.get(thread)
         before = None if latest is None else latest()

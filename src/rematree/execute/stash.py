@@ -21,7 +21,14 @@ def is_placeholder(tensor: torch.Tensor) -> bool:
 
 
 class Watcher(Protocol):
-    """What the referee wants to know while the executor runs on fake tensors."""
+    """What the referee wants to know while the executor runs on fake tensors.
+
+    Attributes:
+        draws: How many ops that draw random numbers lead from the beginning of the step to the state that the
+            generators are in. Whatever puts them back into a state of before says so here.
+    """
+
+    draws: int
 
     def placeholder(self, region: str, tensor: torch.Tensor) -> None:
         """`tensor` stands in for an output of `region`; its values mean nothing."""
@@ -31,11 +38,6 @@ class Watcher(Protocol):
 
     def written(self, region: str) -> None:
         """The recomputed region around `region`, a saved one, has written to its output."""
-
-    @property
-    def draws(self) -> int:
-        """How many ops that draw random numbers have run."""
-        ...
 
 
 class Around(Protocol):

@@ -25,7 +25,7 @@ from rematree.errors import UnsupportedModelError
 from rematree.execute.compiled import call_compiled, compiled_forward, why_no_compiler, why_not_compiled
 from rematree.execute.stand_in import CompiledProfile
 from rematree.measure import allocation_changes, storage_bytes
-from rematree.planning.pace import MOST_CACHED, calls_of, copy_of, is_live, made_up, timed
+from rematree.planning.pace import between_runs, calls_of, copy_of, is_live, made_up, timed
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
 from rematree.regions import block_kind
@@ -130,7 +130,7 @@ class Profiler:
             path = referee.blocks[index]
             priced = plain.block_seconds(index) / referee.pace.get(referee.kinds[index], 1.0)
             try:
-                for budget, found in self._measured(referee, path, priced).items():
+                for budget, found in self._measured(referee, path, plain, priced).items():
                     profiles[kind, budget] = found
                     shares[kind, budget] = found.compile_seconds / kinds.count(kind) / (self._steps or float("inf"))
             except UnsupportedModelError as error:
@@ -139,7 +139,7 @@ class Profiler:
                 reasons.append(f"one copy of {path} with its activations does not fit beside the model")
         return CompiledKinds(profiles, shares, tuple(reasons))
 
-    def _measured(self, referee: Referee, path: str, priced: float) -> dict[float, CompiledProfile]:
+    def _measured(self, referee: Referee, path: str, plain: Simulation, priced: float) -> dict[float, CompiledProfile]:
         twin = referee.twin
         live = self._model.get_submodule(path)
         block = copy_of(live)
@@ -147,16 +147,17 @@ class Profiler:
         if reason is not None or block is None:
             raise UnsupportedModelError(f"{path} cannot be compiled: {reason}")
         with torch.random.fork_rng([twin.device] if twin.device.type == "cuda" else []):
-            bench = _Bench(path, block, calls_of(twin, {0: path})[0], twin.device)
+            bench = _Bench(path, block, calls_of(twin, {0: path})[0], between_runs(plain, twin.device))
             return bench.compiled(self._budgets, priced)
 
 
 class _Bench:
-    """A copy of one block, and inputs for it."""
+    """A copy of one block, inputs for it, and memory to write over between its runs."""
 
-    def __init__(self, path: str, block: nn.Module, call: tuple[Any, Any], device: torch.device) -> None:
+    def __init__(self, path: str, block: nn.Module, call: tuple[Any, Any], between: torch.Tensor) -> None:
         self._path = path
-        self._device = device
+        self._between = between
+        self._device = device = between.device
         self.block = block
         torch.manual_seed(_SEED)
         self._args, self._kwargs = tree_map_only(FakeTensor, functools.partial(made_up, device=device), call)
@@ -265,11 +266,10 @@ class _Bench:
     def _seconds(self, runs: Sequence[Callable[[], Any]]) -> list[tuple[float, float]]:
         """Median (forward, backward) of each of `runs`, in turns."""
         found: list[list[tuple[float, float]]] = [[] for _ in runs]
-        between = torch.empty(MOST_CACHED, dtype=torch.uint8, device=self._device)
         for turn in range(_WARM_RUNS + _RUNS):
             for times, run in zip(found, runs, strict=True):
-                out, forward = timed(between, run)
-                _, backward = timed(between, functools.partial(self._backward, out, self._ones(out)))
+                out, forward = timed(self._between, run)
+                _, backward = timed(self._between, functools.partial(self._backward, out, self._ones(out)))
                 del out
                 if turn >= _WARM_RUNS:
                     times.append((forward, backward))

@@ -22,8 +22,9 @@ from rematree.execute.handle import forget_handle
 from rematree.execute.loss import attach_chunked_loss
 from rematree.execute.override import ForwardOverride
 from rematree.observation.observe import Twin, loss_of
-from rematree.planning.pace import CANNOT_RUN, LARGEST, MOST_CACHED, cleared, made_up, now
+from rematree.planning.pace import CANNOT_RUN, LARGEST, between_runs, cleared, made_up, now
 from rematree.quantised import hidden_tensors
+from rematree.referee.simulate import Simulation
 
 _FEWEST_RUNS: Final = 2
 _MOST_RUNS: Final = 4
@@ -39,13 +40,15 @@ class HeadClock:
         model: Copied from, not changed; on the device that prices ops.
         twin: It under fake tensors, with the batch.
         blocks: Module paths of its blocks, in order.
+        plain: The step without any lever, simulated.
     Cost:
         Two to four runs of the head with each loss, and what one needs in memory beside the weights. Within some
         12 seconds for all of them; what is left then gets no answer.
     """
 
-    def __init__(self, model: nn.Module, twin: Twin, blocks: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, twin: Twin, blocks: Sequence[str], plain: Simulation) -> None:
         self._device = twin.device
+        self._plain = plain
         self._model: nn.Module | None = None
         self._spent = 0.0
         try:
@@ -112,7 +115,7 @@ class HeadClock:
     @functools.cached_property
     def _between(self) -> torch.Tensor:
         """Overwritten, so that caches hold nothing of the head, as behind the blocks of a step."""
-        return torch.empty(MOST_CACHED, dtype=torch.uint8, device=self._device)
+        return between_runs(self._plain, self._device)
 
     def _without_blocks(self, model: nn.Module, blocks: Sequence[str]) -> nn.Module:
         kept = [*model.parameters(), *hidden_tensors(model)]

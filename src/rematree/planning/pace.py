@@ -27,7 +27,7 @@ from rematree.referee.simulation import Simulation
 from rematree.units import MIB
 
 LARGEST: Final = 1024 * MIB  # saved by the block; a larger one is not run for its time
-MOST_CACHED: Final = 256 * MIB  # bytes: more than the caches of a processor's core or of a GPU hold
+_MOST_CACHED: Final = 256 * MIB  # bytes: more than the caches of a processor's core or of a GPU hold
 _ENOUGH_SECONDS: Final = 1.0
 _MOST_RUNS: Final = 6
 CANNOT_RUN: Final = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError)
@@ -48,8 +48,7 @@ def measure_pace(model: nn.Module, referee: Referee, plain: Simulation) -> dict[
     chosen = {kind: index for index, kind in enumerate(referee.kinds) if _small_enough(plain, index)}
     paths = {kind: referee.blocks[index] for kind, index in chosen.items()}
     device, found = referee.twin.device, dict[int, float]()
-    # So many bytes of a step lie between two runs of a block in it.
-    between = torch.empty(min(plain.peak_bytes, MOST_CACHED), dtype=torch.uint8, device=device)
+    between = between_runs(plain, device)
     for kind, (args, kwargs) in calls_of(referee.twin, paths).items():
         predicted = plain.block_seconds(chosen[kind])
         block = copy_of(model.get_submodule(paths[kind]))
@@ -151,6 +150,11 @@ def _seconds(block: nn.Module, args: Any, kwargs: Any, between: torch.Tensor) ->
 
 def _graded(out: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def between_runs(plain: Simulation, device: torch.device) -> torch.Tensor:
+    """Memory to write over between two runs of a part of a step: as much as the step `plain` takes, within limits."""
+    return torch.empty(min(plain.peak_bytes, _MOST_CACHED), dtype=torch.uint8, device=device)
 
 
 def timed(between: torch.Tensor, run: Callable[[], Any]) -> tuple[Any, float]:

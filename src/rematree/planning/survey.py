@@ -114,7 +114,7 @@ def survey(
     """
     twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
     kinds, representatives = _kinds(referee, plain)
-    clock = None if live is None else HeadClock(live, twin, chain.blocks)
+    clock = None if live is None else HeadClock(live, twin, chain.blocks, plain)
     compiled = NOT_COMPILED
     if compiler is not None:
         compiled = compiler.measure(referee, plain, representatives)
@@ -159,7 +159,10 @@ def survey(
         few_kinds = [referee.kinds[index] for index in few]
         smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
         rows, heads, referee.head_pace = _measure_heads(smallest, chunk, clock)
-    plain = plain.with_head(referee.head_pace[None])
+    if clock is not None and plain.head.seconds > 0:
+        # Its head is the one that was run. Its price is not quite that of the short chain: in the first simulated step
+        # no weight is in a cache yet.
+        plain = plain.with_head(heads[0].seconds / plain.head.seconds)
     first = tuple(replace(o, kept=o.kept - gone) for o, gone in zip(stages[kinds[0]], released, strict=True))
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
