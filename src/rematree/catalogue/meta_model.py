@@ -6,15 +6,29 @@ give, tensor by tensor.
 
 import contextlib
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any, Final
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rematree.errors import UsageError
 from rematree.integrations.bitsandbytes import Quantisation, quantisation_config
 
 META: Final = torch.device("meta")
+# What fills a new weight. On the meta device nothing is filled, at a third of a millisecond each.
+_FILLS: Final[frozenset[Any]] = frozenset(
+    {
+        torch.nn.init.kaiming_uniform_,
+        torch.nn.init.uniform_,
+        torch.nn.init.normal_,
+        torch.nn.init.constant_,
+        torch.Tensor.uniform_,
+        torch.Tensor.normal_,
+        torch.Tensor.fill_,
+        torch.Tensor.zero_,
+    }
+)
 
 
 def build_meta_model(
@@ -34,7 +48,7 @@ def build_meta_model(
         Half a second for 80 layers.
     """
     kind = _class_for(config, name)
-    with _quiet(), META, _default_dtype(dtype):
+    with _quiet(), on_meta(), _default_dtype(dtype):
         try:
             model: Any = kind._from_config(config, dtype=dtype)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ImportError) as error:
@@ -49,6 +63,22 @@ def build_meta_model(
         if not any(_is_packed(module) for module in model.modules()):
             raise UsageError(f"--load-in-{quantisation.bits}bit: {name} has no linear layers that bitsandbytes packs")
     return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new tensors as they are."""
+
+    def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def on_meta() -> Generator[None]:
+    """What is made inside is on the meta device, and nothing is done to fill it."""
+    with META, _Unfilled():
+        yield
 
 
 def _class_for(config: Any, name: str) -> Any:

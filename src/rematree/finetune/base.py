@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rematree.catalogue.configs import ModelConfig, read_config
-from rematree.catalogue.meta_model import META, build_meta_model
+from rematree.catalogue.meta_model import build_meta_model, on_meta
 from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.model import LoadedModel, load_model, preferred_dtype, refuse_other_quantisation
@@ -118,7 +118,7 @@ def add_adapters(base: Any, config: TrainConfig) -> Any:
 
         set_seed(config.seed)
     try:
-        with warnings.catch_warnings(), META if absent else contextlib.nullcontext():
+        with warnings.catch_warnings(), on_meta() if absent else contextlib.nullcontext():
             # PEFT asks transformers by the old name of the property.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model: Any = get_peft_model(base, lora)

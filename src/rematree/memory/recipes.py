@@ -25,6 +25,8 @@ _PLAIN: Final = frozenset(
 _NEVER: Final = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 # Their outputs' offsets are arguments; all other views begin at a fixed distance from their base.
 _ABSOLUTE: Final = frozenset({torch.ops.aten.as_strided, torch.ops.aten.as_strided_, torch.ops.aten.as_strided_copy})
+_INDEX: Final = torch.ops.aten.index.Tensor  # as many outputs as its masks have true values, but for numbers one shape
+_MASKS: Final = frozenset({torch.bool, torch.uint8})
 _NONDETERMINISTIC: Final = torch.Tag.nondeterministic_seeded
 _VALUES: Final = (int, float, bool, type(None))
 
@@ -116,7 +118,8 @@ class Recipes:
     def learn(self, key: Any, func: Any, tensors: list[torch.Tensor], out: Any) -> None:
         """Remember that the op of `key` made `out` of `tensors`."""
         try:
-            if any(tag in func.tags for tag in _NEVER):
+            numbers = func is _INDEX and all(tensor.dtype not in _MASKS for tensor in tensors[1:])
+            if not numbers and any(tag in func.tags for tag in _NEVER):
                 raise _UnknownError
             fresh: set[int] = set()
             places = {tensor.untyped_storage()._cdata: place for place, tensor in enumerate(tensors)}

@@ -73,8 +73,9 @@ class Storages:
 
     def adopt(self, tensors: Iterable[torch.Tensor], category: str) -> None:
         """Count tensors that no op has made here: what exists before the step (weights, state), what engines make."""
-        for tensor in tensors:
-            self._entry(tensor, category)
+        with torch._C.DisableTorchFunction():  # a function mode is for code above, and would see every look at a tensor
+            for tensor in tensors:
+                self._entry(tensor, category)
         self._raise_peak(0)
 
     def move(self, tensor: torch.Tensor, category: str) -> None:

@@ -6,6 +6,7 @@ Everything left of the plan happens on the twin. The live model is read (names, 
 import copy
 import traceback
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from types import FrameType, TracebackType
@@ -184,6 +185,8 @@ class Twin:
                 elsewhere = is_shard(tensor) or is_flattened(tensor) or is_partitioned(tensor)
                 whole = whole_on_meta(tensor) if elsewhere else tensor
                 memo[id(tensor)] = self.mode.fake(whole, storages)
+        for module in model.modules():  # each has ten dicts of hooks, empty, whose copies would take half of the time
+            memo.update((id(each), OrderedDict()) for each in vars(module).values() if type(each) is OrderedDict and not each)
         self.model = copy_without_engine(model, memo)
         for parameter in model.parameters():
             # A fake tensor is a plain parameter; a packed one reads its scales from attributes of its own.

@@ -22,7 +22,7 @@ from rematree.memory.ledger import BEFORE_THE_BLOCKS, Ledger
 from rematree.memory.optimizers import Optimizer, optimizer_with_state
 from rematree.observation.observe import Twin
 from rematree.plans import Fingerprint, Levers, Plan
-from rematree.pricing.cost import Cost
+from rematree.pricing.cost import Cost, Free
 from rematree.pricing.devices import overhead_of
 from rematree.referee.at_work import AtWork
 from rematree.referee.clipping import clipping_seconds
@@ -103,7 +103,7 @@ class Referee:
         self._stepper: torch.optim.Optimizer | None = None
         self._masters: list[nn.Parameter] = []
         if self.trainable:
-            with twin.mode:
+            with twin.mode, Ledger(Free(), twin.device.type, twin.mode.recipes):  # it remembers what is made of nothing
                 self._masters = self.layout.masters()
                 pages = overhead_of(cost, twin.device.type).caches
                 self._stepper = optimizer_with_state(optimizer, self._masters or self.trainable, pages=pages)
