@@ -24,7 +24,11 @@ _PLAIN: Final = frozenset(
 )
 _NEVER: Final = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 # Their outputs' offsets are arguments; all other views begin at a fixed distance from their base.
-_ABSOLUTE: Final = frozenset({torch.ops.aten.as_strided, torch.ops.aten.as_strided_, torch.ops.aten.as_strided_copy})
+_ABSOLUTE: Final = frozenset(
+    id(getattr(packet, name))
+    for packet in (torch.ops.aten.as_strided, torch.ops.aten.as_strided_, torch.ops.aten.as_strided_copy)
+    for name in packet.overloads()
+)
 _INDEX: Final = torch.ops.aten.index.Tensor  # as many outputs as its masks have true values, but for numbers one shape
 _MASKS: Final = frozenset({torch.bool, torch.uint8})
 _NONDETERMINISTIC: Final = torch.Tag.nondeterministic_seeded
@@ -73,22 +77,30 @@ class Recipes:
         self._device = device
         self._known: dict[Any, Any] = {}
         self.facts: dict[Any, Any] = {}  # what the ledger found out about an op, by key
-        self._attributes: dict[torch.device, dict[str, Any]] = {}
+        self._ops: dict[int, Any] = {}  # held, so that no other op is ever found under the number of one of them
+        self._looks: dict[torch.device, tuple[dict[str, Any], bool]] = {}
 
     def key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]] | None:
         """What the op is remembered by, and its tensor arguments; None if it cannot be remembered."""
-        if func.overloadpacket in _ABSOLUTE:
+        name = id(func)  # an op's own hash is computed in Python
+        if name in _ABSOLUTE:
             return None
+        mode, strided = self._mode, torch.strided
         tensors: list[torch.Tensor] = []
+        parts: list[Any] = [name]
         try:
-            key = (
-                func,
-                *[self._part(value, tensors) for value in args],
-                self._part(kwargs, tensors) if kwargs else None,
-            )
+            for value in args:
+                if type(value) is FakeTensor:  # as in `_part`, without a call
+                    if value.fake_mode is not mode or value.constant is not None or value.layout is not strided:
+                        return None
+                    tensors.append(value)
+                    parts.append((value.shape, value.stride(), value.dtype, value.fake_device))
+                else:
+                    parts.append(self._part(value, tensors))
+            parts.append(self._part(kwargs, tensors) if kwargs else None)
         except _UnknownError:
             return None
-        return key, tensors
+        return tuple(parts), tensors
 
     def _part(self, value: Any, tensors: list[torch.Tensor]) -> Any:
         kind = type(value)
@@ -117,6 +129,7 @@ class Recipes:
 
     def learn(self, key: Any, func: Any, tensors: list[torch.Tensor], out: Any) -> None:
         """Remember that the op of `key` made `out` of `tensors`."""
+        self._ops[id(func)] = func
         try:
             numbers = func is _INDEX and all(tensor.dtype not in _MASKS for tensor in tensors[1:])
             if not numbers and any(tag in func.tags for tag in _NEVER):
@@ -172,18 +185,15 @@ class Recipes:
 
     def wrap(self, bare: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A fake tensor on `device` around a tensor on `meta`."""
-        attributes = self._attributes.get(device)
-        if attributes is None:
+        look = self._looks.get(device)
+        if look is None:
             made = FakeTensor(self._mode, bare, device)
-            self._attributes[device] = {**vars(made)}
+            # An absent device has nothing to tell but "meta", which is what the bare tensor says by itself.
+            self._looks[device] = {**vars(made)}, self._told is None or device != self._device
             return made
+        attributes, tells = look
         made = torch.Tensor._make_subclass(
-            FakeTensor,
-            bare,
-            bare.requires_grad,
-            # an absent device has nothing to tell but "meta", which is what the bare tensor says by itself
-            dispatch_device=self._told is None or device != self._device,
-            device_for_backend_keys=device,
+            FakeTensor, bare, bare.requires_grad, dispatch_device=tells, device_for_backend_keys=device
         )
         vars(made).update(attributes)
         return made

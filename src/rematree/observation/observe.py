@@ -186,7 +186,8 @@ class Twin:
                 whole = whole_on_meta(tensor) if elsewhere else tensor
                 memo[id(tensor)] = self.mode.fake(whole, storages)
         for module in model.modules():  # each has ten dicts of hooks, empty, whose copies would take half of the time
-            memo.update((id(each), OrderedDict()) for each in vars(module).values() if type(each) is OrderedDict and not each)
+            dicts = [value for value in vars(module).values() if type(value) is OrderedDict and not value]
+            memo.update((id(each), OrderedDict()) for each in dicts)
         self.model = copy_without_engine(model, memo)
         for parameter in model.parameters():
             # A fake tensor is a plain parameter; a packed one reads its scales from attributes of its own.

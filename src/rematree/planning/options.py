@@ -1,5 +1,6 @@
 """The ways to run one block: read off a trace of it, turned into levers, and put into words."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,10 @@ from rematree.solve.block import BlockOption
 from rematree.trace import BlockTrace, OpRecord, TraceOp, TraceSave
 
 _WORTH: Final = 0.99  # lean adapters must keep less than this share of what a block keeps
+
+
+class _SeenError(Exception):
+    """The block that is observed has run: nothing behind it is asked for."""
 
 
 def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -> BlockTrace:
@@ -64,16 +69,16 @@ def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -
         ledger.listener = listen
         try:
             with saved_tensors_hooks(pack, lambda tensor: tensor):
-                out = run(*args, **kwargs)
+                run(*args, **kwargs)
         finally:
             ledger.listener = None
-        return out
+        raise _SeenError
 
     overrides.append(ForwardOverride(block, around))
     try:
         with twin.mode:
             ledger.adopt([*twin.model.parameters(), *twin.model.buffers(), *hidden_tensors(twin.model)], "weights")
-            with ledger:
+            with ledger, contextlib.suppress(_SeenError):
                 twin.loss()
     finally:
         stack.remove()

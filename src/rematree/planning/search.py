@@ -104,13 +104,18 @@ class Search:
             alone = self._certify(limit).choice or alone
         if alone is not None:
             alone = in_runs(problem, alone, limit)
-        if not problem.advances:
+        if not problem.advances or (alone is not None and self._groups_cannot_win(alone, limit)):
             return alone
         grouped = solve_groups(problem, limit, quantum_for(problem, limit))
         if alone is None or grouped is None:
             return alone or grouped
         wins = alone.seconds - grouped.seconds
         return grouped if wins > _WORTH_GROUPS * self._survey.plain.seconds else alone
+
+    def _groups_cannot_win(self, alone: ChainChoice, limit: int) -> bool:
+        """Whether a bound that is known anyway says so: what holds within a larger limit holds within this one."""
+        known = max((found.seconds for at, found in self._certified.items() if at >= limit), default=-math.inf)
+        return alone.seconds - known <= _WORTH_GROUPS * self._survey.plain.seconds
 
     def bound(self, entry: Confirmed, budget: int | None) -> float:
         """Seconds that no choice goes below within `budget`, or within what `entry` takes where that is more.
