@@ -365,22 +365,38 @@ def test_no_operation_returns_as_much_as_the_logits(name: str, fake: bool) -> No
     assert chunked.largest < logits_elements  # the attention scores, B * 4 heads * T * T, are a little smaller
 
 
-@pytest.mark.parametrize(("rows", "most"), [(8, 3.75), (32, 2.5)])
-def test_the_heads_gradient_is_summed_in_fp32_without_a_wide_copy_of_what_is_added(rows: int, most: float) -> None:
+@pytest.mark.parametrize(
+    ("rows", "bias", "forward", "backward"),
+    [
+        # Several chunks: the sum, which is twice the gradient, an eighth of a chunk's gradient, and a chunk's logits;
+        # the whole gradient of a chunk where the head is more than a product. Then the gradient beside the sum.
+        (8, False, 2.75, 3.25),
+        (8, True, 3.75, 3.25),
+        # One chunk: its gradient and the copy of it that is scaled in place; a copy again, as autograd still holds that.
+        (32, False, 2.25, 2.25),
+    ],
+)
+def test_the_heads_gradient_is_summed_in_fp32_without_a_wide_copy_of_what_is_added(
+    rows: int, bias: bool, forward: float, backward: float
+) -> None:
     torch.manual_seed(0)
-    head = nn.Linear(64, 16384, bias=False, dtype=torch.bfloat16)
+    head = nn.Linear(64, 16384, bias=bias, dtype=torch.bfloat16)
+    params = tuple(head.parameters())
     hidden = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
     target = torch.randint(16384, (32,))
-    job = RowLoss(head, lambda logits: logits, (head.weight,), target, None, -100, "mean", 0.0, rows, scale_late=False)
+    job = RowLoss(head, lambda logits: logits, params, target, None, -100, "mean", 0.0, rows, scale_late=False)
     with PeakMeter(head) as meter:
-        chunked_loss(job, hidden).backward()
-    # Several chunks: the sum, which is twice the gradient, a chunk's gradient, a piece of it in fp32 and the logits of
-    # a chunk. One chunk: its gradient and the copy of it that is scaled in place.
-    assert meter.peak_bytes - meter.start_bytes < most * head.weight.nbytes
-    doubled = nn.Linear(64, 16384, bias=False, dtype=torch.float64)
+        loss = chunked_loss(job, hidden)
+    assert meter.peak_bytes - meter.start_bytes < forward * head.weight.nbytes
+    sums = meter.end_bytes - meter.start_bytes
+    with PeakMeter(head) as meter:
+        loss.backward()
+    assert sums + meter.peak_bytes - meter.start_bytes < backward * head.weight.nbytes
+    doubled = nn.Linear(64, 16384, bias=bias, dtype=torch.float64)
     doubled.load_state_dict(head.state_dict())
     F.cross_entropy(doubled(hidden.detach().double()), target).backward()
-    assert head.weight.grad is not None and doubled.weight.grad is not None
+    assert head.weight.grad is not None
+    assert doubled.weight.grad is not None
     off = (head.weight.grad.double() - doubled.weight.grad).norm() / doubled.weight.grad.norm()
     assert off < 4e-3  # two roundings to 16 bit, of the logits' gradient and of the sum
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from rematree.errors import VerificationError
 from rematree.execute.deferred import LogitRows
 from rematree.execute.head import Unary, autocast_as
+from rematree.execute.head_weight import add_product, is_product_with, past_views
 from rematree.execute.running_sum import added_in_place
 from rematree.units import MIB
 
@@ -27,7 +28,6 @@ from rematree.units import MIB
 _TILE_BYTES = {"cpu": 3 * MIB // 2}
 _TILE_BYTES_ELSEWHERE = 64 * MIB
 _PRODUCTS = frozenset({"MmBackward0", "AddmmBackward0"})
-_VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0"})
 _WINDOW_ROWS = 8  # few: whole, they must not need more than the smallest chunk does
 _WINDOW_CHUNK_ROWS = 4
 # Largest difference, relative to the largest gradient, that rounding can explain: a head that mixes rows is off by
@@ -91,24 +91,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: RowLoss, hidden: Tensor, *params: Tensor) -> Tensor:
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        grad_params: list[Tensor | None] = [None] * len(params)
+        sums: list[Tensor | None] = [None] * len(params)
         losses: list[Tensor] = []
         mean = job.reduction == "mean"
-        add = functools.partial(_add, alone=job.rows >= hidden.shape[0])
         with _own_saved_tensors():
             for start in range(0, max(hidden.shape[0], 1), job.rows):
                 part = slice(start, start + job.rows)
-                chunk_losses, chunk_grad, *chunk_grad_params = _chunk(
-                    job, hidden[part], job.target[part], hidden.requires_grad, mean and not job.scale_late
+                rows, target = hidden[part], job.target[part]
+                chunk_losses, chunk_grad = _chunk(
+                    job, rows, target, hidden.requires_grad, mean and not job.scale_late, sums
                 )
                 losses.append(chunk_losses)
                 if grad_hidden is not None:
+                    assert chunk_grad is not None
                     grad_hidden[part] = chunk_grad
-                grad_params = [add(total, grad) for total, grad in zip(grad_params, chunk_grad_params, strict=True)]
-                del chunk_grad, chunk_grad_params  # not beside the next chunk's logits
+                del chunk_grad  # not beside the next chunk's logits
         loss = job.reduce(torch.cat(losses))
         late = job.denominator(torch.float32).reciprocal() if mean and job.scale_late else None
-        ctx.save_for_backward(late, grad_hidden, *grad_params)
+        ctx.save_for_backward(late, grad_hidden, *sums)
         ctx.dtypes = [param.dtype for param in params]
         return loss
 
@@ -137,17 +137,20 @@ def chunked_loss(job: RowLoss, hidden: Tensor) -> Tensor:
     return apply(job, hidden, *job.params)
 
 
-def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, divide: bool) -> list[Any]:
-    """Losses [n] of one chunk, gradient of its hidden states [n, D], gradients of the head's parameters."""
+def _chunk(
+    job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, divide: bool, sums: list[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Losses [n] of one chunk and gradient of its hidden states [n, D]; those of the head's parameters go to `sums`."""
     hidden = hidden.detach().requires_grad_(wants_hidden)
     with torch.set_grad_enabled(wants_hidden or bool(job.params)):
         raw = job.head(hidden)
-    inputs = [*([hidden] if wants_hidden else []), *job.params]
     grad_raw = edge = None
+    alone, by_slices = len(target) == len(job.target), False
     if raw.requires_grad:
         # Taken before anything is written there: autograd would put a copy in front of the product for a view whose
         # memory has changed.
         edge = torch.autograd.graph.get_gradient_edge(raw)
+        by_slices = not alone and is_product_with(edge.node, hidden, job.params)
         grad_raw = raw.detach() if _is_product(raw) else torch.empty_like(raw)  # tile by tile in the place of logits
     losses: list[Tensor] = []
     seed = functools.cache(functools.partial(_seed, job, divide))
@@ -157,17 +160,22 @@ def _chunk(job: RowLoss, hidden: Tensor, target: Tensor, wants_hidden: bool, div
         losses.append(_tile(job, raw.detach()[rows], target[rows], seed, None if grad_raw is None else grad_raw[rows]))
     whole = losses[0] if len(losses) == 1 else torch.cat(losses)
     if edge is None:
-        return [whole, None, *(None for _ in job.params)]
+        return whole, None
+    inputs = [*([hidden] if wants_hidden else []), *(() if by_slices else job.params)]
     with autocast_as(hidden.device.type, None):  # as backward usually is: it would cast products again
-        grads = torch.autograd.grad(edge, inputs, grad_raw, allow_unused=True)
-    return [whole, *(() if wants_hidden else (None,)), *grads]
+        grads = [*torch.autograd.grad(edge, inputs, grad_raw, allow_unused=True)]
+        grad_hidden = grads.pop(0) if wants_hidden else None
+        if by_slices:
+            assert grad_raw is not None
+            sums[0] = add_product(sums[0], grad_raw, hidden.detach())
+        else:
+            sums[:] = [_add(total, grad, alone=alone) for total, grad in zip(sums, grads, strict=True)]
+    return whole, grad_hidden
 
 
 def _is_product(raw: Tensor) -> bool:
     """Whether `raw` is a matrix product, whose derivative does not read it: it may be overwritten before backward."""
-    node: Any = raw.grad_fn
-    while node is not None and node.name() in _VIEWS:
-        node = node.next_functions[0][0]
+    node = past_views(raw.grad_fn)
     return node is not None and node.name() in _PRODUCTS and raw.is_contiguous()
 
 
