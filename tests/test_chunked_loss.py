@@ -372,7 +372,7 @@ def test_no_operation_returns_as_much_as_the_logits(name: str, fake: bool) -> No
         # the whole gradient of a chunk where the head is more than a product. Then the gradient beside the sum.
         (8, False, 2.75, 3.25),
         (8, True, 3.75, 3.25),
-        # One chunk: its gradient and the copy of it that is scaled in place; a copy again, as autograd still holds that.
+        # One chunk: its gradient and the copy of it that is scaled in place, which autograd, too, copies.
         (32, False, 2.25, 2.25),
     ],
 )

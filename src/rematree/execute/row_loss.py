@@ -169,6 +169,7 @@ def _chunk(
             assert grad_raw is not None
             sums[0] = add_product(sums[0], grad_raw, hidden.detach())
         else:
+            del raw, edge, grad_raw  # not beside a copy
             sums[:] = [_add(total, grad, alone=alone) for total, grad in zip(sums, grads, strict=True)]
     return whole, grad_hidden
 
