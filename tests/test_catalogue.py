@@ -121,6 +121,12 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
             "the config of a gemma3 model needs text_config.num_hidden_layers",
         ),
         ({**LLAMA, "num_attention_heads": 5}, "transformers does not take this config of a llama model"),
+        # As on the Hub: nothing is missing in it, it is of no causal language model.
+        (
+            {**LLAMA, "model_type": "qwen2_5_vl", "vision_config": {"depth": 2}},
+            "transformers has no causal language model of type 'qwen2_5_vl'",
+        ),
+        ({"model_type": "vit"}, "transformers has no causal language model of type 'vit'"),
         ([1], "not a config: a JSON list where an object is needed"),
     ],
 )
@@ -144,9 +150,3 @@ def test_files_that_are_no_config_say_why(tmp_path: Path) -> None:
         read_config(str(empty))
     with pytest.raises(UsageError, match=r"model '\./nothing' is not there"):
         read_config("./nothing")
-
-
-def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
-    file = config_file(tmp_path, {**LLAMA, "model_type": "vit", "image_size": 32})
-    with pytest.raises(UsageError, match="no causal language model of type 'vit'"):
-        build_meta_model(read_config(file).config, dtype=torch.float32, name="it")

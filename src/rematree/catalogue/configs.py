@@ -108,6 +108,7 @@ def _from_hub(spec: str, revision: str | None) -> ModelConfig:
 def _as_object(raw: Mapping[str, Any], name: str) -> Any:
     """Transformers' config of the values in `raw`, which must state what decides the size of the model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known: Any = CONFIG_MAPPING
     kind = raw.get("model_type")
@@ -118,6 +119,11 @@ def _as_object(raw: Mapping[str, Any], name: str) -> Any:
         )
     if kind not in known:
         raise UsageError(f"{name}: transformers does not know model_type {kind!r}", details=_like(kind, list(known)))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(
+            f"{name}: transformers has no causal language model of type {kind!r}",
+            details=["what is fine-tuned here predicts the next token"],
+        )
     kind_of_config = known[kind]
     missing = _missing(raw, kind_of_config)
     if missing:
