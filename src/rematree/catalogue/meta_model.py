@@ -57,6 +57,8 @@ def build_meta_model(
                 or [type(error).__name__],
             ) from error
     model.eval()
+    # What transformers takes in the end where the name of a class, as GPT-2's, does not end in its task: and says so.
+    model.loss_type = model.loss_type or "ForCausalLM"
     if quantisation is not None:
         _pack(model, quantisation, dtype)
         if not any(_is_packed(module) for module in model.modules()):
