@@ -1,12 +1,16 @@
 """Models without weights: shapes by name have the published sizes, configs are read or refused with the reason."""
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from command_line import rematree
 from rematree.catalogue.configs import needs_no_weights, read_config
 from rematree.catalogue.meta_model import build_meta_model
 from rematree.catalogue.shapes import NamedShape, find_shape, nearest_names, shapes
@@ -113,7 +117,7 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
             {"model_type": "llama", "hidden_size": 8},
             "the config of a llama model needs num_hidden_layers, num_attention_heads, vocab_size, intermediate_size",
         ),
-        ({**LLAMA, "hidden_size": "big"}, "the config of a llama model needs hidden_size"),
+        ({**LLAMA, "hidden_size": "big"}, "the config of a llama model needs hidden_size as an integer"),
         ({"model_type": "gpt2", "n_embd": 8}, "the config of a gpt2 model needs n_layer, n_head, vocab_size"),
         ({"model_type": "gemma3"}, "the config of a gemma3 model needs text_config"),
         (
@@ -121,6 +125,12 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
             "the config of a gemma3 model needs text_config.num_hidden_layers",
         ),
         ({**LLAMA, "num_attention_heads": 5}, "transformers does not take this config of a llama model"),
+        # As on the Hub: nothing is missing in it, it is of no causal language model.
+        (
+            {**LLAMA, "model_type": "qwen2_5_vl", "vision_config": {"depth": 2}},
+            "transformers has no causal language model of type 'qwen2_5_vl'",
+        ),
+        ({"model_type": "vit"}, "transformers has no causal language model of type 'vit'"),
         ([1], "not a config: a JSON list where an object is needed"),
     ],
 )
@@ -146,7 +156,36 @@ def test_files_that_are_no_config_say_why(tmp_path: Path) -> None:
         read_config("./nothing")
 
 
-def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
-    file = config_file(tmp_path, {**LLAMA, "model_type": "vit", "image_size": 32})
-    with pytest.raises(UsageError, match="no causal language model of type 'vit'"):
-        build_meta_model(read_config(file).config, dtype=torch.float32, name="it")
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What transformers logs, also what it has said once."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    library: Any = transformers.utils.logging
+    library.warning_once.cache_clear()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+LONGROPE: dict[str, Any] = {  # as Phi 3.5's
+    **LLAMA,
+    "model_type": "phi3",
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 16,
+    "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 4, "short_factor": [1.0] * 4},
+}
+
+
+@pytest.mark.parametrize("values", [{**GPT2, "vocab_size": 96}, LONGROPE], ids=lambda values: values["model_type"])
+def test_planning_with_a_published_config_warns_of_nothing(
+    tmp_path: Path, heard: list[str], values: dict[str, Any]
+) -> None:
+    words = ["--max-length", 16, "--no-packing", "--device", "h100", "--forbid", "groups"]
+    found = rematree("plan", config_file(tmp_path, values), *words)
+    assert found.code == 0, found.err
+    assert not heard

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from hypothesis import strategies as st
 
 from command_line import rematree, remedies
 from rematree.errors import InfeasibleBudgetError
+from rematree.finetune.config import TrainConfig
 from rematree.finetune.fit import Grid, Probe, find_largest
+from rematree.finetune.remedies import working_changes
+from rematree.finetune.target import Target
 from rematree.plans import Plan
+from rematree.pricing.devices import find_device
 from rematree.units import MIB
 from test_finetune_tiny import save_tiny_model
 
@@ -284,3 +289,49 @@ def test_a_budget_is_that_of_the_device_by_default(model: str) -> None:
     assert plan["budget_bytes"] > 23 * 1024 * MIB
     advice = rematree("advise", model, *ADAPTERS, *SHAPE, "--device", "rtx-4090", "--json").data
     assert advice["budget_bytes"] == plan["budget_bytes"]
+
+
+def test_a_run_that_no_budget_and_no_fewer_tokens_help_is_told_of_a_device(model: str) -> None:
+    device = replace(find_device("rtx-4060-ti-16gb"), usable_bytes=8 * MIB)  # less than its context takes
+    run: dict[str, Any] = {"model": model, "data": "", "budget": 1, "output_dir": Path(), "max_length": 32}
+    config = TrainConfig(**run, lora_target_modules=("down_proj",), forbid=("groups", "lean_adapters"))
+    target = Target(device)
+    shape = target.shape(config, full=False)
+    with pytest.raises(InfeasibleBudgetError) as error:
+        target.planner(shape, config).plan(device.usable_bytes)
+    changes = working_changes(error.value, config, lambda line: None, target=target, shape=shape)
+    assert changes == [{"device": "rtx-3080", "budget": None}]  # the smallest of its make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "options", "expected"),
+    [
+        (16384, [], [{"--load-in-4bit"}, {"--device=l4"}]),
+        (8192, ["--full"], [set(), {"--full", "--device=l4"}]),  # adapters fit as they are
+        (16384, ["--full"], [{"--load-in-4bit"}, {"--full", "--device=a100-80gb"}]),
+    ],
+    ids=str,
+)
+def test_a_run_whose_weights_are_too_large_is_told_what_fits(
+    tmp_path: Path, size: int, options: list[str], expected: list[set[str]]
+) -> None:
+    """Neither a larger budget nor fewer tokens help; each command that is named does."""
+    config = {"model_type": "llama", "hidden_size": size, "intermediate_size": 4 * size, "num_hidden_layers": 2}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**config, "num_attention_heads": 64, "vocab_size": 96}))
+    given = ["--max-length", "64", "--lora-dropout", "0", "--forbid", "groups,lean_adapters,chunked_loss"]
+    outcome = rematree("plan", str(file), *given, *options, "--device", "rtx-4060-ti-16gb")
+    assert outcome.code == 3, outcome.err
+    commands = remedies(outcome)
+    for words in commands:
+        again = rematree(*words, "--json")
+        assert again.code == 0, (words, again.err)
+        plan = Plan.from_json(again.out)
+        assert plan.budget_bytes is not None
+        assert plan.predicted_peak_bytes <= plan.budget_bytes
+    said = [" ".join(words).replace("--device ", "--device=").split() for words in commands]
+    assert [
+        {word for word in words if word.startswith(("--load", "--full", "--dev"))} - {"--device=rtx-4060-ti-16gb"}
+        for words in said
+    ] == expected

@@ -61,22 +61,38 @@ def test_steps_with_a_plan_are_those_of_the_engine_without_one() -> None:
 def test_losses_are_those_of_one_process_and_peaks_those_that_were_predicted(count: int) -> None:
     settings = [(Ranks("zero2", count, bucket_elements=size), lora) for size in BUCKETS for lora in (True, False)]
     settings.append((Ranks("zero2", count, bucket_elements=BUCKETS[0], overlaps=True), False))
+    check_losses_and_peaks(settings)
+
+
+@pytest.mark.parametrize(("dtype", "accumulates"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_peaks_in_16_bit_and_with_accumulation(dtype: torch.dtype, accumulates: bool) -> None:
+    check_peaks_in(Ranks("zero2", 2, bucket_elements=BUCKETS[0]), dtype, accumulates)
+
+
+def test_a_model_under_the_engine_is_planned_as_before_it_was_and_left_as_it_is() -> None:
+    check_planning_under_the_engine(Ranks("zero2", 2, bucket_elements=SMALL_BUCKET))
+
+
+# -- what is asked of ZeRO-3 as well (test_zero3_ranks.py) ------------------------------------------------------------
+
+
+def check_losses_and_peaks(settings: list[tuple[Ranks, bool]]) -> None:
+    """All of `settings`, of equally many ranks: two plans' peaks for each, and losses with and without LoRA."""
     plans = [(ranks, lora, plan) for ranks, lora in settings for plan in planned(ranks, lora, torch.float32)]
     tasks: list[tuple[Any, ...]] = [(ranked_zero.peak, *setting, TALL) for setting in plans]
     trained = [next(setting for setting in plans if setting[1] == lora) for lora in (True, False)]
     tasks += [(ranked_zero.losses, *setting, STEPS) for setting in trained]
-    found = run(count, tasks)
+    found = run(settings[0][0].count, tasks)
     for (_, _, plan), measured in zip(plans, found, strict=False):
         check_peaks(measured, plan)
     for (_, lora, _), losses in zip(trained, found[-2:], strict=True):
         check_losses(losses, lora)
 
 
-@pytest.mark.parametrize(("dtype", "accumulates"), [(torch.bfloat16, False), (torch.float32, True)])
-def test_peaks_in_16_bit_and_with_accumulation(dtype: torch.dtype, accumulates: bool) -> None:
-    ranks = Ranks("zero2", 2, bucket_elements=BUCKETS[0])
+def check_peaks_in(ranks: Ranks, dtype: torch.dtype, accumulates: bool) -> None:
+    """Peaks of weights in `dtype`, or of the last of two micro-batches."""
     plans = [(lora, plan) for lora in (True, False) for plan in planned(ranks, lora, dtype, 1 + accumulates)]
-    found = run(2, [(ranked_zero.peak, ranks, lora, plan, TALL, accumulates, dtype) for lora, plan in plans])
+    found = run(ranks.count, [(ranked_zero.peak, ranks, lora, plan, TALL, accumulates, dtype) for lora, plan in plans])
     for (_, plan), measured in zip(plans, found, strict=True):
         check_peaks(measured, plan)
 
@@ -88,10 +104,10 @@ def check_peaks(measured: list[int], plan: Plan) -> None:
     assert max(measured) >= (1 - WITHIN) * (plan.predicted_peak_bytes - PEAK_SLACK)
 
 
-def test_a_model_under_the_engine_is_planned_as_before_it_was_and_left_as_it_is() -> None:
-    ranks = Ranks("zero2", 2, bucket_elements=SMALL_BUCKET)
+def check_planning_under_the_engine(ranks: Ranks) -> None:
+    """A plan made under the engine is that of one process, and measuring leaves the engine's steps as they were."""
     alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ranks)
-    for found in several_ranks.run(2, ranked_zero.planned_here, ranks):
+    for found in several_ranks.run(ranks.count, ranked_zero.planned_here, ranks):
         assert found["plan"] == alone
         assert not found["levers"].decisions  # without a budget nothing is recomputed
         assert same(found["measured"], found["left alone"])

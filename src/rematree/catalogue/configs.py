@@ -1,7 +1,9 @@
 """The config of a model that is planned without its weights: from the catalogue, from a file, or from the Hub."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -108,6 +110,7 @@ def _from_hub(spec: str, revision: str | None) -> ModelConfig:
 def _as_object(raw: Mapping[str, Any], name: str) -> Any:
     """Transformers' config of the values in `raw`, which must state what decides the size of the model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known: Any = CONFIG_MAPPING
     kind = raw.get("model_type")
@@ -118,6 +121,11 @@ def _as_object(raw: Mapping[str, Any], name: str) -> Any:
         )
     if kind not in known:
         raise UsageError(f"{name}: transformers does not know model_type {kind!r}", details=_like(kind, list(known)))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(
+            f"{name}: transformers has no causal language model of type {kind!r}",
+            details=["what is fine-tuned here predicts the next token"],
+        )
     kind_of_config = known[kind]
     missing = _missing(raw, kind_of_config)
     if missing:
@@ -127,12 +135,25 @@ def _as_object(raw: Mapping[str, Any], name: str) -> Any:
         )
     values = {key: value for key, value in raw.items() if key not in ("model_type", "quantization_config")}
     try:
-        return kind_of_config.from_dict(values)
+        with _without_advice():
+            return kind_of_config.from_dict(values)
     except Exception as error:  # the classes check values with exceptions of their own, of several libraries
         first = [line.strip() for line in str(error).splitlines() if line.strip()][:3]
         raise UsageError(
             f"{name}: transformers does not take this config of a {kind} model", details=first or [type(error).__name__]
         ) from error
+
+
+@contextlib.contextmanager
+def _without_advice() -> Generator[None]:
+    """Transformers says how a config should have been written, which is not for those who plan with it."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _missing(raw: Mapping[str, Any], kind: Any) -> list[str]:
@@ -148,7 +169,8 @@ def _missing(raw: Mapping[str, Any], kind: Any) -> list[str]:
     default = getattr(kind, _FEED_FORWARD, None)
     if isinstance(default, int):
         needed.append(_FEED_FORWARD)
-    return [name for name in needed if not isinstance(raw.get(name, None), int)]
+    wrong = [name for name in needed if not isinstance(raw.get(name), int)]
+    return [f"{name} as an integer" if name in raw else name for name in wrong]
 
 
 def _like(wanted: str, names: Sequence[str]) -> list[str]:

@@ -77,7 +77,7 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 
 def command_with(ctx: typer.Context, **changes: Any) -> str:
-    """The command as it was given, with other values for some of its parameters, ready for a shell."""
+    """The command as it was given, with other values for some of its parameters, None to leave one out, for a shell."""
     words = ["rematree", ctx.info_name or ""]
     for parameter in ctx.command.params:
         name = str(parameter.name)
@@ -86,6 +86,8 @@ def command_with(ctx: typer.Context, **changes: Any) -> str:
         if not given and name not in changes:
             continue
         value = changes.get(name, ctx.params[name])
+        if value is None:
+            continue
         if parameter.param_type_name == "argument":
             words.append(str(value))
         elif isinstance(value, bool):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -73,7 +73,7 @@ def plan(
     try:
         made = target.planner(shape, config).plan(budget_bytes)
     except InfeasibleBudgetError as error:
-        changes: list[dict[str, Any]] = working_changes(error, config, hint, target=target, shape=shape)
+        changes = working_changes(error, config, hint, target=target, shape=shape, full=full)
         raise error.with_remedies(command_with(ctx, **change) for change in changes) from None
     made = described(made, config, target, shape, full=full)
     if output is not None:

@@ -121,6 +121,10 @@ def add_adapters(base: Any, config: TrainConfig) -> Any:
         with warnings.catch_warnings(), on_meta() if absent else contextlib.nullcontext():
             # PEFT asks transformers by the old name of the property.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            # It finds out which of a model's layers are stored transposed, and says so of each kind.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+            # What it says of modules is for stacks of experts, which are none, and it is followed there.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
             model: Any = get_peft_model(base, lora)
     except ValueError as error:
         said = (str(error).splitlines() or [""])[0]

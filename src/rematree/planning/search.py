@@ -155,7 +155,8 @@ class Search:
         low: int | None = None
         fastest, fitting = -math.inf, math.inf  # seconds of the choices at `high` and at `low`
         limit, floor = high, -1
-        for _ in range(_MAX_CONFIRMATIONS):
+        tried = 0
+        while tried < _MAX_CONFIRMATIONS or low is None:
             entry = self._at(limit, exactly=self._certifies and limit == high == top)
             if entry is None:
                 limit = floor = max(limit, self._least_limit)
@@ -172,7 +173,14 @@ class Search:
                 if limit == floor:
                     return
                 high, fastest = limit, entry.choice.seconds
-                limit = limit - max(over, self._quantum) if low is None else (low + limit) // 2
+                if low is None:
+                    # Down to what it adds up to the choice is the same. Steps double: the allocator's slack may grow
+                    # as the limit falls, and where nothing fitted in the end, the slowest plan would be taken.
+                    taken = choice_peak(self._survey.problem, entry.choice)
+                    limit = min(limit - (max(over, self._quantum) << tried), taken - self._quantum)
+                else:
+                    limit = (low + limit) // 2
+            tried += 1
             if fitting - fastest <= _WORTH_SEARCHING * self._survey.plain.seconds:
                 return
 

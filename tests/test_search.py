@@ -1,0 +1,41 @@
+"""The search for a plan that the referee confirms, with a referee whose errors are known."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from chain_problems import layers
+from rematree.planning.search import Search
+from rematree.solve.chain import ChainChoice
+from rematree.solve.groups import choice_peak
+from rematree.units import MIB
+
+PROBLEM = layers(20, kept=30 * MIB, boundary=MIB)
+ALL_SAVED = ChainChoice((2,) * 20, 0, 0.0)
+
+
+def search(slack: Any) -> Search:
+    """Over a step of 20 blocks that takes what the solver adds up and `slack` of it."""
+    plain = choice_peak(PROBLEM, ALL_SAVED)
+
+    def run(choice: ChainChoice) -> Any:
+        taken = choice_peak(PROBLEM, choice)
+        return SimpleNamespace(misread=(), peak_bytes=taken, slack_bytes=slack(plain - taken))
+
+    survey: Any = SimpleNamespace(
+        problem=PROBLEM, plain=SimpleNamespace(peak_bytes=plain, seconds=100.0), levers=lambda choice: choice
+    )
+    referee: Any = SimpleNamespace(run=run)
+    return Search(survey, referee, 0)
+
+
+@pytest.mark.parametrize("growing", [50, 200, 400])
+def test_slack_that_grows_as_memory_is_saved_does_not_end_in_the_smallest_plan(growing: int) -> None:
+    """The first `growing` MiB that a plan saves are lost to the allocator, and the budget is missed by one more."""
+    within = search(lambda saved: MIB + min(saved, growing * MIB))
+    budget = choice_peak(PROBLEM, ALL_SAVED)
+    within.around(budget)
+    found = within.best_within(budget)
+    assert found is not None
+    assert found.simulation.peak_bytes >= budget - 2 * (growing + 1) * MIB  # not at 22 MiB, where everything is rerun
