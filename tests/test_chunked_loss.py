@@ -30,6 +30,7 @@ from rematree.errors import UnsupportedModelError, UsageError, VerificationError
 from rematree.execute.deferred import DeferredLogits
 from rematree.execute.loss import attach_chunked_loss, find_head
 from rematree.execute.row_loss import RowLoss, chunked_loss
+from rematree.measure import PeakMeter
 
 V = 199
 # Largest difference relative to the largest gradient. Measured over all models below: 2.1e-7 (mean) and 1.7e-6 (sum) in
@@ -362,6 +363,26 @@ def test_no_operation_returns_as_much_as_the_logits(name: str, fake: bool) -> No
     assert handle.effective
     assert plain.largest >= logits_elements
     assert chunked.largest < logits_elements  # the attention scores, B * 4 heads * T * T, are a little smaller
+
+
+@pytest.mark.parametrize(("rows", "most"), [(8, 3.75), (32, 2.5)])
+def test_the_heads_gradient_is_summed_in_fp32_without_a_wide_copy_of_what_is_added(rows: int, most: float) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(64, 16384, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(16384, (32,))
+    job = RowLoss(head, lambda logits: logits, (head.weight,), target, None, -100, "mean", 0.0, rows, scale_late=False)
+    with PeakMeter(head) as meter:
+        chunked_loss(job, hidden).backward()
+    # Several chunks: the sum, which is twice the gradient, a chunk's gradient, a piece of it in fp32 and the logits of
+    # a chunk. One chunk: its gradient and the copy of it that is scaled in place.
+    assert meter.peak_bytes - meter.start_bytes < most * head.weight.nbytes
+    doubled = nn.Linear(64, 16384, bias=False, dtype=torch.float64)
+    doubled.load_state_dict(head.state_dict())
+    F.cross_entropy(doubled(hidden.detach().double()), target).backward()
+    assert head.weight.grad is not None and doubled.weight.grad is not None
+    off = (head.weight.grad.double() - doubled.weight.grad).norm() / doubled.weight.grad.norm()
+    assert off < 4e-3  # two roundings to 16 bit, of the logits' gradient and of the sum
 
 
 def test_profiler_sees_no_block_of_logits_size() -> None:

@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rematree.execute.dropout import byte_table, look_up, packed_bytes
+from rematree.execute.running_sum import added_in_place, as_rows
 
 _PER_BRANCH: Final = 3  # tensors: A, B, bits
 _PIECES: Final = 4  # in which a mask is made and used
 _SMALL: Final = 1 << 20  # elements of a mask that is one piece
-_CAST_ELEMENTS: Final = 1 << 18  # that are cast at once, if that takes no more than the pieces below
-_MOST_PIECES: Final = 8  # a simulated step has them, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ class _AddAdapters(torch.autograd.Function):
                 delta = delta.to(out.dtype)
             # In place where the sum has its dtype; a sum of two numbers has no order.
             in_place = torch.promote_types(out.dtype, delta.dtype) == delta.dtype
-            out = _added_in_place(delta, out) if in_place else out + delta
+            out = added_in_place(delta, out) if in_place else out + delta
         ctx.save_for_backward(x, *tensors)
         return out if how.out is None else out.to(how.out)
 
@@ -136,19 +135,6 @@ class _AddAdapters(torch.autograd.Function):
         return None, None, grad.to(ctx.result_dtype) if needs[2] else None, of_input, *of_tensors
 
 
-def _added_in_place(total: Tensor, other: Tensor) -> Tensor:
-    """`total.add_(other)`, [..., O]. A CPU kernel first casts all of another dtype: here, some rows at a time."""
-    count = total.numel() // max(1, total.shape[-1])
-    pieces = min(_MOST_PIECES, -(-total.numel() // _CAST_ELEMENTS))
-    if total.device.type != "cpu" or other.dtype == total.dtype or pieces < 2:
-        return total.add_(other)
-    sums, rows = _rows(total), _rows(other)
-    step = -(-count // pieces)
-    for start in range(0, count, step):
-        sums[start : start + step].add_(rows[start : start + step])
-    return total
-
-
 def _dropped(x: Tensor, how: Branches, branch: Branch, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """[T, I] in the dtype of the products: the input, cast and dropped out; on CUDA also the mask drawn here.
 
@@ -156,14 +142,14 @@ def _dropped(x: Tensor, how: Branches, branch: Branch, mask: Tensor | None) -> t
     """
     drawn = None
     if mask is not None:
-        rows, wide = _rows(mask), _rows(x)
+        rows, wide = as_rows(mask), as_rows(x)
         for part in _pieces(rows):
             rows[part].mul_(wide[part].to(how.cast))
     else:
         rows = x.to(how.cast)
         if branch.p:
             rows, drawn = torch.native_dropout(rows, branch.p, True)
-        rows = _rows(rows)
+        rows = as_rows(rows)
     return rows.to(how.compute), drawn
 
 
@@ -172,7 +158,7 @@ def _dropped_again(
 ) -> tuple[Tensor, Tensor | None]:
     """`_dropped` in backward: the mask of then from its bits, or drawn again."""
     if bits is not None and table is not None:
-        wide = _rows(x)
+        wide = as_rows(x)
         pieces = _pieces(wide)
         rows = torch.empty_like(wide, dtype=how.cast) if len(pieces) > 1 else None
         for part in pieces:
@@ -223,7 +209,7 @@ def _branch_grads(
     dropped, drawn = _dropped_again(x, how, branch, bits, table)
     product = dropped.mm(first.t())  # again
     scaled = grad.to(how.compute)
-    scaled = _rows(scaled * branch.scaling if scaled is grad else scaled.mul_(branch.scaling))
+    scaled = as_rows(scaled * branch.scaling if scaled is grad else scaled.mul_(branch.scaling))
     if needs_second:
         of_second = _grad_of_right(scaled, product, second.t()).t()
     if needs_first or needs_input:
@@ -245,10 +231,6 @@ def _branch_grads(
             if drawn is not None:
                 of_input = torch.ops.aten.native_dropout_backward(of_input, drawn, 1.0 / (1.0 - branch.p))
     return of_input, of_first, of_second
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 # The derivatives of a product as autograd computes them: which of two equal formulas depends on strides, and a kernel

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from rematree.errors import VerificationError
 from rematree.execute.deferred import LogitRows
 from rematree.execute.head import Unary, autocast_as
+from rematree.execute.running_sum import added_in_place
 from rematree.units import MIB
 
 # Of logits in fp32: what stays in the caches of a processor's cores, or what keeps a GPU busy.
@@ -96,6 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_params: list[Tensor | None] = [None] * len(params)
         losses: list[Tensor] = []
         mean = job.reduction == "mean"
+        add = functools.partial(_add, alone=job.rows >= hidden.shape[0])
         with _own_saved_tensors():
             for start in range(0, max(hidden.shape[0], 1), job.rows):
                 part = slice(start, start + job.rows)
@@ -105,7 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 losses.append(chunk_losses)
                 if grad_hidden is not None:
                     grad_hidden[part] = chunk_grad
-                grad_params = [_add(total, grad) for total, grad in zip(grad_params, chunk_grad_params, strict=True)]
+                grad_params = [add(total, grad) for total, grad in zip(grad_params, chunk_grad_params, strict=True)]
                 del chunk_grad, chunk_grad_params  # not beside the next chunk's logits
         loss = job.reduce(torch.cat(losses))
         late = job.denominator(torch.float32).reciprocal() if mean and job.scale_late else None
@@ -214,13 +216,19 @@ def _only_cast(logits: Tensor, raw: Tensor) -> bool:
     return node.name() == "ToCopyBackward0" and not others and getattr(before, "variable", None) is raw
 
 
-def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """`total + grad` in one buffer, in at least fp32: 16-bit sums would lose a bit with every doubling of chunks."""
+def _add(total: Tensor | None, grad: Tensor | None, *, alone: bool) -> Tensor | None:
+    """`total + grad` in one buffer, in at least fp32: 16-bit sums would lose a bit with every doubling of chunks.
+
+    Args:
+        total: Of the chunks before.
+        grad: Of this chunk.
+        alone: There is one chunk: nothing to sum.
+    """
     if grad is None:
         return total
     if total is None:
-        return grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-    return total.add_(grad)
+        return grad.to(grad.dtype if alone else torch.promote_types(grad.dtype, torch.float32), copy=True)
+    return added_in_place(total, grad)
 
 
 @contextlib.contextmanager
