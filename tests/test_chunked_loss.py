@@ -414,7 +414,8 @@ def test_the_heads_gradient_is_summed_in_fp32_without_a_wide_copy_of_what_is_add
     doubled = nn.Linear(64, 16384, bias=False, dtype=torch.float64)
     doubled.load_state_dict(head.state_dict())
     F.cross_entropy(doubled(hidden.detach().double()), target).backward()
-    assert head.weight.grad is not None and doubled.weight.grad is not None
+    assert head.weight.grad is not None
+    assert doubled.weight.grad is not None
     off = (head.weight.grad.double() - doubled.weight.grad).norm() / doubled.weight.grad.norm()
     assert off < 4e-3  # two roundings to 16 bit, of the logits' gradient and of the sum
 
