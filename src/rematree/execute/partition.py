@@ -22,9 +22,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
-from rematree.execute import attention_backward, narrow_products
+from rematree.execute import attention_backward
 from rematree.execute.attention_backward import replace_attention_backward
-from rematree.execute.narrow_products import turn_narrow_products
 
 _SEEDED: Final = torch.Tag.nondeterministic_seeded
 _PROBABILITIES: Final = frozenset({"dropout_p", "p"})
@@ -52,13 +51,12 @@ class Partitioner(CustomPartitionerFn):
                 _remade_from_its_mask(gm.graph, node)
         for number, node in enumerate(node for node in gm.graph.nodes if _unpacks(node)):
             node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": number}
-        turn_narrow_products(gm.graph)
         budget = max(self._budget, _LEAST) if drawn else self._budget
         with cast("Any", config).patch(activation_memory_budget=budget):
             return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__, attention_backward.__file__, narrow_products.__file__), repr(self._budget))
+        return get_hash_for_files((__file__, attention_backward.__file__), repr(self._budget))
 
 
 def _remade_from_its_mask(graph: Any, node: Any) -> None:
