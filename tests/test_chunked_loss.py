@@ -405,7 +405,9 @@ def test_the_heads_gradient_is_summed_in_fp32_without_a_wide_copy_of_what_is_add
     head = nn.Linear(64, 16384, bias=False, dtype=torch.bfloat16)
     hidden = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
     target = torch.randint(16384, (32,))
-    job = RowLoss(head, lambda logits: logits, (*head.parameters(),), target, None, -100, "mean", 0.0, rows, scale_late=False)
+    job = RowLoss(
+        head, lambda logits: logits, (*head.parameters(),), target, None, -100, "mean", 0.0, rows, scale_late=False
+    )
     with PeakMeter(head) as meter:
         chunked_loss(job, hidden).backward()
     # Several chunks: the sum, which is twice the gradient, a chunk's gradient, a piece of it in fp32 and the logits of
