@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_iter
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rematree.errors import UnsupportedModelError, UsageError, VerificationError
+from rematree.execute import row_loss
 from rematree.execute.deferred import DeferredLogits
 from rematree.execute.loss import attach_chunked_loss, find_head
 from rematree.execute.row_loss import RowLoss, chunked_loss
@@ -250,6 +251,39 @@ def test_the_gradient_of_a_product_takes_the_place_of_its_logits(kind: str, bloc
         loss = chunked_loss(job, hidden)
     assert len(seen.made) == blocks  # with tanh: the product, the logits, and the gradient of each
     assert torch.equal(torch.autograd.grad(loss, hidden)[0], expected)
+
+
+FINISHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda logits: logits,
+    "cast": lambda logits: logits.float(),
+    "capped": lambda logits: (logits.float() / 3).tanh() * 3,
+    "cast twice": lambda logits: logits.half().float(),
+}
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_tile_has_the_bits_of_cross_entropy_and_its_graph(finish: str, dtype: torch.dtype) -> None:
+    """The kernels are called without autograd; with one ulp of difference in exp, one element in ten would differ."""
+    target = torch.randint(V, (37,))
+    target[::5] = -100
+    weight = torch.rand(V) + 0.1
+    if finish == "nothing":
+        weight = weight.to(dtype)
+    for own_weight, smoothing in ((None, 0.0), (weight, 0.0), (None, 0.1)):
+        # rows apart in memory, as those of a padded vocabulary are
+        raw = (torch.randn(37, V + 3) * 4).to(dtype)[:, :V].requires_grad_()
+        job = RowLoss(
+            lambda rows: rows, FINISHES[finish], (), target, own_weight, -100, "mean", smoothing, 37, scale_late=False
+        )
+        losses = job.losses(job.finish(raw), target)
+        seed = torch.tensor(1 / 30, dtype=losses.dtype)
+        (expected,) = torch.autograd.grad(losses, raw, seed.expand(37))
+        into = torch.empty_like(raw)
+        mine = row_loss._tile(job, raw.detach(), target, lambda _, seed=seed: seed, into)
+        assert torch.equal(mine, losses.detach())
+        assert torch.equal(into, expected)
+        assert torch.equal(row_loss._tile(job, raw.detach(), target, lambda _, seed=seed: seed, None), losses.detach())
 
 
 def test_all_labels_ignored_is_as_plain() -> None:

@@ -27,6 +27,9 @@ from rematree.units import MIB
 # Of logits in fp32: what stays in the caches of a processor's cores, or what keeps a GPU busy.
 _TILE_BYTES = {"cpu": 3 * MIB // 2}
 _TILE_BYTES_ELSEWHERE = 64 * MIB
+_WIDE = frozenset({torch.float32, torch.float64})
+_aten: Any = torch.ops.aten
+_NONE = 0  # reduction="none" to the kernels
 _PRODUCTS = frozenset({"MmBackward0", "AddmmBackward0"})
 _WINDOW_ROWS = 8  # few: whole, they must not need more than the smallest chunk does
 _WINDOW_CHUNK_ROWS = 4
@@ -189,13 +192,37 @@ def _tile(
     job: RowLoss, raw: Tensor, target: Tensor, seed: Callable[[torch.dtype], Tensor], into: Tensor | None
 ) -> Tensor:
     """Losses [n] of the head's output [n, V]; their gradient goes `into` [n, V], if it is wanted."""
+    device = raw.device.type
     with torch.set_grad_enabled(into is not None):
-        raw.requires_grad_(into is not None)
-        losses = job.losses(job.finish(raw), target)
-    if into is not None:
-        with autocast_as(raw.device.type, None):
-            into.copy_(torch.autograd.grad(losses, raw, seed(losses.dtype).expand(losses.shape))[0])
-    return losses.detach()
+        logits = job.finish(raw.requires_grad_(into is not None))
+        if into is None or job.label_smoothing or logits.dtype not in _WIDE:
+            losses = job.losses(logits, target)
+            del logits
+            if into is not None:
+                with autocast_as(device, None):
+                    into.copy_(torch.autograd.grad(losses, raw, seed(losses.dtype).expand(losses.shape))[0])
+            return losses.detach()
+    # The kernels that autograd would run, and so the same bits, without the buffers and copies around them.
+    with torch.no_grad(), autocast_as(device, None):
+        edge = None if _only_cast(logits, raw) else torch.autograd.graph.get_gradient_edge(logits)
+        log_probabilities = _aten._log_softmax(logits, 1, False)
+        del logits
+        losses, total = _aten.nll_loss_forward(log_probabilities, target, job.weight, _NONE, job.ignore_index)
+        each = seed(losses.dtype).expand(losses.shape)
+        grad = _aten.nll_loss_backward(each, log_probabilities, target, job.weight, _NONE, job.ignore_index, total)
+        grad = _aten._log_softmax_backward_data(grad, log_probabilities, 1, grad.dtype)
+        del log_probabilities
+        into.copy_(grad if edge is None else torch.autograd.grad(edge, raw, grad)[0])
+    return losses
+
+
+def _only_cast(logits: Tensor, raw: Tensor) -> bool:
+    """Whether `logits` are `raw` in another dtype at most, so that a copy brings their gradient back."""
+    node: Any = logits.grad_fn
+    if node is None:
+        return logits is raw
+    (before, _), *others = node.next_functions
+    return node.name() == "ToCopyBackward0" and not others and getattr(before, "variable", None) is raw
 
 
 def _add(total: Tensor | None, grad: Tensor | None, *, alone: bool) -> Tensor | None:
