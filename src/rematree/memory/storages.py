@@ -17,7 +17,6 @@ from rematree.memory.accounts import ROUNDING, WORKSPACE
 from rematree.memory.allocator import CachingAllocator, rounded
 from rematree.trace import Segment
 
-
 _MOVED: Final = -1  # in the place of a storage's number: events that are not told again
 
 

@@ -298,9 +298,7 @@ class Referee:
         del loss
 
     @contextlib.contextmanager
-    def _gradients_known(
-        self, ledger: Ledger, engine: AtWork, parameters: Iterable[torch.Tensor]
-    ) -> Generator[None]:
+    def _gradients_known(self, ledger: Ledger, engine: AtWork, parameters: Iterable[torch.Tensor]) -> Generator[None]:
         def moved(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 ledger.move(parameter.grad, GRADIENTS)
