@@ -100,9 +100,9 @@ class Tables:
         out = np.full(self.states, _INFINITY)
         first = max(0, -(-need // self.quantum), step)
         if first < self.states:
-            known = seconds[first - step : self.states - step]  # a step below 0 leaves states that no entry is for
+            out[first:] = seconds[-1]  # as after the last entry, where the step is below 0
+            known = seconds[first - step : self.states - step]
             out[first : first + len(known)] = known
-            out[first + len(known) :] = seconds[-1]
         if self._optimistic:
             out[-1] = seconds[-1]  # the last state stands for any number of bytes
         return out
@@ -175,16 +175,10 @@ def _keep_better(best: Floats, pick: npt.NDArray[np.int16], cost: Floats, index:
 
 
 def _from(seconds: Floats, free: int, states: int) -> Floats:
-    """Entry number `free` of `seconds`, the one before it and so on, `states` of them: one more for each quantum live.
-
-    Before the first one nothing is possible; more than the last one stands for is as good as that.
-    """
-    out = np.full(states, _INFINITY)
+    """Entry `free` of `seconds` and those before it, one for each state; past the last entry it, before the first none."""
     more = min(max(0, free - len(seconds) + 1), states)  # states in which more is free than there are entries
-    out[:more] = seconds[-1]
     known = seconds[: max(0, free - more + 1)][::-1][: states - more]
-    out[more : more + len(known)] = known
-    return out
+    return np.concatenate((np.full(more, seconds[-1]), known, np.full(states - more - len(known), _INFINITY)))
 
 
 # -- the whole chain --------------------------------------------------------------------------------------------------
@@ -288,8 +282,7 @@ class _Sweep:
             need = max(option.forward, option.backward + self._later[start])
             self._go(start, start + 1, index, here + option.seconds, option.kept, need)
         for stop in stops:
-            inside = self.tables.group(start, stop).seconds
-            rerun = _from(inside, self._free(start, stop), self._states)
+            rerun = _from(self.tables.group(start, stop).seconds, self._free(start, stop), self._states)
             kept = _known(problem.advances[stop - 1]).output + self._beside[stop] - self._beside[start]
             self._go(start, stop, -1, here + rerun, kept, self.tables.forward_peak(start, stop))
 
@@ -309,8 +302,6 @@ class _Sweep:
         cost = seconds[low:high]
         target = slice(low + step, high + step)
         better = cost < self._best[stop][target]
-        if not better.any():
-            return
         np.copyto(self._best[stop][target], cost, where=better)
         origin = self._came[stop][:, target]
         origin[0][better], origin[1][better] = start, index
