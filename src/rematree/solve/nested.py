@@ -175,7 +175,7 @@ def _keep_better(best: Floats, pick: npt.NDArray[np.int16], cost: Floats, index:
 
 
 def _from(seconds: Floats, free: int, states: int) -> Floats:
-    """Entry `free` of `seconds` and those before it, one for each state; past the last entry it, before the first none."""
+    """Entry `free` of `seconds` and those before it, one a state; beyond the last that one, before the first none."""
     more = min(max(0, free - len(seconds) + 1), states)  # states in which more is free than there are entries
     known = seconds[: max(0, free - more + 1)][::-1][: states - more]
     return np.concatenate((np.full(more, seconds[-1]), known, np.full(states - more - len(known), _INFINITY)))
