@@ -157,9 +157,9 @@ class Ledger(Storages, TorchDispatchMode):
         first, drawn = self._next_uid, self.draws
         with self.noting() as events:
             out = run()
-        left, result = self._entry(out, self.category).uid - first, self._recipes.of_new(out)
-        if result is not None and self.draws == drawn and not self._taint and leaves_only(events, left):
-            known[key] = _Round(events, left, result, before is not None and before.events == events)
+        left, recipe = self._entry(out, self.category).uid - first, self._recipes.of_new(out)
+        if recipe is not None and self.draws == drawn and not self._taint and leaves_only(events, left):
+            known[key] = _Round(events, left, recipe, before is not None and before.events == events)
         return out
 
     # -- dispatch ---------------------------------------------------------------------------------------------------
