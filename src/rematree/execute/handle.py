@@ -58,6 +58,7 @@ class Handle:
         self.plans = (*smaller, plan)
         self._chosen = Selection(self.plans)
         self._model = model
+        self._watcher = watcher
         self._executor = Executor(watcher)
         self._overrides: list[ForwardOverride] = []
         self._attention: AttentionRegions | None = None
@@ -160,7 +161,8 @@ class Handle:
             if plan.loss_chunk_rows is not None:
                 chunks.setdefault(plan.loss_chunk_rows, []).append(number)
         for rows, numbers in chunks.items():
-            self._losses.append(attach_chunked_loss(self._model, rows, check=check, when=self._when(*numbers)))
+            when = self._when(*numbers)
+            self._losses.append(attach_chunked_loss(self._model, rows, check=check, when=when, watcher=self._watcher))
 
     def _install_groups(self, number: int, plan: Plan) -> None:
         """Around whatever each block does by itself; smaller groups inside larger ones."""

@@ -15,6 +15,7 @@ targets, `weight` with `label_smoothing`, `reduction="none"` or a gradient hook 
 head.
 """
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -28,12 +29,18 @@ from rematree.execute.deferred import LogitRows, defer_head
 from rematree.execute.head import HeadCall, autocast_as, autocast_now, dropout_off, find_head
 from rematree.execute.override import Forward, ForwardOverride
 from rematree.execute.row_loss import RowLoss, chunked_loss, verify_window
+from rematree.execute.stash import Watcher
 
 __all__ = ["ChunkedLoss", "attach_chunked_loss", "find_head"]
 
 
 def attach_chunked_loss(
-    model: nn.Module, rows: int, *, check: bool = True, when: Callable[[], bool] | None = None
+    model: nn.Module,
+    rows: int,
+    *,
+    check: bool = True,
+    when: Callable[[], bool] | None = None,
+    watcher: Watcher | None = None,
 ) -> "ChunkedLoss":
     """Compute the loss of `model` in chunks of `rows` rows from now on.
 
@@ -44,6 +51,7 @@ def attach_chunked_loss(
             and warn once if a loss was not chunked. Off where there are no real numbers (fake tensors).
         when: Asked at every forward whether this is the one in use, where a model has several, of which one is at a
             time. None: it is the only one.
+        watcher: May tell tiles of rows by repetition, where there are no real numbers.
 
     Returns:
         Handle whose `remove()` puts the model back exactly.
@@ -65,7 +73,7 @@ def attach_chunked_loss(
                 f"{type(found[0]).__name__} has a chunked loss already", remedies=["handle.remove() first"]
             )
         forward = forward._inner  # pyright: ignore[reportPrivateUsage]
-    return ChunkedLoss(*found, rows, check=check, when=when)
+    return ChunkedLoss(*found, rows, check=check, when=when, watcher=watcher)
 
 
 class ChunkedLoss:
@@ -84,8 +92,10 @@ class ChunkedLoss:
         *,
         check: bool,
         when: Callable[[], bool] | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         self.rows = rows
+        self._watcher = watcher
         self.effective: bool | None = None
         self._causal_lm = causal_lm
         self._head = head
@@ -180,6 +190,7 @@ class ChunkedLoss:
             label_smoothing=label_smoothing,
             rows=self.rows,
             scale_late=head.dtype == torch.float16,
+            again=None if self._watcher is None else functools.partial(self._watcher.again, {}),
         )
         if self._check_pending:
             with dropout_off(self._head):

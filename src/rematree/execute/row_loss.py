@@ -8,7 +8,7 @@ logits, which stay in the caches of a processor that way, and never exist for a 
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -49,6 +49,7 @@ class RowLoss:
         target: Class of each row, [N].
         rows: Rows a chunk.
         scale_late: Multiply by 1/N in backward, not before the head's gradient.
+        again: Runs a tile, given what it depends on; or tells it by repetition, where there are no real numbers.
     """
 
     head: Unary
@@ -61,6 +62,7 @@ class RowLoss:
     label_smoothing: float
     rows: int
     scale_late: bool
+    again: Callable[[Hashable, Callable[[], Tensor]], Tensor] | None = None
 
     def losses(self, logits: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
         """[n, V], [n] -> [n], or a scalar for another reduction."""
@@ -160,7 +162,12 @@ def _chunk(
     tile = max(1, _TILE_BYTES.get(raw.device.type, _TILE_BYTES_ELSEWHERE) // (4 * max(raw.shape[-1], 1)))
     for start in range(0, max(raw.shape[0], 1), tile):
         rows = slice(start, start + tile)
-        losses.append(_tile(job, raw.detach()[rows], target[rows], seed, None if grad_raw is None else grad_raw[rows]))
+        one = functools.partial(_rows_of_tile, job, rows, raw, target, seed, grad_raw)
+        if job.again is None or start == 0:  # the first one makes the seed
+            losses.append(one())
+        else:
+            layouts = min(tile, raw.shape[0] - start), raw.dtype, raw.shape[1:], raw.stride(), grad_raw is None
+            losses.append(job.again(layouts, one))
     whole = losses[0] if len(losses) == 1 else torch.cat(losses)
     if edge is None:
         return whole, None
@@ -175,6 +182,17 @@ def _chunk(
             del raw, edge, grad_raw  # not beside a copy
             sums[:] = [_add(total, grad, alone=alone) for total, grad in zip(sums, grads, strict=True)]
     return whole, grad_hidden
+
+
+def _rows_of_tile(
+    job: RowLoss,
+    rows: slice,
+    raw: Tensor,
+    target: Tensor,
+    seed: Callable[[torch.dtype], Tensor],
+    grad_raw: Tensor | None,
+) -> Tensor:
+    return _tile(job, raw.detach()[rows], target[rows], seed, None if grad_raw is None else grad_raw[rows])
 
 
 def _is_product(raw: Tensor) -> bool:

@@ -4,7 +4,7 @@ A rerun skips a saved region and is handed its output: the stash, or, if nobody 
 right shape. Inside a group neither the stash nor what autograd saves there stays: both are given to the group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
@@ -38,6 +38,10 @@ class Watcher(Protocol):
 
     def written(self, region: str) -> None:
         """The recomputed region around `region`, a saved one, has written to its output."""
+
+    def again(self, known: dict[Hashable, Any], layouts: Hashable, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`run()`, a new tensor, for one of many equal pieces of work; the watcher may tell it by repetition."""
+        ...
 
 
 class Around(Protocol):

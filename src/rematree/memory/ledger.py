@@ -5,7 +5,7 @@ computed, but storages live and die exactly as the executor makes them, because 
 adds what fake tensors cannot show: seconds, and bytes a kernel allocates inside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rematree.memory.accounts import DEQUANTISED, MASKS, RECOMPUTED, SAVED, WORKSPACE
 from rematree.memory.recipes import Recipes, draws_numbers, mutated
-from rematree.memory.storages import Entry, Storages
+from rematree.memory.storages import Entry, Event, Storages, leaves_only
 from rematree.pricing.devices import overhead_of
 from rematree.pricing.price import Cost, Free, OpPrice, tensors_in
 from rematree.pricing.roofline import Roofline
@@ -44,6 +44,23 @@ class _Op:
     draws: bool
     price: OpPrice | None = None
     cost: Cost | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What one of several equal pieces of work told the ledger.
+
+    Attributes:
+        events: In order.
+        left: Number among them of the storage that is there afterwards, that of the result.
+        result: How to make another result.
+        settled: The round before was the same.
+    """
+
+    events: list[Event]
+    left: int
+    result: Any
+    settled: bool
 
 
 class Ledger(Storages, TorchDispatchMode):
@@ -111,6 +128,39 @@ class Ledger(Storages, TorchDispatchMode):
         if self.label == BEFORE_THE_BLOCKS and output.dim() == _MASK_DIMENSIONS and self.category == SAVED:
             return MASKS
         return self.category
+
+    # -- what happens again -------------------------------------------------------------------------------------------
+
+    def again(self, known: dict[Hashable, Any], layouts: Hashable, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The result of `run`, a new tensor, or one like it if earlier rounds tell what it does.
+
+        What an op does to fake tensors depends on their layouts alone, so rounds on the same layouts tell the ledger
+        the same. Two that did are believed; later ones are told by repetition, every request of memory in its turn, so
+        that peaks and what the allocator holds are those of a run. A round that leaves anything behind but its result,
+        or lets go of what was there before, always runs, as does one on placeholders, under a listener, or under
+        prices that depend on more than layouts.
+
+        Args:
+            known: Of the rounds of this piece of work, empty at first.
+            layouts: What a round depends on.
+            run: The round.
+        """
+        if self._recipes is None or not self._keeps_price or self._taint or self.listener is not None:
+            return run()
+        key = (layouts, self.label, self.category, self.recomputing > 0)
+        before: _Round | None = known.get(key)
+        if before is not None and before.settled:
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                result: torch.Tensor = self._recipes.make(before.result, [])
+            self.tell_again(before.events, before.left, result)
+            return result
+        first, drawn = self._next_uid, self.draws
+        with self.noting() as events:
+            out = run()
+        left, recipe = self._entry(out, self.category).uid - first, self._recipes.of_new(out)
+        if recipe is not None and self.draws == drawn and not self._taint and leaves_only(events, left):
+            known[key] = _Round(events, left, recipe, before is not None and before.events == events)
+        return out
 
     # -- dispatch ---------------------------------------------------------------------------------------------------
 
@@ -195,10 +245,8 @@ class Ledger(Storages, TorchDispatchMode):
         entries: list[Entry],
         born: int,
     ) -> None:
-        self.seconds += price.seconds
-        self._segment_seconds += price.seconds
         unpacks = func.namespace == _BITSANDBYTES and func.__name__.startswith("gemm_4bit")
-        self._raise_peak(max(0, price.workspace_bytes - born), DEQUANTISED if unpacks else WORKSPACE)
+        self.ran(price.seconds, max(0, price.workspace_bytes - born), DEQUANTISED if unpacks else WORKSPACE)
         if not self._taint and self.listener is None:
             return
         writes = entries

@@ -183,6 +183,13 @@ class Recipes:
             bare.set_(base.untyped_storage(), offset, recipe.shape, recipe.stride)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return self.wrap(bare, recipe.device)
 
+    def of_new(self, tensor: torch.Tensor) -> Any:
+        """How to make a tensor like `tensor` with a storage of its own; None where that cannot be remembered."""
+        try:
+            return self._recipe(tensor, [], {}, set())
+        except _UnknownError:
+            return None
+
     def wrap(self, bare: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A fake tensor on `device` around a tensor on `meta`."""
         look = self._looks.get(device)

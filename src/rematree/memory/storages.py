@@ -4,10 +4,11 @@ Nothing here looks at ops. Whoever sees them (`rematree.memory.ledger`, and the 
 tensors there are; a storage leaves by itself when its last tensor goes.
 """
 
+import contextlib
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rematree.memory.accounts import ROUNDING, WORKSPACE
 from rematree.memory.allocator import CachingAllocator, rounded
 from rematree.trace import Segment
+
+_MOVED: Final = -1  # in the place of a storage's number: events that are not told again
 
 
 @dataclass(slots=True)
@@ -27,7 +30,7 @@ class Entry:
         category: What it counts as.
         padding: Bytes that a GPU's allocator adds.
         block: Where that allocator has put it.
-        reference: To the storage.
+        reference: Gives the storage, or None when it is gone.
     """
 
     uid: int
@@ -35,7 +38,43 @@ class Entry:
     category: str
     padding: int
     block: Any
-    reference: "weakref.ref[torch.UntypedStorage]"
+    reference: Callable[[], torch.UntypedStorage | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that the books were told.
+
+    Attributes:
+        born: Number of a storage that is new, 0 if none is.
+        gone: Number of a storage that is gone, 0 if none is.
+        num_bytes: Of the new storage, or a workspace.
+        category: Of the new storage, or the line of the workspace.
+        seconds: Of what has run.
+    """
+
+    born: int = 0
+    gone: int = 0
+    num_bytes: int = 0
+    category: str = ""
+    seconds: float = 0.0
+
+
+def leaves_only(events: Sequence[Event], left: int) -> bool:
+    """Whether of all storages that `events` are about the one numbered `left` is there afterwards, and no other."""
+    there: set[int] = set()
+    for event in events:
+        if event.born:
+            there.add(event.born)
+        elif event.gone:
+            if event.gone not in there:
+                return False
+            there.remove(event.gone)
+    return there == {left}
+
+
+def _nowhere() -> None:
+    """The reference of a storage that no tensor has."""
 
 
 class Storages:
@@ -68,6 +107,7 @@ class Storages:
         self.by_category: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
         self.seconds = 0.0
+        self._noted: list[Event] | None = None  # everything told, while it is written down
 
     # -- storages ---------------------------------------------------------------------------------------------------
 
@@ -76,11 +116,13 @@ class Storages:
         with torch._C.DisableTorchFunction():  # a function mode is for code above, and would see every look at a tensor
             for tensor in tensors:
                 self._entry(tensor, category)
-        self._raise_peak(0)
+        self.ran(0.0, 0)
 
     def move(self, tensor: torch.Tensor, category: str) -> None:
         """Change the category of a live tensor's storage (a gradient is known as one only once it is accumulated)."""
         entry = self._entry(tensor, category)
+        if self._noted is not None:
+            self._noted.append(Event(gone=_MOVED))
         if entry.category != category:
             self.by_category[entry.category] -= entry.num_bytes
             self.by_category[category] = self.by_category.get(category, 0) + entry.num_bytes
@@ -93,9 +135,38 @@ class Storages:
 
     def ran(self, seconds: float, workspace_bytes: int, line: str = WORKSPACE) -> None:
         """Count what ran without an op to show for it: its time, and its most bytes beyond what is live now."""
+        if self._noted is not None:
+            self._noted.append(Event(num_bytes=workspace_bytes, category=line, seconds=seconds))
         self.seconds += seconds
         self._segment_seconds += seconds
         self._raise_peak(workspace_bytes, line)
+
+    @contextlib.contextmanager
+    def noting(self) -> Generator[list[Event]]:
+        """Everything that is told inside, in order; storages are numbered from there on."""
+        first, self._noted = self._next_uid, []
+        noted = list[Event]()
+        try:
+            yield noted
+        finally:
+            told, self._noted = self._noted, None
+            noted += [
+                replace(e, born=e.born and e.born - first, gone=e.gone and e.gone - first) if e.born or e.gone else e
+                for e in told
+            ]
+
+    def tell_again(self, events: Iterable[Event], left: int, result: torch.Tensor) -> None:
+        """Count what `noting` gave once more; the new storage number `left` is that of `result`."""
+        there: dict[int, Entry] = {}
+        for event in events:
+            if event.born == left:
+                self._entry(result, event.category)
+            elif event.born:
+                there[event.born] = self._born(event.num_bytes, event.category)
+            elif event.gone:
+                self._left(there.pop(event.gone))
+            else:
+                self.ran(event.seconds, event.num_bytes, event.category)
 
     def known(self) -> list[int]:
         """Uids of all live storages."""
@@ -107,30 +178,42 @@ class Storages:
         entry = self._entries.get(key)
         if entry is not None and entry.reference() is not None:
             return entry
-        self._next_uid += 1
         device: torch.device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         num_bytes = storage.nbytes() if device.type == self._device_type else 0
+        entry = self._entries[key] = self._born(num_bytes, category)
+        entry.reference = weakref.ref(storage, lambda _: self._free(key))
+        return entry
+
+    def _born(self, num_bytes: int, category: str) -> Entry:
+        """Count a new storage."""
+        self._next_uid += 1
+        if self._noted is not None:
+            self._noted.append(Event(born=self._next_uid, num_bytes=num_bytes, category=category))
         padding, block = 0, None
         if self._allocator is not None:
             padding, block = rounded(num_bytes) - num_bytes, self._allocator.allocate(num_bytes)
-        reference = weakref.ref(storage, lambda _: self._free(key))
-        entry = self._entries[key] = Entry(self._next_uid, num_bytes, category, padding, block, reference)
         self.live_bytes += num_bytes + padding
         self.by_category[category] = self.by_category.get(category, 0) + num_bytes
         if padding:
             self.by_category[ROUNDING] = self.by_category.get(ROUNDING, 0) + padding
-        return entry
+        return Entry(self._next_uid, num_bytes, category, padding, block, _nowhere)
 
     def _free(self, key: int) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self.live_bytes -= entry.num_bytes + entry.padding
-            self.by_category[entry.category] -= entry.num_bytes
-            if self._allocator is not None:
-                self._allocator.release(entry.block)
-                if entry.padding:
-                    self.by_category[ROUNDING] -= entry.padding
-            self._gone(entry)
+            self._left(entry)
+
+    def _left(self, entry: Entry) -> None:
+        """Count a storage no more."""
+        if self._noted is not None:
+            self._noted.append(Event(gone=entry.uid))
+        self.live_bytes -= entry.num_bytes + entry.padding
+        self.by_category[entry.category] -= entry.num_bytes
+        if self._allocator is not None:
+            self._allocator.release(entry.block)
+            if entry.padding:
+                self.by_category[ROUNDING] -= entry.padding
+        self._gone(entry)
 
     def _gone(self, entry: Entry) -> None:
         """The storage of `entry` has been freed."""

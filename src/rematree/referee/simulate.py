@@ -117,6 +117,8 @@ class Referee:
         self.pace = dict(pace or {})
         self.head_pace: Mapping[int | None, float] = {}
         self._static = self._existing()
+        self._inside = [list(twin.model.get_submodule(path).parameters()) for path in blocks]
+        self._stand_ins: dict[int, torch.Tensor] = {}  # gradients that no block here has made, by parameter
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
     def for_twin(self, twin: Twin) -> "Referee":
@@ -168,7 +170,9 @@ class Referee:
     def _run(self, levers: Levers, chain: Fold) -> Simulation:
         model, ledger = self.twin.model, Ledger(self.cost, self.twin.device.type, self.twin.mode.recipes)
         marks = BlockMarks(ledger, chain.kept)
-        absent = [p for index in chain.left_out for p in model.get_submodule(self.blocks[index]).parameters()]
+        absent = [p for index in chain.left_out for p in self._inside[index]]
+        missing = {id(parameter) for parameter in absent}
+        present = [p for p in self.trainable if id(p) not in missing]
         overrides = list[ForwardOverride]()
         with contextlib.ExitStack() as undo:
             if absent:
@@ -186,7 +190,7 @@ class Referee:
             with (
                 self.twin.mode,
                 self.layout.at_work(self.twin.mode.recipes, ledger) as engine,
-                self._gradients_known(ledger, engine),
+                self._gradients_known(ledger, engine, present),
             ):
                 self._adopt(ledger)
                 with ledger:
@@ -195,7 +199,7 @@ class Referee:
                 tail = marks.tail_seconds()
                 ledger.mark(_BETWEEN)
                 engine.step_begins()
-                left = self._adopt_gradients(ledger, [] if self.layout.takes_gradients else absent)
+                left = self._adopt_gradients(ledger, [] if self.layout.takes_gradients else absent, self._stand_ins)
                 self._adopt_gradients(ledger, self._masters)
                 ledger.category = STEP
                 ledger.mark(_OPTIMIZER)
@@ -264,13 +268,23 @@ class Referee:
         if self.accumulate and not self.layout.takes_gradients:
             self._adopt_gradients(ledger, self.trainable)
 
-    def _adopt_gradients(self, ledger: Ledger, parameters: Iterable[torch.Tensor]) -> dict[str, int]:
-        """Give `parameters` gradients that a part of the step not run here leaves behind; their bytes by category."""
+    def _adopt_gradients(
+        self, ledger: Ledger, parameters: Iterable[torch.Tensor], known: dict[int, torch.Tensor] | None = None
+    ) -> dict[str, int]:
+        """Give `parameters` gradients that a part of the step not run here leaves behind; their bytes by category.
+
+        Those that outlive the step may be the same in every step: they are taken from `known` and put there.
+        """
         before = dict(ledger.by_category)
         for parameter in parameters:
             if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-                ledger.adopt([parameter.grad], GRADIENTS)
+                gradient = None if known is None else known.get(id(parameter))
+                if gradient is None:
+                    gradient = torch.zeros_like(parameter)
+                    if known is not None:
+                        known[id(parameter)] = gradient
+                parameter.grad = gradient
+                ledger.adopt([gradient], GRADIENTS)
         return {name: size - before.get(name, 0) for name, size in ledger.by_category.items()}
 
     def _forward_backward(self, ledger: Ledger, marks: BlockMarks) -> None:
@@ -284,13 +298,14 @@ class Referee:
         del loss
 
     @contextlib.contextmanager
-    def _gradients_known(self, ledger: Ledger, engine: AtWork) -> Generator[None]:
+    def _gradients_known(self, ledger: Ledger, engine: AtWork, parameters: Iterable[torch.Tensor]) -> Generator[None]:
         def moved(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 ledger.move(parameter.grad, GRADIENTS)
             engine.arrived(parameter)
 
-        hooks = [p.register_post_accumulate_grad_hook(moved) for p in self.trainable]
+        with torch._C.DisableTorchFunction():  # a function mode would see each of them
+            hooks = [p.register_post_accumulate_grad_hook(moved) for p in parameters]
         try:
             yield
         finally:

@@ -71,7 +71,6 @@ class Tables:
         self._tables: dict[tuple[int, ...], _Table] = {}
         self._by_place: dict[Group, _Table] = {}
         self._peaks: dict[Group, int] = {}
-        self._places = np.arange(states)
 
     def group(self, start: int, stop: int) -> _Table:
         """P of blocks start..stop-1."""
@@ -101,9 +100,9 @@ class Tables:
         out = np.full(self.states, _INFINITY)
         first = max(0, -(-need // self.quantum), step)
         if first < self.states:
-            source = self._places[first:] - step
-            np.minimum(source, self.states - 1, out=source)
-            out[first:] = seconds[source]
+            out[first:] = seconds[-1]  # as after the last entry, where the step is below 0
+            known = seconds[first - step : self.states - step]
+            out[first : first + len(known)] = known
         if self._optimistic:
             out[-1] = seconds[-1]  # the last state stands for any number of bytes
         return out
@@ -170,8 +169,16 @@ def _known(advance: Advance | None) -> Advance:
 
 def _keep_better(best: Floats, pick: npt.NDArray[np.int16], cost: Floats, index: int) -> None:
     better = cost < best
-    np.copyto(best, cost, where=better)
-    pick[better] = index
+    if better.any():
+        np.copyto(best, cost, where=better)
+        np.copyto(pick, index, where=better)
+
+
+def _from(seconds: Floats, free: int, states: int) -> Floats:
+    """Entry `free` of `seconds` and those before it, one a state; beyond the last that one, before the first none."""
+    more = min(max(0, free - len(seconds) + 1), states)  # states in which more is free than there are entries
+    known = seconds[: max(0, free - more + 1)][::-1][: states - more]
+    return np.concatenate((np.full(more, seconds[-1]), known, np.full(states - more - len(known), _INFINITY)))
 
 
 # -- the whole chain --------------------------------------------------------------------------------------------------
@@ -275,9 +282,7 @@ class _Sweep:
             need = max(option.forward, option.backward + self._later[start])
             self._go(start, start + 1, index, here + option.seconds, option.kept, need)
         for stop in stops:
-            inside = self.tables.group(start, stop).seconds
-            free = self._free(start, stop) - np.arange(self._states)
-            rerun = np.where(free >= 0, inside[np.clip(free, 0, len(inside) - 1)], _INFINITY)
+            rerun = _from(self.tables.group(start, stop).seconds, self._free(start, stop), self._states)
             kept = _known(problem.advances[stop - 1]).output + self._beside[stop] - self._beside[start]
             self._go(start, stop, -1, here + rerun, kept, self.tables.forward_peak(start, stop))
 
