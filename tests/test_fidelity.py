@@ -188,3 +188,19 @@ def test_a_meter_that_is_kept_keeps_no_optimizer() -> None:
         peaks.append(meter.peak_bytes)
         del optimizer
     assert peaks[0] == peaks[1]
+
+
+def test_a_meter_does_not_subtract_what_it_never_counted() -> None:
+    """Torch's profiler reports the end of whatever any earlier profile saw begin; a cache may let go of it any time."""
+    model = nn.Linear(4, 4)
+    held: list[torch.Tensor] = []
+    with PeakMeter(model):
+        held.append(torch.ones(1000))
+        model(torch.ones(2, 4)).sum().backward()
+    with PeakMeter(model) as meter:  # its gradients are counted, and their end as well
+        held.clear()
+        grown = torch.ones(500)
+        model.zero_grad()
+    assert meter.start_bytes == 2 * (16 + 4) * 4
+    assert meter.peak_bytes == meter.start_bytes + grown.nbytes
+    assert meter.end_bytes == 20 * 4 + grown.nbytes

@@ -7,12 +7,13 @@ top of what is known to be live when the step begins. That costs time: a profile
 import gc
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
@@ -56,6 +57,7 @@ class PeakMeter:
         self._measured: tuple[nn.Module, torch.optim.Optimizer | None, Mapping[str, Any] | None] | None
         self._measured = model, optimizer, batch
         self._profiler: profile | None = None
+        self._known: set[int] = set()
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.start_bytes = 0
         self.peak_bytes = 0
@@ -84,8 +86,10 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
             self.start_bytes = torch.cuda.memory_allocated(self._device)
         else:
-            gc.collect()  # an older model's garbage, freed within the block, would be subtracted from this one's bytes
-            self.start_bytes = storage_bytes(self._live())
+            gc.collect()
+            live = list(self._live())
+            self.start_bytes = storage_bytes(live)
+            self._known = {local_part(tensor).untyped_storage().data_ptr() for tensor in live}
             self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
             self._profiler.__enter__()
         return self
@@ -93,9 +97,7 @@ class PeakMeter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A meter that is kept until the next one begins must not be what keeps an older optimizer's state alive: its
-        # end within the next block would be subtracted there.
-        self._measured = None
+        self._measured = None  # a meter that is kept keeps no model
         if self._profiler is None:
             torch.cuda.synchronize(self._device)
             self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
@@ -104,14 +106,38 @@ class PeakMeter:
         profiler, self._profiler = self._profiler, None
         profiler.__exit__(kind, error, trace)
         live = peak = self.start_bytes
-        for change in allocation_changes(profiler):
+        for change in allocation_changes(profiler, self._known):
             live += change
             peak = max(peak, live)
         self.peak_bytes, self.end_bytes = peak, live
 
 
-def allocation_changes(profiler: Any) -> list[int]:
-    """Signed bytes of every CPU allocation and free, in order of time."""
-    events = profiler.profiler.kineto_results.events()
-    memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type().value == 0]
-    return [change for _, change in sorted(memory, key=lambda event: event[0])]
+def allocation_changes(profiler: Any, known: Collection[int] | None = None) -> list[int]:
+    """Signed bytes of CPU allocations and frees, in order of time.
+
+    Args:
+        profiler: Of torch, at its end.
+        known: Addresses of what is counted as live at the beginning. The end of anything else from before is left out:
+            the profiler also reports what an earlier profile saw begin, as what a cache has held since then. None:
+            nothing is left out.
+    """
+    found: list[tuple[int, int, int]] = []
+    rest = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while rest:
+        event = rest.pop()
+        rest += event.children
+        fields = event.extra_fields
+        if event.tag == _EventType.Allocation and fields.device.type == "cpu":
+            found.append((event.start_time_ns, fields.alloc_size, fields.ptr))
+    counted = None if known is None else set(known)
+    changes: list[int] = []
+    for _, size, address in sorted(found, key=lambda event: event[0]):
+        if counted is not None:
+            if size > 0:
+                counted.add(address)
+            elif address in counted:
+                counted.remove(address)
+            else:
+                continue
+        changes.append(size)
+    return changes

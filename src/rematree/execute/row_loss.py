@@ -168,6 +168,7 @@ def _chunk(
         else:
             layouts = min(tile, raw.shape[0] - start), raw.dtype, raw.shape[1:], raw.stride(), grad_raw is None
             losses.append(job.again(layouts, one))
+        del one  # it holds the logits
     whole = losses[0] if len(losses) == 1 else torch.cat(losses)
     if edge is None:
         return whole, None
