@@ -1,5 +1,6 @@
 """The simulated step is the real one: its peak in forward, in backward and with gradients kept, to a few kilobytes."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ import transformers
 from torch import nn
 
 import rematree
+from both_paths import plan_of
 from models import with_lora
 from rematree.fingerprint import describe_model
-from rematree.measure import PeakMeter
+from rematree.measure import PeakMeter, storage_bytes
 from rematree.memory.optimizers import Optimizer, make_optimizer
 from rematree.observation.observe import Twin
 from rematree.plans import Action, Decision, Levers, Plan
@@ -204,3 +206,29 @@ def test_a_meter_does_not_subtract_what_it_never_counted() -> None:
     assert meter.start_bytes == 2 * (16 + 4) * 4
     assert meter.peak_bytes == meter.start_bytes + grown.nbytes
     assert meter.end_bytes == 20 * 4 + grown.nbytes
+
+
+def test_the_gradient_of_a_tied_embedding_is_added_to_that_of_the_head_in_place(cost: Measured) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        tie_word_embeddings=True,
+    )
+    model, batch = transformers.LlamaForCausalLM(config).train(), tokens(rows=1, length=32)
+    twin = Twin(model, batch)
+    blocks = find_chain(twin.model).blocks
+    levers = Levers({path: Decision(Action.RECOMPUTE) for path in blocks}, loss_chunk_rows=8)
+    predicted = Referee(twin, blocks, cost, "none").run(levers)
+    plan = dataclasses.replace(plan_of(model, batch, levers.decisions), loss_chunk_rows=levers.loss_chunk_rows)
+    with rematree.apply(plan, model):
+        step(model, batch, None)
+        model.zero_grad()
+        found = measured(model, batch)
+    assert abs(predicted.peak_bytes - found) <= CLOSE
+    # Where the step ends: all gradients, and the embedding's own beside them before it is added.
+    assert found == pytest.approx(2 * storage_bytes(model.parameters()) + config.vocab_size * 64 * 4, rel=0.02)

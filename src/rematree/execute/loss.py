@@ -191,6 +191,7 @@ class ChunkedLoss:
             rows=self.rows,
             scale_late=head.dtype == torch.float16,
             again=None if self._watcher is None else functools.partial(self._watcher.again, {}),
+            given_away=None if self._watcher is None else self._watcher.given_away,
         )
         if self._check_pending:
             with dropout_off(self._head):

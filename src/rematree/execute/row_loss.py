@@ -50,6 +50,8 @@ class RowLoss:
         rows: Rows a chunk.
         scale_late: Multiply by 1/N in backward, not before the head's gradient.
         again: Runs a tile, given what it depends on; or tells it by repetition, where there are no real numbers.
+        given_away: Told of a gradient that nobody but autograd holds: it adds the next one to it in place, but not where
+            there are no real numbers.
     """
 
     head: Unary
@@ -63,6 +65,7 @@ class RowLoss:
     rows: int
     scale_late: bool
     again: Callable[[Hashable, Callable[[], Tensor]], Tensor] | None = None
+    given_away: Callable[[Tensor], None] | None = None
 
     def losses(self, logits: Tensor, target: Tensor, reduction: str = "none") -> Tensor:
         """[n, V], [n] -> [n], or a scalar for another reduction."""
@@ -115,6 +118,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         late = job.denominator(torch.float32).reciprocal() if mean and job.scale_late else None
         ctx.save_for_backward(late, grad_hidden, *sums)
         ctx.dtypes = [param.dtype for param in params]
+        ctx.given_away = job.given_away
         return loss
 
     @staticmethod
@@ -133,7 +137,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             return (grad * by if keep else grad.mul_(by)).to(dtype)
 
         hidden = None if grad_hidden is None else scaled(grad_hidden, row_factor, grad_hidden.dtype)
-        return None, hidden, *(scaled(g, factor, d) for g, d in zip(grad_params, ctx.dtypes, strict=True))
+        found = [scaled(g, factor, d) for g, d in zip(grad_params, ctx.dtypes, strict=True)]
+        if ctx.given_away is not None:
+            for grad in found:
+                if grad is not None:
+                    ctx.given_away(grad)
+        return None, hidden, *found
 
 
 def chunked_loss(job: RowLoss, hidden: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ class Watcher(Protocol):
         """`run()`, a new tensor, for one of many equal pieces of work; the watcher may tell it by repetition."""
         ...
 
+    def given_away(self, gradient: torch.Tensor) -> None:
+        """Nobody but autograd will hold `gradient`: on real tensors it adds to it in place."""
+
 
 class Around(Protocol):
     """The group that a recomputed region is in: what would be kept in the region is given to it."""

@@ -23,6 +23,7 @@ from rematree.trace import OpRecord
 
 _SHAPE_ONLY: Final = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_")
 _DEVICE: Final = torch.ops.prim.device.default
+_ADD: Final = torch.ops.aten.add.Tensor
 _BITSANDBYTES: Final = "bitsandbytes"
 BEFORE_THE_BLOCKS: Final = "embedding"  # the mark of what runs in front of the first block
 _MASK_DIMENSIONS: Final = 4
@@ -85,6 +86,7 @@ class Ledger(Storages, TorchDispatchMode):
         self._keeps_price = isinstance(cost, Roofline | Free)  # others look at what is around an op
         self._cost = cost
         self.draws = 0
+        self._given_away: set[int] = set()
         self._taint: dict[int, frozenset[str]] = {}
         self.recomputing = 0
         self.misread: set[str] = set()
@@ -128,6 +130,23 @@ class Ledger(Storages, TorchDispatchMode):
         if self.label == BEFORE_THE_BLOCKS and output.dim() == _MASK_DIMENSIONS and self.category == SAVED:
             return MASKS
         return self.category
+
+    # -- sums of gradients --------------------------------------------------------------------------------------------
+
+    def given_away(self, gradient: torch.Tensor) -> None:
+        """Nobody but autograd holds `gradient` from now on. It would add the next one to it in place; to a fake tensor,
+        as to any subclass, it does not, and the sum would count beside it: of a tied embedding, the largest there is.
+        """
+        self._given_away.add(self._entry(gradient, self.category).uid)
+
+    def _add_in_place(self, total: Any) -> None:
+        """The sum that comes next takes the place of `total`, if that was given away."""
+        key = total.untyped_storage()._cdata if isinstance(total, torch.Tensor) else None
+        entry = self._entries.get(key) if key is not None else None
+        if entry is not None and entry.uid in self._given_away:
+            self._given_away.remove(entry.uid)
+            del self._entries[key]  # what is left of it is not seen again
+            self._left(entry)
 
     # -- what happens again -------------------------------------------------------------------------------------------
 
@@ -191,6 +210,8 @@ class Ledger(Storages, TorchDispatchMode):
             self.draws += 1
         inputs = [self._entry(t, self.category) for t in tensors_in(args, kwargs)]
         known = self._next_uid
+        if func is _ADD and self._given_away:
+            self._add_in_place(args[0])
         out = func(*args, **kwargs)
         outputs = [out] if isinstance(out, torch.Tensor) else list(tensors_in(out))
         before = self.live_bytes
@@ -220,6 +241,8 @@ class Ledger(Storages, TorchDispatchMode):
             if entry is None or entry.reference() is None:
                 entry = self._entry(tensor, self.category)
             inputs.append(entry)
+        if func is _ADD and self._given_away:
+            self._add_in_place(args[0])
         with torch._C._DisableTorchDispatch():  # the fake mode below is not asked
             out = self._recipes.make(op.recipe, tensors)
         if op.view:
