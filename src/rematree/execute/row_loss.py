@@ -50,8 +50,8 @@ class RowLoss:
         rows: Rows a chunk.
         scale_late: Multiply by 1/N in backward, not before the head's gradient.
         again: Runs a tile, given what it depends on; or tells it by repetition, where there are no real numbers.
-        given_away: Told of a gradient that nobody but autograd holds: it adds the next one to it in place, but not where
-            there are no real numbers.
+        given_away: Told of a gradient that nobody but autograd holds, which adds the next one to it in place; not so
+            where there are no real numbers.
     """
 
     head: Unary

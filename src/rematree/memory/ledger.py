@@ -134,8 +134,10 @@ class Ledger(Storages, TorchDispatchMode):
     # -- sums of gradients --------------------------------------------------------------------------------------------
 
     def given_away(self, gradient: torch.Tensor) -> None:
-        """Nobody but autograd holds `gradient` from now on. It would add the next one to it in place; to a fake tensor,
-        as to any subclass, it does not, and the sum would count beside it: of a tied embedding, the largest there is.
+        """Nobody but autograd holds `gradient` from now on, which adds the next one to it in place.
+
+        To a fake tensor, as to any subclass, it does not: the sum would count beside what it is made of, and of a tied
+        embedding that is the largest gradient there is.
         """
         self._given_away.add(self._entry(gradient, self.category).uid)
 
