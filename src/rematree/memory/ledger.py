@@ -143,8 +143,10 @@ class Ledger(Storages, TorchDispatchMode):
 
     def _add_in_place(self, total: Any) -> None:
         """The sum that comes next takes the place of `total`, if that was given away."""
-        key = total.untyped_storage()._cdata if isinstance(total, torch.Tensor) else None
-        entry = self._entries.get(key) if key is not None else None
+        if not isinstance(total, torch.Tensor):
+            return
+        key = total.untyped_storage()._cdata
+        entry = self._entries.get(key)
         if entry is not None and entry.uid in self._given_away:
             self._given_away.remove(entry.uid)
             del self._entries[key]  # what is left of it is not seen again
