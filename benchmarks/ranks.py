@@ -163,7 +163,7 @@ def peak(case: Case, rows: slice) -> int:
         for _ in range(3 if zero3 else 2):  # it knows the order of modules from the second on
             gc.collect()
             settling.now()
-            with rematree.PeakMeter(model, stepped, batch) as meter:
+            with rematree.PeakMeter(model, stepped, batch, hidden=True) as meter:
                 step(under, optimizer, batch)
     return meter.peak_bytes + buckets
 

@@ -167,7 +167,7 @@ def peak(
                     under(**batch).loss.backward()
                 gc.collect()
                 settling.now()
-                with PeakMeter(model, optimizer, batch) as meter:
+                with PeakMeter(model, optimizer, batch, hidden=True) as meter:
                     under(**batch).loss.backward()
                     optimizer.step()
                     optimizer.zero_grad()

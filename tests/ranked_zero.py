@@ -142,7 +142,7 @@ def peak(
             left: dict[Any, Any] = getattr(engine.optimizer, "all_grad_tensors", {})
             earlier = storage_bytes(t for group in left.values() for t in group or ())
             stepped = engine.optimizer if ranks.engine == "zero3" else base_optimizer(engine.optimizer)
-            with PeakMeter(model, stepped, batch) as meter:
+            with PeakMeter(model, stepped, batch, hidden=True) as meter:
                 step(engine, batch)
             peaks.append(meter.peak_bytes + earlier)
     engine.destroy()

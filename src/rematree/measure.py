@@ -41,6 +41,8 @@ class PeakMeter:
         model: The model that steps.
         optimizer: Its optimizer, for the state; None when the step has none. Of ZeRO-3 its own, which has the parts.
         batch: Counted with what is live when the step begins.
+        hidden: There is memory that no tensor shows (DDP's buckets), which the caller has measured and adds: on a CPU
+            the end of whatever any meter saw begin counts.
     Attributes:
         peak_bytes: After the block: largest bytes live at once. On a CPU what torch allocated for model, optimizer
             and step; on a GPU `max_memory_allocated`.
@@ -53,11 +55,14 @@ class PeakMeter:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         batch: Mapping[str, Any] | None = None,
+        *,
+        hidden: bool = False,
     ) -> None:
         self._measured: tuple[nn.Module, torch.optim.Optimizer | None, Mapping[str, Any] | None] | None
         self._measured = model, optimizer, batch
         self._profiler: profile | None = None
-        self._known: set[int] = set()
+        self._known: set[int] | None = None
+        self._hidden = hidden
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.start_bytes = 0
         self.peak_bytes = 0
@@ -89,7 +94,8 @@ class PeakMeter:
             gc.collect()
             live = list(self._live())
             self.start_bytes = storage_bytes(live)
-            self._known = {local_part(tensor).untyped_storage().data_ptr() for tensor in live}
+            if not self._hidden:
+                self._known = {local_part(tensor).untyped_storage().data_ptr() for tensor in live}
             self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
             self._profiler.__enter__()
         return self
