@@ -43,10 +43,12 @@ def measure_options(
     options: Sequence[Sequence[BlockOption]],
     lean: Mapping[str, tuple[str, ...]],
     gradients: Sequence[int],
+    chunk_rows: int | None,
 ) -> tuple[list[list[StageOption]], tuple[int, ...], list[list[BlockOption]]]:
     """Run every option on the short chain, as many in a run as it has blocks of the kind; the others save everything.
 
     What a block keeps and takes is read off relative to the moment it begins, so its neighbours may do otherwise.
+    The loss behind them is computed in chunks of `chunk_rows`, if that is given.
 
     Returns:
         Options of each kind in numbers; what each option of the first block releases (`_released`), which the model's
@@ -63,7 +65,7 @@ def measure_options(
             now, waiting[kind] = waiting[kind][: len(places)], waiting[kind][len(places) :]
             turns.update(zip(places, now, strict=False))
         chosen = [(path, final[kinds[place]][turns.get(place, -1)]) for place, path in enumerate(short.blocks)]
-        result = short.run(levers_of(chosen, lean=lean))
+        result = short.run(levers_of(chosen, chunk_rows, lean=lean))
         for place, turn in turns.items():
             kind, path = kinds[place], short.blocks[place]
             option = _stash_more(_save_less(final[kind][turn], path, result.written), path, result.misread)
