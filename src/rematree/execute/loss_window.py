@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rematree.errors import VerificationError
 from rematree.execute.chunked_loss import chunked_loss
-from rematree.execute.deferred import LogitRows
 from rematree.execute.head import autocast_as
+from rematree.execute.logit_rows import LogitRows
 from rematree.execute.row_loss import RowLoss
 
 _WINDOW_ROWS = 8  # few: whole, they must not need more than the smallest chunk does
