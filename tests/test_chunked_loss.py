@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_iter
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rematree.errors import UnsupportedModelError, UsageError, VerificationError
-from rematree.execute import row_loss
+from rematree.execute.chunked_loss import chunked_loss
 from rematree.execute.deferred import DeferredLogits
 from rematree.execute.loss import attach_chunked_loss, find_head
-from rematree.execute.row_loss import RowLoss, chunked_loss
+from rematree.execute.row_loss import RowLoss, tile_losses
 from rematree.measure import PeakMeter
 
 V = 199
@@ -280,10 +280,10 @@ def test_a_tile_has_the_bits_of_cross_entropy_and_its_graph(finish: str, dtype: 
         seed = torch.tensor(1 / 30, dtype=losses.dtype)
         (expected,) = torch.autograd.grad(losses, raw, seed.expand(37))
         into = torch.empty_like(raw)
-        mine = row_loss._tile(job, raw.detach(), target, lambda _, seed=seed: seed, into)
+        mine = tile_losses(job, raw.detach(), target, lambda _, seed=seed: seed, into)
         assert torch.equal(mine, losses.detach())
         assert torch.equal(into, expected)
-        assert torch.equal(row_loss._tile(job, raw.detach(), target, lambda _, seed=seed: seed, None), losses.detach())
+        assert torch.equal(tile_losses(job, raw.detach(), target, lambda _, seed=seed: seed, None), losses.detach())
 
 
 def test_all_labels_ignored_is_as_plain() -> None:
