@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from command_line import rematree, remedies
 from rematree.errors import InfeasibleBudgetError
 from rematree.finetune.config import TrainConfig
-from rematree.finetune.fit import Grid, Probe, find_largest
+from rematree.finetune.fit import find_device as smallest_device
+from rematree.finetune.largest import Grid, Probe, find_largest
 from rematree.finetune.remedies import working_changes
 from rematree.finetune.target import Target
 from rematree.plans import Plan
@@ -72,14 +73,12 @@ def test_the_answer_fits_and_the_next_value_does_not(
         return Probe(value, peak(value), budget)
 
     fitting = [value for value in values if peak(value) <= budget]
-    if not fitting:
-        with pytest.raises(InfeasibleBudgetError, match=f"nothing fits: at {least} the smallest reachable peak is"):
-            find_largest(try_value, grid, first)
-    else:
-        answer, refused = find_largest(try_value, grid, first)
-        assert answer.value == max(fitting)
-        beyond = values[len(fitting)] if len(fitting) < len(values) else None
-        assert (None if refused is None else refused.value) == beyond
+    answer, refused = find_largest(try_value, grid, first)
+    assert (None if answer is None else answer.value) == max(fitting, default=None)
+    beyond = values[len(fitting)] if len(fitting) < len(values) else None
+    assert (None if refused is None else refused.value) == beyond
+    if answer is None:
+        assert tried[-1] == least  # whose plan says what takes the room
     assert len(tried) == len(set(tried)) <= 24
 
 
@@ -121,6 +120,52 @@ def test_the_smallest_device_of_a_few(model: str) -> None:
     assert outcome.data["answer"] == "GeForce RTX 3080 10GB"
     assert outcome.data["refused"] is None
     assert outcome.data["limit"] == "no smaller device was asked about"
+
+
+@pytest.mark.parametrize(
+    ("find", "words", "said"),
+    [
+        ("max-length", "--batch-size 2 --budget 520MiB", ("--max-length 8", "520.0 MiB", ["--budget 53"])),
+        pytest.param(
+            "lora-r",
+            "--batch-size 128 --max-length 128 --budget 600MiB",
+            ("--lora-r 1", "600.0 MiB", ["--budget 6", "--max-length 64 ", "--per-device-train-batch-size 64 "]),
+            marks=pytest.mark.slow,  # three searches
+        ),
+    ],
+)
+def test_what_would_work_where_nothing_fits_works(
+    model: str, find: str, words: str, said: tuple[str, str, list[str]]
+) -> None:
+    asked = [model, *ADAPTERS, *words.split(), "--forbid", "groups,chunked_loss", "--device", "rtx-4090"]
+    outcome = rematree("fit", *asked, "--find", find)
+    assert outcome.code == 3, outcome.err
+    first, budget, changes = said
+    assert f"error: nothing fits: even with {first} the smallest reachable peak is " in outcome.err
+    assert f", and {budget} may be taken\n  at that peak:\n  base weights" in outcome.err
+    commands = [" ".join(command) for command in remedies(outcome)]
+    assert len(commands) == len(changes)
+    for command, change in zip(commands, changes, strict=True):
+        assert change in command
+        assert f"--find {find}" in command
+        assert rematree(*command.split()).code == 0, command
+
+
+def test_devices_that_are_all_too_small_are_told_of_a_larger_one(model: str) -> None:
+    small = replace(find_device("rtx-4060-ti-16gb"), usable_bytes=8 * MIB)  # less than its context takes
+    run: dict[str, Any] = {"model": model, "data": "", "budget": 1, "output_dir": Path(), "max_length": 8}
+    config = TrainConfig(**run, lora_target_modules=("down_proj",), forbid=("groups", "lean_adapters"))
+    changes: list[dict[str, Any]] = []
+
+    def command(**change: Any) -> str:
+        changes.append(change)
+        return "a command"
+
+    with pytest.raises(InfeasibleBudgetError, match="no device fits: even on GeForce RTX 4060 Ti 16GB the") as error:
+        smallest_device(config, [Target(small)], say=lambda line: None, command=command)
+    assert error.value.remedies == ("a command",)
+    assert error.value.details[0] == "at that peak:"
+    assert changes == [{"device": "rtx-3080", "budget": None}]
 
 
 def test_devices_beside_each_other(model: str) -> None:

@@ -52,7 +52,7 @@ def working_changes(
     if target.device is not None and len(changes) < _MOST:
         say("checking whether it would fit otherwise")
         shape = shape or target.shape(config, full=full)
-        others = [*_smaller_models(error.budget, config, target, full)][:1]
+        others = [*islice(_smaller_models(error.budget, config, target, full), 1)]
         if not changes or "budget" not in changes[0]:
             others += islice(_larger_devices(error.min_peak, config, target, shape), 1)
         changes += others
