@@ -20,7 +20,7 @@ from rematree.finetune.remedies import working_changes
 from rematree.finetune.target import Target
 from rematree.plans import Plan
 from rematree.pricing.devices import find_device
-from rematree.units import MIB
+from rematree.units import GIB, MIB
 from test_finetune_tiny import save_tiny_model
 
 # Adapters on one projection: the fewer regions there are, the fewer steps are simulated.
@@ -224,15 +224,38 @@ def test_exports_are_yaml_with_what_they_leave_out(stored: Path, trainer: str, m
     assert [line.removeprefix("not expressed: ") for line in outcome.err.splitlines()] == facts["not_expressed"]
     assert any("the budget of" in line for line in facts["not_expressed"])
     assert any("which layers" in line or "what recomputed layers save" in line for line in facts["not_expressed"])
+    assert facts["not_expressed"][0].startswith(f"the weights: {trainer} loads a folder or an id on the Hub, and ")
     if trainer == "trl":
         assert set(settings) <= settings_of_trl()
         assert settings["model_name_or_path"] == model
+        assert settings["dtype"] == "bfloat16"  # without it, TRL takes float32
         assert settings["activation_checkpointing"] is True
         assert settings["lora_target_modules"] == ["down_proj"]
     else:
         assert settings["base_model"] == model
         assert (settings["adapter"], settings["micro_batch_size"], settings["sequence_len"]) == ("lora", 8, 128)
         assert settings["gradient_checkpointing_kwargs"]["use_reentrant"] is False
+        assert settings["bf16"] is True
+
+
+def test_exports_name_the_weights_and_every_lever(stored: Path, tmp_path: Path) -> None:
+    """A name of the catalogue is none of the Hub."""
+    data = json.loads(stored.read_text())
+    data["run"] |= {"model": "llama-3-8b", "ranks": "2", "engine": "fsdp2"}
+    levers = {"lean": ["a"], "compiled": {"b": 0.5}, "groups": [["a", "b"]]}
+    (tmp_path / "plan.json").write_text(json.dumps({**data, **levers}))
+    for trainer, name in (("trl", "model_name_or_path"), ("axolotl", "base_model")):
+        facts = rematree("export", tmp_path / "plan.json", "--to", trainer, "--json").data
+        assert facts["settings"][name] == "meta-llama/Llama-3.1-8B"
+        said = "\n".join(facts["not_expressed"])
+        for lever in (
+            "layers that are recomputed together",
+            "lean layers",
+            "blocks that are compiled: 1",
+            "2 ranks under fsdp2",
+        ):
+            assert lever in said
+        assert "the weights" not in said
 
 
 def test_exports_that_cannot_be_made_say_why(stored: Path, tmp_path: Path) -> None:
@@ -346,6 +369,9 @@ def test_a_run_that_no_budget_and_no_fewer_tokens_help_is_told_of_a_device(model
         target.planner(shape, config).plan(device.usable_bytes)
     changes = working_changes(error.value, config, lambda line: None, target=target, shape=shape)
     assert changes == [{"device": "rtx-3080", "budget": None}]  # the smallest of its make
+    told = InfeasibleBudgetError("more than any device of its make has", budget=1, min_peak=200 * GIB)
+    changes = working_changes(told, config, lambda line: None, target=Target(find_device("b200")), shape=shape)
+    assert changes == [{"device": "mi325x", "budget": None}]
 
 
 @pytest.mark.slow

@@ -146,6 +146,8 @@ def find_setting(
     grid = Grid(min(_LEAST[quantity], most), most, _STEP[quantity])
     answer, refused = find_largest(try_value, grid, min(most, getattr(config, field)))
     if answer is None:
+        for note in shape.notes:
+            say(f"note: {note}")
         assert refused is not None  # the first value of the grid, and the last that was tried
         least = int(refused.value)
         error = _nothing_fits(f"nothing fits: even with {flag(field)} {least}", refused, planners[least])
