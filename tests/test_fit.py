@@ -187,7 +187,9 @@ def stored(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan that recomputes one of two layers, in a file."""
     path = tmp_path_factory.mktemp("stored") / "plan.json"
     words = [model, *ADAPTERS, "--batch-size", "8", "--max-length", "128", "--forbid", "chunked_loss"]
-    peaks = rematree("frontier", *words, "--device", "h100", "--points", "6", "--json").data["points"]
+    found = rematree("frontier", *words, "--device", "h100", "--points", "6", "--json").data
+    assert (found["device"], found["usable_bytes"]) == ("H100 SXM5 80GB", find_device("h100").usable_bytes)
+    peaks = found["points"]
     budget = sum(point["predicted_peak_bytes"] for point in (peaks[0], peaks[-1])) // 2
     outcome = rematree("plan", *words, "--device", "h100", "--budget", f"{budget}B", "--output", path)
     assert outcome.code == 0, outcome.err
