@@ -16,10 +16,11 @@ from rematree.errors import InfeasibleBudgetError
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.fit import find_device as smallest_device
 from rematree.finetune.largest import Grid, Probe, find_largest
+from rematree.finetune.planned import described
 from rematree.finetune.remedies import working_changes
 from rematree.finetune.target import Target
 from rematree.plans import Plan
-from rematree.pricing.devices import find_device
+from rematree.pricing.devices import MEASURED, find_device
 from rematree.units import GIB, MIB
 from test_finetune_tiny import save_tiny_model
 
@@ -205,6 +206,15 @@ def test_a_plan_says_what_it_was_made_for(stored: Path, model: str) -> None:
     assert plan.run["device"] == "h100-sxm"
     assert (plan.run["lora_r"], plan.run["max_length"], plan.run["packing"]) == ("16", "128", "true")
     assert "full" not in plan.run
+
+
+def test_a_plan_for_a_profile_does_not_speak_of_published_rates(stored: Path, model: str) -> None:
+    plan = replace(Plan.from_json(stored.read_text()), notes=())
+    config = TrainConfig(model=model, data="", budget=1, output_dir=Path(), max_length=32)
+    target = Target(replace(find_device("h100"), usable_source=MEASURED))
+    again = described(plan, config, target, target.shape(config, full=False), full=False)
+    assert again.notes[0] == "for H100 SXM5 80GB, timed by the rates of its profile"
+    assert again.run["dtype"] == "bfloat16"
 
 
 def settings_of_trl() -> set[str]:

@@ -113,7 +113,7 @@ class PlainStep:
 
 
 def frontier_columns(points: Sequence[FrontierPoint], plain: PlainStep, room: tuple[str, int] | None = None) -> Columns:
-    """Peak and time of every point, against the plain step; `room` is a device and the bytes that may be taken of it."""
+    """Peak and time of every point, against the plain step; `room` is a device and what may be taken of it."""
     asked = any(point.budget_bytes is not None for point in points)
     rows: list[list[str]] = []
     for point in points:
