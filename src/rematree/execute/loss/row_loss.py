@@ -1,7 +1,7 @@
 """Cross-entropy of one call over rows, and its arithmetic on a tile of them: losses and their gradient at once.
 
 Softmax and loss in fp32 are some ten passes over three to four times the bytes of 16-bit logits. A tile is as many rows
-as stay in the caches of a processor that way; how many rows the head is multiplied with is `chunked_loss`'s matter.
+as stay in the caches of a processor that way; how many rows the head is multiplied with is `chunked`'s matter.
 """
 
 from collections.abc import Callable, Hashable
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rematree.execute.head import Unary, autocast_as
+from rematree.execute.loss.head import Unary, autocast_as
 from rematree.units import MIB
 
 # Of logits in fp32: what stays in the caches of a processor's cores, or what keeps a GPU busy.

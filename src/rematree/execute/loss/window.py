@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rematree.errors import VerificationError
-from rematree.execute.chunked_loss import chunked_loss
-from rematree.execute.head import autocast_as
-from rematree.execute.logit_rows import LogitRows
-from rematree.execute.row_loss import RowLoss
+from rematree.execute.loss.chunked import chunked_loss
+from rematree.execute.loss.head import autocast_as
+from rematree.execute.loss.logit_rows import LogitRows
+from rematree.execute.loss.row_loss import RowLoss
 
 _WINDOW_ROWS = 8  # few: whole, they must not need more than the smallest chunk does
 _WINDOW_CHUNK_ROWS = 4

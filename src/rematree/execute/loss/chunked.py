@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rematree.execute.head import autocast_as
-from rematree.execute.head_weight import add_product, is_product_with, past_views
-from rematree.execute.row_loss import RowLoss, first_gradient, tile_losses, tile_rows
-from rematree.execute.running_sum import added_in_place
+from rematree.execute.loss.head import autocast_as
+from rematree.execute.loss.head_weight import add_product, is_product_with, past_views
+from rematree.execute.loss.row_loss import RowLoss, first_gradient, tile_losses, tile_rows
+from rematree.execute.loss.running_sum import added_in_place
 
 _PRODUCTS = frozenset({"MmBackward0", "AddmmBackward0"})
 

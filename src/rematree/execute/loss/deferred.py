@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from rematree.errors import UnsupportedModelError
-from rematree.execute.head import HeadCall
-from rematree.execute.logit_rows import LogitRows, Source
-from rematree.execute.row_ops import record
+from rematree.execute.loss.head import HeadCall
+from rematree.execute.loss.logit_rows import LogitRows, Source
+from rematree.execute.loss.row_ops import record
 
 _QUERIES = frozenset(
     {".shape", ".dtype", ".device", ".ndim", ".layout", ".requires_grad", ".is_leaf", ".grad_fn", ".is_cuda", ".is_cpu"}

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rematree.execute.head import HeadCall, Unary, autocast_as
+from rematree.execute.loss.head import HeadCall, Unary, autocast_as
 
 
 @dataclass(eq=False)

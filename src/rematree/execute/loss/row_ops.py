@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rematree.execute.logit_rows import LogitRows
-from rematree.execute.rows import leading_shape, row_index
+from rematree.execute.loss.logit_rows import LogitRows
+from rematree.execute.loss.rows import leading_shape, row_index
 
 _CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
 _POINTWISE = frozenset(
