@@ -1,5 +1,6 @@
 """Design rules R4 to R8: context, transparency, and leaving no trace."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import nn
 import rematree
 from both_paths import plan_of, recompute_all
 from models import assert_same, batch_for, build, gradients, with_lora
-from rematree.errors import PlanMismatchError, RecomputeMismatchError, UsageError
+from rematree.errors import PlanMismatchError, RecomputeMismatchError, UnsupportedModelError, UsageError
 from rematree.execute.dropout import draw, pack, packed_bytes, scale, unpack
+from rematree.execute.random_state import refuse_other_generators
 from rematree.measure import PeakMeter
 from rematree.observation.observe import Twin
 from rematree.planning.planner import Planner
@@ -122,6 +124,17 @@ def test_merging_between_forward_and_backward_is_refused() -> None:
         model.unmerge_adapter()  # pyright: ignore[reportCallIssue]
 
 
+@pytest.mark.parametrize(("device", "dropout", "refused"), [(0, 0.1, False), (1, 0.1, True), (1, 0.0, False)])
+def test_dropout_is_refused_where_the_state_of_the_generator_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, device: int, dropout: float, refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(nn.Parameter, "device", torch.device("cuda", device), raising=False)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(dropout))
+    with pytest.raises(UnsupportedModelError, match="dropout on cuda:1") if refused else contextlib.nullcontext():
+        refuse_other_generators(model)
+
+
 def test_captured_values_are_put_back(planned: Planned) -> None:
     model, batch, plan = planned
     layer = model.get_submodule("base_model.model.model.layers.1.mlp")
@@ -153,6 +166,8 @@ def test_a_plan_refuses_what_it_was_not_made_for(
     larger = batch_for(model, rows=3)
     with rematree.apply(plan, model), pytest.raises(PlanMismatchError, match="input_ids of shape"):
         model(**larger)
+    with rematree.apply(plan, model), pytest.raises(PlanMismatchError, match="input_ids of shape"):
+        model(larger["input_ids"])  # by position
     frozen = copy.deepcopy(model)
     next(p for p in frozen.parameters() if p.requires_grad).requires_grad_(False)
     with pytest.raises(PlanMismatchError, match="trainable"):

@@ -12,15 +12,12 @@ from typing import Any, Final, cast
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_any
 
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.module_state import ChangingBuffers, ModuleState, replace_entries
 from rematree.execute.routing import has_router
-from rematree.execute.stash import Watcher
 
-_STATE_BYTES: Final = 5056  # of torch.get_rng_state()
 _HOOKS: Final = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -36,51 +33,6 @@ class Captured:
 
     read: Callable[[], Any]
     write: Callable[[Any], None]
-
-
-class RandomState:
-    """State of the generators an op of this region could draw from: the CPU's and the current accelerator's.
-
-    Under fake tensors nothing is drawn and there is no state; a stand-in of the same size takes its place, so that the
-    referee counts its bytes, and the number of draws that lead to it tells two of them apart.
-    """
-
-    __slots__ = ("__weakref__", "_accelerator", "_cpu", "_draws", "_watcher")
-
-    def __init__(self, watcher: Watcher | None = None) -> None:
-        self._watcher = watcher
-        self._draws = 0 if watcher is None else watcher.draws
-        self._cpu = torch.get_rng_state() if watcher is None else torch.empty(_STATE_BYTES, dtype=torch.uint8)
-        self._accelerator = torch.cuda.get_rng_state() if watcher is None and torch.cuda.is_initialized() else None
-
-    @classmethod
-    def now(cls, watcher: Watcher | None = None) -> "RandomState | None":
-        """The present state. Under fake tensors a stand-in if `watcher` counts draws, else None."""
-        # The search for a fake mode costs more than the state; without any mode there is none to find.
-        if not torch._C._len_torch_dispatch_stack() or detect_fake_mode() is None:
-            return cls()
-        return None if watcher is None else cls(watcher)
-
-    def same_as(self, other: "RandomState | None") -> bool:
-        """Whether nothing was drawn between the two."""
-        if other is None:
-            return False
-        if self._watcher is not None or other._watcher is not None:
-            return self._draws == other._draws
-        if not torch.equal(self._cpu, other._cpu):
-            return False
-        if self._accelerator is None or other._accelerator is None:
-            return self._accelerator is other._accelerator
-        return torch.equal(self._accelerator, other._accelerator)
-
-    def restore(self) -> None:
-        """Set the generators to this state."""
-        if self._watcher is not None:
-            self._watcher.draws = self._draws
-            return
-        torch.set_rng_state(self._cpu)
-        if self._accelerator is not None:
-            torch.cuda.set_rng_state(self._accelerator)
 
 
 class Autocast:

@@ -31,8 +31,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from rematree.engines import gathered
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.arguments import Arguments
-from rematree.execute.context import Autocast, Known, RandomState, World, builds_graph
+from rematree.execute.context import Autocast, Known, World, builds_graph
 from rematree.execute.noted import Hooks, Kept, Link, check_version, is_weight, mapped, tensors_of, version_of
+from rematree.execute.random_state import RandomState
 from rematree.execute.recompute import Executor
 from rematree.execute.routing import Routing
 

@@ -24,6 +24,7 @@ from rematree.execute.override import ForwardOverride
 from rematree.execute.own_compile import refuse_compiled, refuse_compiling
 from rematree.execute.own_switch import OwnSwitch
 from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
+from rematree.execute.random_state import refuse_other_generators
 from rematree.execute.recompute import Executor
 from rematree.execute.selection import Selection
 from rematree.execute.self_check import AdapterCheck
@@ -56,7 +57,7 @@ class Handle:
     ) -> None:
         self.plan = plan
         self.plans = (*smaller, plan)
-        self._chosen = Selection(self.plans)
+        self._chosen = Selection(self.plans, model)
         self._model = model
         self._watcher = watcher
         self._executor = Executor(watcher)
@@ -198,19 +199,20 @@ class Handle:
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
         refuse_compiling(override.module for override in self._overrides)
-        number = self._chosen.covering(kwargs)  # here and not further in, where PEFT has put a prompt before it
+        batch = self._chosen.by_name(args, kwargs)
+        number = self._chosen.covering(batch)  # here and not further in, where PEFT has put a prompt before it
         if self._trains():
             if self._check is not None:
                 self._check.forward_begins()
             if number is None:
-                self._refuse(kwargs)
+                self._refuse(batch)
             self._chosen.latest = number
         with self._chosen.during(len(self.plans) - 1 if number is None else number):
             return inner(*args, **kwargs)
 
-    def _refuse(self, kwargs: Mapping[str, Any]) -> NoReturn:
+    def _refuse(self, batch: Mapping[str, Any]) -> NoReturn:
         """Raise about what the prediction does not cover; a smaller batch (the last of an epoch) only needs less."""
-        here = {name: shape for name, shape, _ in describe_batch(kwargs)}
+        here = {name: shape for name, shape, _ in describe_batch(batch)}
         name, shape, most = self._chosen.too_large(here)[0]
         raise PlanMismatchError(
             f"the plan was made for {name} of shape {most}, this batch has {shape}",
@@ -286,7 +288,8 @@ def apply(
     Raises:
         PlanMismatchError: the model, its trainable set, dropout, dtypes or attention implementation differ.
         UsageError: another plan is in force on this model, one of several compiles blocks, or the user compiled it.
-        UnsupportedModelError: an evaluation has rewritten 4-bit weights of the model for inference.
+        UnsupportedModelError: an evaluation has rewritten 4-bit weights of the model for inference, or it has dropout
+            on a device whose generator is not kept.
     """
     refuse_pipeline(model)
     model = without_engine(model)
@@ -297,6 +300,7 @@ def apply(
             return present
         raise UsageError("another plan is in force on this model", remedies=["handle.remove() first"])
     refuse_repacked(model)
+    refuse_other_generators(model)
     if smaller and any(each.compiled for each in (*smaller, plan)):
         raise UsageError(
             "one of several plans compiles blocks, and code is compiled for one plan",

@@ -27,8 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.arguments import Arguments, is_cache
-from rematree.execute.context import Known, RandomState, World, builds_graph
+from rematree.execute.context import Known, World, builds_graph
 from rematree.execute.input_grads import require_grad
+from rematree.execute.random_state import RandomState
 from rematree.execute.routing import Routing
 
 _DETERMINISM: Final = ("default", "none")

@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.arguments import Arguments
-from rematree.execute.context import Captured, Known, RandomState, World, builds_graph
+from rematree.execute.context import Captured, Known, World, builds_graph
 from rematree.execute.dropout import draw, draw_bits, mask_can_be_kept, pack, scale, unpack
+from rematree.execute.random_state import RandomState
 from rematree.execute.routing import Routing
 from rematree.execute.stash import Around, Leaf, Watcher, hooks_within
 

@@ -5,6 +5,8 @@ tensor-parallel order, the router may pick the other one, and then the rerun com
 an error if the counts differ, wrong gradients if they do not. So the indices that a router's `topk`, `argmax`, `sort`
 or `argsort` chose are kept (a few integers a token), and in the rerun the values are gathered by them.
 
+Not covered: indices chosen by other means, such as `max` over a dimension or `multinomial`; they are chosen again.
+
 Reports of it: transformers#47467, pytorch#171355.
 """
 

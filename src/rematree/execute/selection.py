@@ -7,12 +7,16 @@ backward runs under the number of its forward: the number is one of the values t
 """
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from rematree.fingerprint import describe_batch
 from rematree.plans import Plan
+from rematree.regions import unwrap
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,10 +27,12 @@ class Selection:
     Args:
         plans: In the order in which they are tried; the last one is for the largest batch, and in force where nothing
             was chosen.
+        model: What they are for; its signature names what a batch gives by position.
     """
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
+    def __init__(self, plans: Sequence[Plan], model: nn.Module) -> None:
         self._shapes: list[Shapes] = [{name: shape for name, shape, _ in plan.fingerprint.batch} for plan in plans]
+        self._names = _positions(model) or _positions(unwrap(model))  # PEFT's may hand on `*args`
         self._last = len(plans) - 1
         self._numbers: dict[int, int] = {}
         self.latest = self._last
@@ -63,13 +69,17 @@ class Selection:
         around = arounds.get(self.now())
         return inner(*args, **kwargs) if around is None else around(inner, *args, **kwargs)
 
-    def covering(self, kwargs: Mapping[str, Any]) -> int | None:
+    def by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch that the model is called with; nothing is known of what its signature does not name."""
+        return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
+
+    def covering(self, batch: Mapping[str, Any]) -> int | None:
         """Number of the first plan that covers a batch; None if the last one does not either.
 
         The last plan is refused only by a tensor that is larger than planned. Another one is taken only if all tensors
         are known to it: one that the plan has never heard of may be of any size.
         """
-        here = {name: shape for name, shape, _ in describe_batch(kwargs)}
+        here = {name: shape for name, shape, _ in describe_batch(batch)}
         for number in range(self._last):
             planned = self._shapes[number]
             if here and here.keys() <= planned.keys() and all(fits(here[name], planned[name]) for name in here):
@@ -84,6 +94,12 @@ class Selection:
             for name, shape in here.items()
             if name in planned and not fits(shape, planned[name])
         ]
+
+
+def _positions(model: nn.Module) -> list[str]:
+    """Names of what the forward of `model` takes by position."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
 
 
 def fits(shape: tuple[int, ...], most: tuple[int, ...]) -> bool:

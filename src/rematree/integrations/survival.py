@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn
 import torch
 
 from rematree.errors import InfeasibleBudgetError, OutOfMemoryError, PlanMismatchError, UsageError
-from rematree.execute.context import RandomState
+from rematree.execute.random_state import RandomState
 from rematree.integrations.trainer import BudgetCallback
 from rematree.units import format_bytes
 

@@ -75,7 +75,7 @@ def attach_chunked_loss(
             raise UsageError(
                 f"{type(found[0]).__name__} has a chunked loss already", remedies=["handle.remove() first"]
             )
-        forward = forward._inner  # pyright: ignore[reportPrivateUsage]
+        forward = forward.inner
     return ChunkedLoss(*found, rows, check=check, when=when, watcher=watcher)
 
 

@@ -1,0 +1,89 @@
+"""The state of random number generators, which a rerun finds as the forward found it (R4), and where it would not."""
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+
+from rematree.errors import UnsupportedModelError
+from rematree.execute.stash import Watcher
+from rematree.regions import unwrap
+
+_STATE_BYTES: Final = 5056  # of torch.get_rng_state()
+_NO_GENERATOR: Final = ("cpu", "meta")  # none, or one that is always kept
+
+
+class RandomState:
+    """State of the generators an op of this region could draw from: the CPU's and the current accelerator's.
+
+    Under fake tensors nothing is drawn and there is no state; a stand-in of the same size takes its place, so that the
+    referee counts its bytes, and the number of draws that lead to it tells two of them apart.
+    """
+
+    __slots__ = ("__weakref__", "_accelerator", "_cpu", "_draws", "_watcher")
+
+    def __init__(self, watcher: Watcher | None = None) -> None:
+        self._watcher = watcher
+        self._draws = 0 if watcher is None else watcher.draws
+        self._cpu = torch.get_rng_state() if watcher is None else torch.empty(_STATE_BYTES, dtype=torch.uint8)
+        self._accelerator = torch.cuda.get_rng_state() if watcher is None and torch.cuda.is_initialized() else None
+
+    @classmethod
+    def now(cls, watcher: Watcher | None = None) -> "RandomState | None":
+        """The present state. Under fake tensors a stand-in if `watcher` counts draws, else None."""
+        # The search for a fake mode costs more than the state; without any mode there is none to find.
+        if not torch._C._len_torch_dispatch_stack() or detect_fake_mode() is None:
+            return cls()
+        return None if watcher is None else cls(watcher)
+
+    def same_as(self, other: "RandomState | None") -> bool:
+        """Whether nothing was drawn between the two."""
+        if other is None:
+            return False
+        if self._watcher is not None or other._watcher is not None:
+            return self._draws == other._draws
+        if not torch.equal(self._cpu, other._cpu):
+            return False
+        if self._accelerator is None or other._accelerator is None:
+            return self._accelerator is other._accelerator
+        return torch.equal(self._accelerator, other._accelerator)
+
+    def restore(self) -> None:
+        """Set the generators to this state."""
+        if self._watcher is not None:
+            self._watcher.draws = self._draws
+            return
+        torch.set_rng_state(self._cpu)
+        if self._accelerator is not None:
+            torch.cuda.set_rng_state(self._accelerator)
+
+
+def refuse_other_generators(model: nn.Module) -> None:
+    """Refuse a model that draws on a device whose generator `RandomState` does not keep: masks would not come again.
+
+    Raises:
+        UnsupportedModelError: names the device.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in _NO_GENERATOR}
+    if not devices or not _drops(model):
+        return
+    kept = None
+    if any(device.type == "cuda" for device in devices):
+        kept = torch.device("cuda", torch.cuda.current_device())
+    others = sorted(str(device) for device in devices if device != kept)
+    if others:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has dropout on {others[0]}, and a recomputation draws the masks of the forward "
+            "again on the CPU and on the current CUDA device only",
+            remedies=["torch.cuda.set_device(...) for a model on one other GPU", "train without dropout"],
+        )
+
+
+def _drops(model: nn.Module) -> bool:
+    """Whether a module of `model` is a dropout, or its config asks for one."""
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):  # pyright: ignore[reportPrivateUsage]
+        return True
+    config: Any = getattr(unwrap(model), "config", None)
+    settings: dict[str, Any] = getattr(config, "__dict__", {})
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings.items())
