@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chain_problems import alike, layers, problems
 from rematree.solve import bound, labels
-from rematree.solve.bound import certify, lower_bound
+from rematree.solve.bound import certify
 from rematree.solve.chain import ChainProblem, least_peak, solve_chain
 from rematree.solve.exhaustive import solve_exhaustively
 from rematree.solve.groups import choice_peak
@@ -23,7 +23,7 @@ from rematree.solve.nested import least_grouped_peak, quantum_for, solve_groups
 @given(st.one_of(problems(), alike()), st.integers(0, 90), st.integers(1, 5))
 def test_no_choice_is_below_it(problem: ChainProblem, limit: int, quantum: int) -> None:
     best = solve_exhaustively(problem, limit)
-    found = lower_bound(problem, limit, quantum)
+    found = certify(problem, limit, quantum).seconds
     if best is not None:
         assert found <= best.seconds
 
@@ -36,15 +36,15 @@ def test_any_multipliers_give_a_bound(problem: ChainProblem, limit: int, prices:
     count = len(problem.stages)
     wrong = bound._Prices(np.array(prices[:count]), np.array(prices[6 : 6 + count]), prices[12])
     with mock.patch.object(bound, "_relaxation", return_value=(0.0, wrong, np.zeros(count + 1))):
-        found = lower_bound(problem, limit, 1)
+        found = certify(problem, limit, 1).seconds
     if best is not None:
         assert found <= best.seconds
 
 
 def test_plenty_of_memory_costs_nothing() -> None:
     problem = layers(12)
-    assert lower_bound(problem, 10**6, 1) == pytest.approx(5.0, abs=1e-9)
-    assert lower_bound(problem, 10**6, 1) <= 5.0
+    assert certify(problem, 10**6, 1).seconds == pytest.approx(5.0, abs=1e-9)
+    assert certify(problem, 10**6, 1).seconds <= 5.0
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -58,7 +58,7 @@ def test_the_plan_is_within_two_percent_of_the_step(grouped: bool) -> None:
     for limit in np.linspace(least, 100 + 24 * 31 + 70, 20).astype(int):
         choice = solve_groups(problem, int(limit), 1)
         assert choice is not None
-        gap = choice.seconds - lower_bound(problem, int(limit), 1)
+        gap = choice.seconds - certify(problem, int(limit), 1).seconds
         assert 0 <= gap <= 0.02 * step, (limit, gap / step)
 
 
@@ -73,7 +73,7 @@ def test_eighty_layers_take_less_than_two_seconds() -> None:
         choice = solve_groups(problem, limit, quantum_for(problem, limit))
         assert choice is not None
         assert choice_peak(problem, choice) <= limit
-        assert lower_bound(problem, limit, 1) <= choice.seconds
+        assert certify(problem, limit, 1).seconds <= choice.seconds
         assert time.process_time() - begin < 2.0
 
 
@@ -83,7 +83,7 @@ def test_without_groups_it_bounds_the_chain_only() -> None:
     limit = 190
     chain = solve_chain(bare, limit, 1)
     assert chain is not None
-    assert lower_bound(problem, limit, 1) <= lower_bound(bare, limit, 1) <= chain.seconds
+    assert certify(problem, limit, 1).seconds <= certify(bare, limit, 1).seconds <= chain.seconds
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,7 +130,7 @@ def test_at_the_smallest_peak_it_is_what_the_solver_finds() -> None:
             assert choice is not None
             assert choice.groups
             thousandfold = _times(problem, 1000)  # not a whole number of quanta above the base
-            assert lower_bound(thousandfold, 1000 * limit + 7, 1) == pytest.approx(choice.seconds, rel=1e-9)
+            assert certify(thousandfold, 1000 * limit + 7, 1).seconds == pytest.approx(choice.seconds, rel=1e-9)
 
 
 def _times(problem: ChainProblem, factor: int) -> ChainProblem:

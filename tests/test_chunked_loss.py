@@ -27,9 +27,10 @@ from torch.utils._pytree import tree_iter
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rematree.errors import UnsupportedModelError, UsageError, VerificationError
-from rematree.execute.loss.attach import attach_chunked_loss, find_head
+from rematree.execute.loss.attach import attach_chunked_loss
 from rematree.execute.loss.chunked import chunked_loss
 from rematree.execute.loss.deferred import DeferredLogits
+from rematree.execute.loss.head import find_head
 from rematree.execute.loss.row_loss import RowLoss, tile_losses
 from rematree.measure import PeakMeter
 

@@ -5,11 +5,14 @@ Two kinds of region are functions, not modules: the attention core, named after 
 and the drawing of a dropout mask, named after its dropout module plus "#draw".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import nn
+
+from rematree.errors import PlanMismatchError
+from rematree.plans import Action, Decision
 
 ATTENTION_SUFFIX: Final = "#attention"
 DRAW_SUFFIX: Final = "#draw"
@@ -129,3 +132,24 @@ def block_kind(block: nn.Module) -> tuple[Any, ...]:
     parts.extend((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
     parts.extend((name, tuple(b.shape), b.dtype) for name, b in block.named_buffers())
     return tuple(parts)
+
+
+def effective_action(decisions: Mapping[str, Decision], path: str) -> Action:
+    """The action a region inherits: its own, or that of the nearest named region around it; the root saves."""
+    while path:
+        if path in decisions:
+            return decisions[path].action
+        path = parent_path(path)
+    return decisions[""].action if "" in decisions else Action.SAVE
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path`.
+
+    Raises:
+        PlanMismatchError: the model has none.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise PlanMismatchError(f"the plan names {path}, which this model does not have") from error

@@ -30,9 +30,17 @@ from rematree.execute.selection import Selection
 from rematree.execute.self_check import AdapterCheck
 from rematree.execute.stash import Watcher
 from rematree.fingerprint import describe_batch, describe_model
-from rematree.plans import Action, Decision, Plan
+from rematree.plans import Action, Plan
 from rematree.quantised import four_bit_linears, frozen_int8_linears
-from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, parent_path, split_function, unwrap
+from rematree.regions import (
+    ATTENTION_SUFFIX,
+    DRAW_SUFFIX,
+    effective_action,
+    find_module,
+    parent_path,
+    split_function,
+    unwrap,
+)
 
 _ATTRIBUTE: Final = "_rematree_handle"
 
@@ -324,24 +332,3 @@ def forget_handle(copied: nn.Module) -> None:
     """Make a copy of a model forget the handle that was copied with it."""
     for module in copied.modules():
         module.__dict__.pop(_ATTRIBUTE, None)
-
-
-def effective_action(decisions: Mapping[str, Decision], path: str) -> Action:
-    """The action a region inherits: its own, or that of the nearest named region around it; the root saves."""
-    while path:
-        if path in decisions:
-            return decisions[path].action
-        path = parent_path(path)
-    return decisions[""].action if "" in decisions else Action.SAVE
-
-
-def find_module(model: nn.Module, path: str) -> nn.Module:
-    """The submodule at `path`.
-
-    Raises:
-        PlanMismatchError: the model has none.
-    """
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise PlanMismatchError(f"the plan names {path}, which this model does not have") from error

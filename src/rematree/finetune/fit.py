@@ -25,7 +25,6 @@ FIELDS: Final[dict[str, str]] = {
     "lora-r": "lora_r",
 }
 DEVICE: Final = "device"
-QUANTITIES: Final = (*FIELDS, DEVICE)
 # Rows are asked for in multiples that kernels like, the rest one by one.
 _STEP: Final = {"max-length": 64, "batch-size": 1, "lora-r": 1}
 _LEAST: Final = {"max-length": 8, "batch-size": 1, "lora-r": 1}

@@ -7,7 +7,7 @@ to each other.
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from torch import nn
 from rematree.errors import UsageError
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "none"]
-OPTIMIZERS: Final[tuple[str, ...]] = get_args(Optimizer)
 _LEAST_8BIT: Final = 4096  # smaller tensors keep fp32 state
 _BLOCK: Final = 256  # elements that share a scale
 _CODES: Final = 256  # entries of a code table

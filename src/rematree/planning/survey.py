@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rematree.execute.adapters import lean_layers
-from rematree.execute.loss.attach import find_head
+from rematree.execute.loss.head import find_head
 from rematree.execute.norms import lean_norms
 from rematree.observation.observe import Twin
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler

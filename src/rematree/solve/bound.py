@@ -80,11 +80,6 @@ class Certified:
     choice: ChainChoice | None = None
 
 
-def lower_bound(problem: ChainProblem, limit: int, quantum: int) -> float:
-    """Seconds that no choice within `limit` goes below: `certify` without the choice."""
-    return certify(problem, limit, quantum).seconds
-
-
 def certify(problem: ChainProblem, limit: int, quantum: int, known: float = math.inf) -> Certified:
     """Seconds that no choice within `limit` goes below, head included: options, and groups where there are advances.
 

@@ -34,8 +34,6 @@ from rematree.execute.loss.window import verify_window
 from rematree.execute.override import Forward, ForwardOverride
 from rematree.execute.stash import Watcher
 
-__all__ = ["ChunkedLoss", "attach_chunked_loss", "find_head"]
-
 
 def attach_chunked_loss(
     model: nn.Module,
