@@ -15,13 +15,13 @@ from command_line import rematree, remedies
 from rematree.errors import InfeasibleBudgetError
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.fit import find_device as smallest_device
-from rematree.finetune.largest import Grid, Probe, find_largest
+from rematree.finetune.largest import Grid, Probe, find_first, find_largest
 from rematree.finetune.planned import described
 from rematree.finetune.remedies import working_changes
 from rematree.finetune.target import Target
 from rematree.plans import Plan
 from rematree.pricing.devices import MEASURED, find_device
-from rematree.units import GIB, MIB
+from rematree.units import GIB, MIB, parse_bytes
 from test_finetune_tiny import save_tiny_model
 
 # Adapters on one projection: the fewer regions there are, the fewer steps are simulated.
@@ -83,6 +83,24 @@ def test_the_answer_fits_and_the_next_value_does_not(
     assert len(tried) == len(set(tried)) <= 24
 
 
+@given(needs=st.tuples(*[st.integers(0, 12)] * 3), kinds=st.lists(st.integers(0, 2), min_size=1, max_size=12))
+def test_the_first_that_fits_is_found_although_kinds_need_different_room(
+    needs: tuple[int, int, int], kinds: list[int]
+) -> None:
+    """Rooms grow from one to the next; how much is needed depends on the kind."""
+    tried: list[int] = []
+
+    def fits(index: int) -> bool:
+        tried.append(index)
+        return index >= needs[kinds[index]]
+
+    fitting = [index for index, kind in enumerate(kinds) if index >= needs[kind]]
+    assert find_first(kinds, fits) == min(fitting, default=None)
+    assert len(tried) == len(set(tried)) <= 8
+    if not fitting:
+        assert len(kinds) - 1 in tried  # whose plan says what takes the room
+
+
 @pytest.mark.parametrize(
     ("find", "words", "option"),
     [
@@ -123,50 +141,31 @@ def test_the_smallest_device_of_a_few(model: str) -> None:
     assert outcome.data["limit"] == "no smaller device was asked about"
 
 
-@pytest.mark.parametrize(
-    ("find", "words", "said"),
-    [
-        ("max-length", "--batch-size 2 --budget 520MiB", ("--max-length 8", "520.0 MiB", ["--budget 53"])),
-        pytest.param(
-            "lora-r",
-            "--batch-size 128 --max-length 128 --budget 600MiB",
-            ("--lora-r 1", "600.0 MiB", ["--budget 6", "--max-length 64 ", "--per-device-train-batch-size 64 "]),
-            marks=pytest.mark.slow,  # three searches
-        ),
-    ],
-)
-def test_what_would_work_where_nothing_fits_works(
-    model: str, find: str, words: str, said: tuple[str, str, list[str]]
-) -> None:
-    asked = [model, *ADAPTERS, *words.split(), "--forbid", "groups,chunked_loss", "--device", "rtx-4090"]
-    outcome = rematree("fit", *asked, "--find", find)
+def test_where_nothing_fits_the_peak_is_broken_down(model: str) -> None:
+    words = [model, *ADAPTERS, "--forbid", "groups,chunked_loss", "--device", "rtx-4090", "--batch-size", "1"]
+    outcome = rematree("fit", *words, "--find", "max-length", "--budget", "520MiB")
     assert outcome.code == 3, outcome.err
-    first, budget, changes = said
-    assert f"error: nothing fits: even with {first} the smallest reachable peak is " in outcome.err
-    assert f", and {budget} may be taken\n  at that peak:\n  base weights" in outcome.err
+    assert "error: nothing fits: even with --max-length 8 the smallest reachable peak is 5" in outcome.err
+    assert ", and 520.0 MiB may be taken\n  at that peak:\n  base weights" in outcome.err
+    (command,) = remedies(outcome)
+    budget = command[command.index("--budget") + 1]
+    assert 520 * MIB < parse_bytes(budget) < 540 * MIB
+    assert "--find max-length" in " ".join(command)
+
+
+@pytest.mark.slow  # three searches
+def test_what_would_work_where_nothing_fits_works(model: str) -> None:
+    words = [model, *ADAPTERS, "--forbid", "groups,chunked_loss", "--device", "rtx-4090", "--budget", "600MiB"]
+    outcome = rematree("fit", *words, "--find", "lora-r", "--batch-size", "128", "--max-length", "128")
+    assert outcome.code == 3, outcome.err
+    assert "error: nothing fits: even with --lora-r 1 the smallest" in outcome.err
     commands = [" ".join(command) for command in remedies(outcome)]
+    changes = ["--budget 6", "--max-length 64 ", "--per-device-train-batch-size 64 "]
     assert len(commands) == len(changes)
     for command, change in zip(commands, changes, strict=True):
         assert change in command
-        assert f"--find {find}" in command
+        assert "--find lora-r" in command
         assert rematree(*command.split()).code == 0, command
-
-
-def test_devices_that_are_all_too_small_are_told_of_a_larger_one(model: str) -> None:
-    small = replace(find_device("rtx-4060-ti-16gb"), usable_bytes=8 * MIB)  # less than its context takes
-    run: dict[str, Any] = {"model": model, "data": "", "budget": 1, "output_dir": Path(), "max_length": 8}
-    config = TrainConfig(**run, lora_target_modules=("down_proj",), forbid=("groups", "lean_adapters"))
-    changes: list[dict[str, Any]] = []
-
-    def command(**change: Any) -> str:
-        changes.append(change)
-        return "a command"
-
-    with pytest.raises(InfeasibleBudgetError, match="no device fits: even on GeForce RTX 4060 Ti 16GB the") as error:
-        smallest_device(config, [Target(small)], say=lambda line: None, command=command)
-    assert error.value.remedies == ("a command",)
-    assert error.value.details[0] == "at that peak:"
-    assert changes == [{"device": "rtx-3080", "budget": None}]
 
 
 def test_devices_beside_each_other(model: str) -> None:
@@ -372,18 +371,24 @@ def test_a_budget_is_that_of_the_device_by_default(model: str) -> None:
 
 
 def test_a_run_that_no_budget_and_no_fewer_tokens_help_is_told_of_a_device(model: str) -> None:
-    device = replace(find_device("rtx-4060-ti-16gb"), usable_bytes=8 * MIB)  # less than its context takes
-    run: dict[str, Any] = {"model": model, "data": "", "budget": 1, "output_dir": Path(), "max_length": 32}
+    small = replace(find_device("rtx-4060-ti-16gb"), usable_bytes=8 * MIB)  # less than its context takes
+    run: dict[str, Any] = {"model": model, "data": "", "budget": 1, "output_dir": Path(), "max_length": 8}
     config = TrainConfig(**run, lora_target_modules=("down_proj",), forbid=("groups", "lean_adapters"))
-    target = Target(device)
-    shape = target.shape(config, full=False)
-    with pytest.raises(InfeasibleBudgetError) as error:
-        target.planner(shape, config).plan(device.usable_bytes)
-    changes = working_changes(error.value, config, lambda line: None, target=target, shape=shape)
+    changes: list[dict[str, Any]] = []
+
+    def command(**change: Any) -> str:
+        changes.append(change)
+        return "a command"
+
+    with pytest.raises(InfeasibleBudgetError, match="no device fits: even on GeForce RTX 4060 Ti 16GB the") as error:
+        smallest_device(config, [Target(small)], say=lambda line: None, command=command)
+    assert error.value.remedies == ("a command",)
+    assert error.value.details[0] == "at that peak:"
     assert changes == [{"device": "rtx-3080", "budget": None}]  # the smallest of its make
     told = InfeasibleBudgetError("more than any device of its make has", budget=1, min_peak=200 * GIB)
-    changes = working_changes(told, config, lambda line: None, target=Target(find_device("b200")), shape=shape)
-    assert changes == [{"device": "mi325x", "budget": None}]
+    assert working_changes(told, config, lambda line: None, target=Target(find_device("b200"))) == [
+        {"device": "mi325x", "budget": None}
+    ]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.finetune.config import TrainConfig, flag
-from rematree.finetune.largest import Grid, Probe, find_largest
+from rematree.finetune.largest import Grid, Probe, find_first, find_largest
 from rematree.finetune.remedies import working_changes
 from rematree.finetune.synthetic import Shape, synthetic_batch_like
 from rematree.finetune.target import Target
@@ -202,37 +202,44 @@ def find_device(
     ordered = sorted(targets, key=lambda target: target.budget(None))
     shapes: dict[Any, Shape] = {}  # by what weights are kept in, which depends on the device
     planners: dict[int, Planner] = {}
-    probes: list[Probe] = []
 
     def planner_for(target: Target) -> Planner:
         if target.dtype not in shapes:
             shapes[target.dtype] = target.shape(config, full=full)
         return target.planner(shapes[target.dtype], config)
 
-    def try_value(index: int) -> Probe:
+    tried: dict[int, Probe] = {}
+
+    def fits(index: int) -> bool:
         target = ordered[index]
         planners.clear()
         planners[index] = planner_for(target)
-        probe = Probe(target.name, planners[index].min_peak_bytes(), target.budget(None))
-        probes.append(probe)
+        probe = tried[index] = Probe(target.name, planners[index].min_peak_bytes(), target.budget(None))
         say(
             f"{target.name}, {format_bytes(probe.budget_bytes)}: {format_bytes(probe.least_bytes)}, "
             f"{'fits' if probe.fits else 'does not fit'}"
         )
-        return probe
+        return probe.fits
 
-    low, high = -1, len(ordered)
-    tried: dict[int, Probe] = {}
-    while high - low > 1:  # here more memory comes later, so what fits is above what does not
-        middle = (low + high) // 2
-        tried[middle] = try_value(middle)
-        low, high = (low, middle) if tried[middle].fits else (middle, high)
-    if high == len(ordered):  # the last of them was tried last
-        last = ordered[-1]
-        error = _nothing_fits(f"no device fits: even on {last.name}", tried[high - 1], planners[high - 1])
+    # What has more memory comes later; but where weights are kept in fp32, for want of bf16, that may not be enough.
+    found = find_first([target.dtype for target in ordered], fits)
+    chosen = len(ordered) - 1 if found is None else found
+    planner = planners.get(chosen) or planner_for(ordered[chosen])
+    if found is None:
+        last = ordered[chosen]
+        error = _nothing_fits(f"no device fits: even on {last.name}", tried[chosen], planner)
         changes = working_changes(error, config, say, target=last, shape=shapes[last.dtype], full=full)
         raise error.with_remedies(command(**change) for change in changes)
-    planner = planners.get(high) or planner_for(ordered[high])
-    plan = planner.plan(tried[high].budget_bytes)
-    limit = "" if low >= 0 else "no smaller device was asked about"
-    return Fit(DEVICE, tried[high], tried.get(low), tuple(probes), plan, ordered[high].name, limit, ordered[high].ranks)
+    plan = planner.plan(tried[found].budget_bytes)
+    refused = max((index for index in tried if index < found), default=None)
+    limit = "" if refused is not None else "no smaller device was asked about"
+    return Fit(
+        DEVICE,
+        tried[found],
+        None if refused is None else tried[refused],
+        tuple(tried.values()),
+        plan,
+        ordered[found].name,
+        limit,
+        ordered[found].ranks,
+    )

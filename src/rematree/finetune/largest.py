@@ -1,10 +1,10 @@
-"""The largest value that fits, found with few probes.
+"""The largest value that fits, or the first thing, found with few probes.
 
 The smallest peak grows nearly in proportion to what is looked for, so the next value to try is read off the nearest
 two; the answer is not believed until it was tried itself and the next value was refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -104,3 +104,24 @@ def _crossing(known: dict[int, Probe], grid: Grid, last: int) -> float:
         if rise > 0:
             return grid[nearest[0]] + (one.budget_bytes - one.least_bytes) / rise
     return value * 2 if known[last].fits else value / 2
+
+
+def find_first(kinds: Sequence[Hashable], fits: Callable[[int], bool]) -> int | None:
+    """Index of the first thing that fits; None if none does.
+
+    Args:
+        kinds: Of each thing; of one kind, what fits comes after what does not, while another kind may need more.
+        fits: Tries the thing at an index; asked once of each.
+    Cost:
+        A bisection of the commonest kind, then of what comes before in each of the others.
+    """
+    best: int | None = None
+    for kind in sorted(dict.fromkeys(kinds), key=kinds.count, reverse=True):
+        indices = [index for index, other in enumerate(kinds[:best]) if other == kind]
+        low, high = -1, len(indices)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(indices[middle]) else (middle, high)
+        if high < len(indices):
+            best = indices[high]
+    return best

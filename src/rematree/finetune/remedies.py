@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.finetune.config import TrainConfig
-from rematree.finetune.synthetic import Shape, prepare_shape, synthetic_batch_like
+from rematree.finetune.synthetic import Shape, synthetic_batch_like
 from rematree.finetune.target import Target, all_targets
 from rematree.measure import storage_bytes
 from rematree.quantised import hidden_tensors
@@ -48,7 +48,7 @@ def working_changes(
     has = None if target is None or target.device is None else target.device.usable_bytes
     changes: list[dict[str, Any]] = [{"budget": f"{enough}MiB"}] if has is None or enough * MIB <= has else []
     target = target or Target()
-    changes += _fewer_tokens(error, config, say, target, shape)
+    changes += _fewer_tokens(error, config, say, target, lambda: shape or target.shape(config, full=full))
     if target.device is not None and len(changes) < _MOST:
         say("checking whether it would fit otherwise")
         shape = shape or target.shape(config, full=full)
@@ -60,7 +60,11 @@ def working_changes(
 
 
 def _fewer_tokens(
-    error: InfeasibleBudgetError, config: TrainConfig, say: Callable[[str], None], target: Target, shape: Shape | None
+    error: InfeasibleBudgetError,
+    config: TrainConfig,
+    say: Callable[[str], None],
+    target: Target,
+    shape_of: Callable[[], Shape],
 ) -> list[dict[str, Any]]:
     rows, length, passes = config.per_device_train_batch_size, config.max_length, config.gradient_accumulation_steps
     smaller: list[tuple[dict[str, Any], int, int, int]] = []
@@ -72,7 +76,7 @@ def _fewer_tokens(
         smaller.append((fewer, rows // 2, length, passes * 2))
     if not smaller:
         return []
-    shape = shape or prepare_shape(config)
+    shape = shape_of()
     if _static_bytes(shape.model, target.ranks) >= error.budget:
         return []
     say("checking whether shorter or fewer rows would fit")
