@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported what they need, so that a run costs no import.
 """
 
+import gc
 import io
 import multiprocessing
 import socket
@@ -51,6 +52,7 @@ def run(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 def _work(rank: int, count: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported: every peak meter would go through it
     store = dist.TCPStore("127.0.0.1", port, count, rank == 0, timeout=_PATIENCE)
     start_settled_gloo(rank, count, store, _PATIENCE)
     try:
