@@ -54,7 +54,7 @@ def _largest(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) 
 
 
 def test_two_compilations_for_all_blocks_and_lengths_with_the_draws_of_the_plain_model():
-    model = _adapted(layers=4, lora_dropout=0.05)
+    model = with_lora(build("llama"), lora_dropout=0.05)
     paths = find_chain(model).blocks
     longer, shorter, shortest = (batch_for(model, tokens=tokens) for tokens in (32, 20, 11))
     plain = {tokens: gradients(model, batch) for tokens, batch in ((32, longer), (20, shorter), (11, shortest))}

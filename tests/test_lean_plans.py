@@ -57,7 +57,7 @@ def made() -> Callable[[torch.dtype], Made]:
     """A model of some dtype with adapters, a batch, and plans over the whole frontier; each is made once."""
 
     def make(dtype: torch.dtype) -> Made:
-        model = with_lora(build("llama", layers=3).to(dtype), lora_dropout=0.05)
+        model = with_lora(build("llama").to(dtype), lora_dropout=0.05)
         batch = batch_for(model, rows=8, tokens=64)
         return model, batch, plans_of(Planner(model, batch, cost=COST, forbid=["chunked_loss", "compile"]))
 
@@ -77,7 +77,7 @@ def test_plans_are_exact_and_predicted_to_the_byte(dtype: torch.dtype, made: Cal
         beyond = measured(plan, model, batch) - (plan.predicted_peak_bytes - PEAK_SLACK)
         # Below the dispatcher, out of the ledger's sight: the number that PEFT's layers scale by, as autograd keeps it.
         lean = sum(path.endswith("_proj") for path in plan.lean)
-        assert beyond in range(0, 8 * (21 - lean) + 1, 8)
+        assert beyond in range(0, 8 * (28 - lean) + 1, 8)
     assert_same(expected, gradients(model, batch))
 
 
@@ -98,7 +98,7 @@ def test_lean_adapters_lower_what_must_be_paid() -> None:
 
 
 def test_the_table_and_the_notes_say_it(made: Callable[[torch.dtype], Made]) -> None:
-    (plan,) = [plan for plan in made(torch.bfloat16)[2] if 0 < len(plan.lean) < 27][:1]
+    (plan,) = [plan for plan in made(torch.bfloat16)[2] if 0 < len(plan.lean) < 36][:1]
     rows = [row.path for row in plan.rows if row.option.startswith("lean adapters, ")]
     assert rows
     assert {block for block in rows for path in plan.lean if path.startswith(f"{block}.")} == set(rows)
