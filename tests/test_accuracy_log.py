@@ -42,6 +42,9 @@ def test_a_cell_is_predicted_measured_and_taken_up_again(monkeypatch: pytest.Mon
     monkeypatch.setitem(grid.FAMILIES, "tiny", lambda: build("llama", layers=2))
     # Levers that are none of the grid's business, and take most of the planning.
     monkeypatch.setattr(grid, "Planner", functools.partial(Planner, forbid=["groups", "lean_adapters"]))
+    # How fast the machine is takes a second to find out, ten times, and nothing here depends on it.
+    monkeypatch.setattr(load("speed"), "_WARM_RUNS", 0)
+    monkeypatch.setattr(load("speed"), "_RUNS", 1)
     cell = grid.Cell("tiny", "lora", 2, 32, "float32")
     device = torch.device("cpu")
     rows = list(grid.measure(cell, device, timed_steps=1, done=frozenset({"plain"})))
