@@ -196,7 +196,7 @@ def test_plans_are_exact_with_dropout_and_their_peak_is_measured(recomputed: str
         decisions[f"{paths[2]}.mlp"] = Decision(Action.SAVE, stash=True)
     groups = (tuple(paths[:2]),) if recomputed == "group" else ()
     levers = Levers(decisions, lean=tuple(path for path, _ in (*lean_layers(model), *lean_norms(model))), groups=groups)
-    predicted = Referee(Twin(model, batch), paths, Free(), "none").run(levers).peak_bytes
+    predicted = Referee(Twin(model, batch), tuple(paths), Free(), "none").run(levers).peak_bytes
     expected = gradients(model, batch)
     with rematree.apply(Plan.of(levers, describe_model(model)), model):
         assert_same(expected, gradients(model, batch))
