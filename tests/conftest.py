@@ -1,6 +1,7 @@
 """What holds for every test: no network, no Hub cache of the user, the same random numbers each time."""
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -14,22 +15,26 @@ from hypothesis import settings
 # Begun first, the longest first, as a file goes to one worker whole: one of these begun last would keep it busy alone.
 LONG_FILES = (
     "test_ranks",
+    "test_lean_plans",
     "test_exactness",
     "test_compiled_blocks",
+    "test_groups",
     "test_budget_callback",
+    "test_quantised",
     "test_kills",
     "test_finetune_job",
-    "test_quantised",
-    "test_lean_plans",
-    "test_benchmarks",
-    "test_cli",
-    "test_quantised_job",
-    "test_groups",
-    "test_whole_runs",
     "test_dpo",
-    "test_accuracy_log",
+    "test_fit",
+    "test_cli",
+    "test_survival",
+    "test_whole_runs",
+    "test_quantised_job",
     "test_report_page",
+    "test_benchmarks",
+    "test_accuracy_log",
     "test_executor",
+    "test_bad_input",
+    "test_verification",
 )
 
 # Read when transformers and datasets are imported, so they are set before any test module is.
@@ -48,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of long files first; everything else stays as it is."""
     turn = {name: number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: turn.get(item.path.stem, len(turn)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: every peak meter collects garbage, and need not look at half a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

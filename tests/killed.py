@@ -1,9 +1,5 @@
-"""Runs that a test kills: `rematree train`, and a Trainer with a budget, each in a process of its own.
+"""Runs that a test kills: `rematree train`, and a Trainer with a budget, each in a process of its own."""
 
-The processes are forked from a server that has imported what they need, so that a start costs no import.
-"""
-
-import multiprocessing
 import os
 import random
 import sys
@@ -12,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer
 
+import forked
 from models import build, with_lora
 from rematree import BudgetCallback
 from rematree.cli.main import main
@@ -66,9 +62,7 @@ def trainer(inputs: Path, folder: Path, steps: int) -> None:
 
 def start(job: Callable[..., None], log: Path, *args: Any) -> Any:
     """`job(*args)` in a process of its own, what it prints added to `log`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed"])
-    process = context.Process(target=_quietly, args=(log, job, args))
+    process = forked.process(_quietly, log, job, args)
     process.start()
     return process
 
@@ -78,7 +72,6 @@ def _quietly(log: Path, job: Callable[..., None], args: tuple[Any, ...]) -> None
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    torch.set_num_threads(1)
     job(*args)
 
 

@@ -1,5 +1,6 @@
 """Small real models built from their configs, for the tests. Dropout, LoRA and dtypes as users have them."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def _gpt2(layers: int) -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
+def _gemma_attention(index: int, layers: int) -> str:
+    """One of the layers sees all tokens: the third, or the last of fewer."""
+    return "full_attention" if index == min(2, layers - 1) else "sliding_attention"
+
+
 def _decoder(config_name: str, model_name: str, **extra: Any) -> nn.Module:
     config = getattr(transformers, config_name)(**{**_SIZES, **extra})
     return getattr(transformers, model_name)(config)
@@ -35,32 +41,33 @@ def _decoder(config_name: str, model_name: str, **extra: Any) -> nn.Module:
 def build(name: str, *, layers: int = 4) -> nn.Module:
     """A model of the architecture `name` with random weights, in fp32."""
     torch.manual_seed(0)
+    decoder = functools.partial(_decoder, num_hidden_layers=layers)
     match name:
         case "llama":
-            return _decoder("LlamaConfig", "LlamaForCausalLM", num_hidden_layers=layers)
+            return decoder("LlamaConfig", "LlamaForCausalLM")
         case "llama-eager":
-            return _decoder("LlamaConfig", "LlamaForCausalLM", attn_implementation="eager", attention_dropout=0.1)
+            return decoder("LlamaConfig", "LlamaForCausalLM", attn_implementation="eager", attention_dropout=0.1)
         case "qwen3":
-            return _decoder("Qwen3Config", "Qwen3ForCausalLM", head_dim=12)
+            return decoder("Qwen3Config", "Qwen3ForCausalLM", head_dim=12)
         case "gemma3":
-            return _decoder(
+            return decoder(
                 "Gemma3TextConfig",
                 "Gemma3ForCausalLM",
                 head_dim=12,
                 sliding_window=8,
-                layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+                layer_types=[_gemma_attention(index, layers) for index in range(layers)],
                 attn_implementation="sdpa",
             )
         case "mistral":
-            return _decoder("MistralConfig", "MistralForCausalLM", sliding_window=8, head_dim=12)
+            return decoder("MistralConfig", "MistralForCausalLM", sliding_window=8, head_dim=12)
         case "gpt2":
             return _gpt2(layers)
         case "phi3":
-            return _decoder("Phi3Config", "Phi3ForCausalLM")
+            return decoder("Phi3Config", "Phi3ForCausalLM")
         case "olmo2":
-            return _decoder("Olmo2Config", "Olmo2ForCausalLM")
+            return decoder("Olmo2Config", "Olmo2ForCausalLM")
         case "mixtral":
-            return _decoder("MixtralConfig", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2)
+            return decoder("MixtralConfig", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2)
         case _:
             raise ValueError(name)
 

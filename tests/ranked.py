@@ -30,6 +30,11 @@ def tiny(lora: bool) -> nn.Module:
     return with_lora(model) if lora else model.train()
 
 
+def smallest() -> nn.Module:
+    """All of its weights train; planned quickly."""
+    return build("llama", layers=2).train()
+
+
 def sizeable(lora: bool) -> nn.Module:
     """Large enough for a block to weigh more than a logit."""
     torch.manual_seed(0)
@@ -182,7 +187,7 @@ def quick_plan(model: nn.Module, batch: dict[str, torch.Tensor], ranks: Ranks | 
 
 def planned_here(rank: int, ranks: Ranks) -> dict[str, Any]:
     """What the planner reads off a model that is under the engine already, and what all ranks agree on."""
-    plan = quick_plan(wrapped(tiny(False), ranks), LONG)
+    plan = quick_plan(wrapped(smallest(), ranks), LONG)
 
     def for_batch(tokens: int, model: str = "") -> Plan:
         shape = (("input_ids", (2, tokens), "int64"),)

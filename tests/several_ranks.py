@@ -1,7 +1,4 @@
-"""Runs a function in several processes that form one gloo group, and brings back what each returned.
-
-The processes are forked from a server that has imported what they need, so that a run costs no import.
-"""
+"""Runs a function in several processes that form one gloo group, and brings back what each returned."""
 
 import io
 import multiprocessing
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import forked
 from rematree.gloo import start_settled_gloo
 
 _PATIENCE = timedelta(minutes=10)
@@ -23,12 +21,11 @@ _PATIENCE = timedelta(minutes=10)
 def run(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(rank, *args)` in `count` processes; the results by rank. The first error of any is raised here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["several_ranks", "models", "rematree.planning.planner", "rematree.execute.handle"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results: Any = context.Queue()
-    workers = [context.Process(target=_work, args=(r, count, port, results, function, args)) for r in range(count)]
+    workers = [forked.process(_work, rank, count, port, results, function, args) for rank in range(count)]
     for worker in workers:
         worker.start()
     found: dict[int, Any] = {}
@@ -50,7 +47,6 @@ def run(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _work(rank: int, count: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, count, rank == 0, timeout=_PATIENCE)
     start_settled_gloo(rank, count, store, _PATIENCE)
     try:

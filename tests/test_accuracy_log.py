@@ -1,5 +1,6 @@
 """The benchmarks' shared code, on a model small enough for every run of the tests."""
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -39,6 +40,11 @@ def test_every_pair_of_a_way_to_train_and_a_shape_or_dtype_is_met() -> None:
 def test_a_cell_is_predicted_measured_and_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = load("grid")
     monkeypatch.setitem(grid.FAMILIES, "tiny", lambda: build("llama", layers=2))
+    # Levers that are none of the grid's business, and take most of the planning.
+    monkeypatch.setattr(grid, "Planner", functools.partial(Planner, forbid=["groups", "lean_adapters"]))
+    # How fast the machine is takes a second to find out, ten times, and nothing here depends on it.
+    monkeypatch.setattr(load("speed"), "_WARM_RUNS", 0)
+    monkeypatch.setattr(load("speed"), "_RUNS", 1)
     cell = grid.Cell("tiny", "lora", 2, 32, "float32")
     device = torch.device("cpu")
     rows = list(grid.measure(cell, device, timed_steps=1, done=frozenset({"plain"})))
@@ -90,7 +96,7 @@ def test_misses_stay_in_the_table() -> None:
 
 def test_peaks_never_rise_when_the_budget_falls() -> None:
     budgets = load("ten_budgets")
-    model = with_lora(build("llama", layers=2))
+    model = with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"])
     batch = batch_for(model, rows=8, tokens=64)
     planner = Planner(model, batch, cost=Roofline(1e11, 1e10))
     rows = list(budgets.sweep(model, batch, planner, 12))

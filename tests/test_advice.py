@@ -20,7 +20,7 @@ from trainers import QUICK
 
 @pytest.fixture(scope="module")
 def planner() -> Planner:
-    model = with_lora(build("llama", layers=2))
+    model = with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"])
     return Planner(model, batch_for(model, rows=8, tokens=64), cost=Roofline(1e11, 1e10))
 
 

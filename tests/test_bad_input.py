@@ -136,7 +136,7 @@ def test_a_size_that_is_none_is_refused_before_the_model_is_loaded(
 
 @pytest.fixture(scope="module")
 def planned() -> tuple[library.Planner, nn.Module, Batch]:
-    model = with_lora(build("llama", layers=2))
+    model = with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"])
     batch = batch_for(model, rows=4)
     return library.Planner(model, batch, cost=COST, forbid=["chunked_loss"]), model, batch
 
@@ -378,7 +378,7 @@ def test_a_plan_for_something_else_is_refused_and_leaves_no_trace(
         case "trainable set":
             next(p for p in here.parameters() if p.requires_grad).requires_grad_(False)
         case _:
-            dropout: Any = here.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_dropout.default")
+            dropout: Any = here.get_submodule("base_model.model.model.layers.0.mlp.down_proj.lora_dropout.default")
             dropout.p = 0.2
     before = attributes(here)
     for act in (library.apply, library.verify):

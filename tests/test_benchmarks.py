@@ -182,7 +182,7 @@ def test_readme_table_of_a_frontier() -> None:
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(load("workloads").TINY, "num_hidden_layers", 4)
     output = tmp_path / "frontier.json"
-    options = ["--quick", "--output", str(output), "--rounds", "1", "--only", "chunked, every"]
+    options = ["--quick", "--output", str(output), "--rounds", "1", "--only", "chunked, every", "--no-compile"]
     monkeypatch.setattr(sys, "argv", ["frontier.py", *options])
     load("frontier").main()
     log = json.loads(output.read_text())

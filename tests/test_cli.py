@@ -27,7 +27,7 @@ from test_finetune_tiny import save_tiny_model, sums, write_jsonl
 # Adapters on two projections: the fewer regions there are, the fewer steps are simulated.
 ADAPTERS = ["--dtype", "float32", "--lora-r", "4", "--lora-target-modules", "q_proj,down_proj"]
 COMMANDS = ["train", "plan", "fit", "compare", "show", "explain", "export", "frontier", "verify", "env"]
-SHAPE = ["--batch-size", "32", "--max-length", "128", *ADAPTERS]
+SHAPE = ["--batch-size", "32", "--max-length", "128", *ADAPTERS, "--forbid", "groups,lean_adapters"]
 EXACT = ["--forbid", "chunked_loss"]
 
 

@@ -26,6 +26,7 @@ from rematree.pricing.cost import Roofline
 from test_budget_callback import LastStepPeak, adapters
 from test_finetune_tiny import save_tiny_model
 from test_plans_by_length import plans_for
+from trainers import QUICK
 
 SLACK = 320 << 10  # what every prediction holds, and what the meter does not see: the batch, the reference's numbers
 COST = Roofline(1e11, 1e10)
@@ -92,9 +93,9 @@ def same(expected: Run, found: Run) -> None:
     assert_same(expected[1], found[1])
 
 
-def tight(ample: BudgetCallback) -> BudgetCallback:
+def tight(ample: BudgetCallback, forbid: tuple[str, ...] = ()) -> BudgetCallback:
     assert ample.plan is not None
-    return BudgetCallback(ample.plan.predicted_peak_bytes * 98 // 100, cost=COST, say=lambda text: None)
+    return BudgetCallback(ample.plan.predicted_peak_bytes * 98 // 100, cost=COST, forbid=forbid, say=lambda text: None)
 
 
 def test_dpo_trains_the_same_inside_its_budget(tmp_path: Path, model_folder: Path) -> None:
@@ -117,9 +118,9 @@ def test_dpo_trains_the_same_inside_its_budget(tmp_path: Path, model_folder: Pat
 def test_other_references_of_the_trainer(reference: str, tmp_path: Path, model_folder: Path) -> None:
     how: dict[str, Any] = {"reference": reference, "accumulate": 2}
     expected = run(tmp_path / "plain", model_folder, **how)
-    ample = BudgetCallback("1GiB", cost=COST, say=lambda text: None)
+    ample = BudgetCallback("1GiB", cost=COST, forbid=QUICK, say=lambda text: None)
     same(expected, run(tmp_path / "ample", model_folder, ample, **how))
-    callback = tight(ample)
+    callback = tight(ample, QUICK)
     same(expected, run(tmp_path / "tight", model_folder, callback, **how))
     assert callback.plan is not None
     assert callback.plan.recomputes

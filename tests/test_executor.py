@@ -36,7 +36,7 @@ Planned = tuple[nn.Module, dict[str, torch.Tensor], rematree.Plan]
 
 @pytest.fixture(scope="module")
 def planned() -> Planned:
-    model = with_lora(build("llama"))
+    model = with_lora(build("llama", layers=3))
     batch = batch_for(model)
     planner = Planner(model, batch, cost=COST, forbid=["chunked_loss"])
     return model, batch, planner.plan(planner.min_peak_bytes())
@@ -220,22 +220,21 @@ def _measured_peak(plan: rematree.Plan, model: nn.Module, batch: dict[str, torch
 
 
 def test_predicted_peak_is_the_measured_one() -> None:
-    """Which plans these are depends on prices, which are measured; what each takes does not."""
-    model = with_lora(build("llama"), target_modules=["q_proj", "down_proj"])
+    model = with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"])
     batch = batch_for(model, rows=8, tokens=64)
-    planner = Planner(model, batch)
+    planner = Planner(model, batch, cost=COST)
     low, high = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
     for share in (0.0, 0.4, 0.8, 1.0):
         plan = planner.plan(int(low + share * (high - low)))
         beyond = _measured_peak(plan, model, batch) - (plan.predicted_peak_bytes - PEAK_SLACK)
         # Below the dispatcher, out of the ledger's sight: the number that a LoRA layer scales by, as autograd keeps it.
         # The other way, seen once and not yet traced, one number in fp32.
-        assert beyond == -4 or beyond in range(0, 8 * 8 + 1, 8)
+        assert beyond == -4 or beyond in range(0, 8 * 4 + 1, 8)
 
 
 def test_generator_states_are_part_of_the_prediction() -> None:
-    """A skipped region that drew leaves the generator's 5 KB behind it; sixteen blocks of them are no small change."""
-    model = with_lora(build("llama", layers=16))
+    """A skipped region that drew leaves the generator's 5 KB behind it; eight blocks of them are no small change."""
+    model = with_lora(build("llama", layers=8), target_modules=["q_proj", "o_proj", "down_proj"])
     batch = batch_for(model)
     twin = Twin(model, batch)
     blocks = find_chain(twin.model).blocks

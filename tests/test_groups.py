@@ -414,7 +414,7 @@ def test_the_peak_of_a_folded_chain_with_groups_is_that_of_the_whole_one() -> No
 
 @pytest.fixture(scope="module")
 def planners() -> tuple[nn.Module, dict[str, torch.Tensor], Planner, Planner]:
-    model = with_lora(build("llama", layers=14))
+    model = with_lora(build("llama", layers=10))
     batch = batch_for(model)
     batch = {name: value.repeat(4, 1) for name, value in batch.items()}
     return model, batch, Planner(model, batch, cost=COST), Planner(model, batch, cost=COST, forbid=["groups"])

@@ -83,7 +83,7 @@ def test_plans_are_exact_and_predicted_to_the_byte(dtype: torch.dtype, made: Cal
 
 def test_lean_adapters_lower_what_must_be_paid() -> None:
     """In bf16: a smaller least peak, and at every budget that both reach no slower step, at some a faster one."""
-    model = with_lora(build("llama").to(torch.bfloat16), lora_dropout=0.05)
+    model = with_lora(build("llama", layers=2).to(torch.bfloat16), lora_dropout=0.05)
     batch = batch_for(model, rows=8, tokens=64)
     forbid = ["chunked_loss", "compile", "groups"]
     lean = Planner(model, batch, cost=COST, forbid=forbid)
@@ -111,14 +111,26 @@ def every_layer(model: nn.Module) -> tuple[str, ...]:
     return tuple(path for path, _ in lean_layers(model))
 
 
+Twinned = tuple[nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor], Twin]
+
+
+@pytest.fixture(scope="module")
+def twins() -> Callable[[str], Twinned]:
+    """A model of some architecture, a batch, the gradients of the plain step, and a twin; each is made once."""
+
+    def make(name: str) -> Twinned:
+        model = with_lora(build(name, layers=3), lora_dropout=0.05)
+        batch = batch_for(model, rows=8, tokens=64)
+        return model, batch, gradients(model, batch), Twin(model, batch)
+
+    return functools.cache(make)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("inside", ["nothing", "draws", "base layers", "layers", "whole"])
-def test_lean_layers_inside_a_recomputed_block(name: str, inside: str) -> None:
+def test_lean_layers_inside_a_recomputed_block(name: str, inside: str, twins: Callable[[str], Twinned]) -> None:
     """Whatever is saved in the block: the same gradients, and the peak that the referee has said."""
-    model = with_lora(build(name), lora_dropout=0.05)
-    batch = batch_for(model, rows=8, tokens=64)
-    expected = gradients(model, batch)
-    twin = Twin(model, batch)
+    model, batch, expected, twin = twins(name)
     blocks = find_chain(twin.model).blocks
     decisions: dict[str, Decision] = dict.fromkeys(blocks, AGAIN)
     lean = every_layer(model)

@@ -156,7 +156,7 @@ def test_optimizers_on_a_gpu(optimizer: Optimizer) -> None:
 
 
 def test_the_lines_of_plans_on_a_gpu_are_their_peaks() -> None:
-    model = with_lora(build("llama", layers=2))
+    model = with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"])
     planner = Planner(model, batch_for(model, rows=4, tokens=32), cost=find_device("h100").roofline())
     plans = planner.frontier(3)
     low, high = plans[0].predicted_peak_bytes, plans[-1].predicted_peak_bytes
@@ -174,7 +174,7 @@ def test_the_lines_of_plans_on_a_gpu_are_their_peaks() -> None:
 
 
 def test_on_a_cpu_there_are_only_tensors() -> None:
-    model: Any = with_lora(build("llama", layers=2))
+    model: Any = with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"])
     for plan in Planner(model, batch_for(model, rows=4, tokens=32), cost=COST).frontier(3):
         assert_adds_up(plan)
         assert lines(plan)["host tensors"].num_bytes == 256 * KIB

@@ -17,9 +17,11 @@ from rematree.execute.norms import is_norm, lean_norm, lean_norms, why_no_norm
 from rematree.execute.override import ForwardOverride
 from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter
+from rematree.observation.observe import Twin
 from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.pricing.price import Free
+from rematree.referee.simulate import Referee
 from test_lean_adapters import kept_bytes
 
 AGAIN = Decision(Action.RECOMPUTE)
@@ -194,8 +196,7 @@ def test_plans_are_exact_with_dropout_and_their_peak_is_measured(recomputed: str
         decisions[f"{paths[2]}.mlp"] = Decision(Action.SAVE, stash=True)
     groups = (tuple(paths[:2]),) if recomputed == "group" else ()
     levers = Levers(decisions, lean=tuple(path for path, _ in (*lean_layers(model), *lean_norms(model))), groups=groups)
-    planner = Planner(model, batch, cost=Free(), optimizer="none", forbid=["chunked_loss", "compile"])
-    predicted = planner.observed.referee.run(levers).peak_bytes
+    predicted = Referee(Twin(model, batch), tuple(paths), Free(), "none").run(levers).peak_bytes
     expected = gradients(model, batch)
     with rematree.apply(Plan.of(levers, describe_model(model)), model):
         assert_same(expected, gradients(model, batch))

@@ -28,7 +28,7 @@ from rematree.quantised import four_bit_linears, frozen_int8_linears
 from test_finetune_tiny import sums, tiny_model, tiny_tokenizer, write_jsonl
 
 ADAPTERS = ["--dtype", "float32", "--lora-r", "4", "--lora-target-modules", "q_proj,down_proj"]
-SHAPE = ["--batch-size", "32", "--max-length", "128", *ADAPTERS]
+SHAPE = ["--batch-size", "32", "--max-length", "128", *ADAPTERS, "--forbid", "groups,lean_adapters"]
 
 
 @pytest.fixture(scope="module", autouse=True)

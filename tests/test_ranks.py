@@ -135,7 +135,7 @@ def check_peaks(measured: list[int], plan: Plan, below: float = BELOW) -> None:
 
 
 def test_a_sharded_model_is_planned_as_before_it_was(two: Results) -> None:
-    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ENGINES["fsdp2"])
+    alone = ranked.quick_plan(ranked.smallest(), ranked.LONG, ENGINES["fsdp2"])
     for found in two["planned"]:
         assert found["plan"] == alone
 
@@ -153,7 +153,7 @@ def test_an_error_on_one_rank_is_raised_on_all(two: Results) -> None:
 
 @pytest.mark.slow
 def test_a_model_under_ddp_is_planned_as_before_it_was() -> None:
-    alone = ranked.quick_plan(ranked.tiny(False), ranked.LONG, ENGINES["ddp"])
+    alone = ranked.quick_plan(ranked.smallest(), ranked.LONG, ENGINES["ddp"])
     for found in several_ranks.run(2, ranked.planned_here, ENGINES["ddp"]):
         assert found["plan"] == alone
 
@@ -233,7 +233,7 @@ def test_more_ranks_hold_less_under_fsdp2_and_as_much_under_ddp() -> None:
 
 
 def test_a_shorter_batch_is_planned_for_the_same_ranks() -> None:
-    model = ranked.tiny(False)
+    model = ranked.smallest()
     long, short = (batch_for(model, tokens=tokens) for tokens in (32, 16))
     make = partial(rematree.Planner, model, ranks=ENGINES["fsdp2"], cost=ranked.roofline(), forbid=QUICK)
     fresh, shorter = make(short).plan(None), make(long).for_batch(short).plan(None)

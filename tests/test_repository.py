@@ -1,5 +1,6 @@
 """The habits of this repository, checked: layer order, light start, module size, plain text, pinned versions."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -73,17 +74,30 @@ def test_import_is_light() -> None:
     assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
 
 
-@pytest.mark.parametrize("command", ["", *sorted(COMMANDS)])
-def test_help_is_light(command: str) -> None:
-    arguments = [*command.split(), "--help"]
+@pytest.fixture(scope="module")
+def helps() -> dict[str, tuple[str, list[str]]]:
+    """What `--help` of each command prints, and which heavy modules that is the first to import, in one process."""
     result = run_python(
-        "import sys\n"
+        "import contextlib, io, json, sys\n"
         "from rematree.cli.main import app\n"
-        f"app({arguments}, standalone_mode=False)\n"
-        f"print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)\n"
+        "found, seen = {}, set()\n"
+        f"for command in {['', *sorted(COMMANDS)]}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        app([*command.split(), '--help'], standalone_mode=False)\n"
+        f"    heavy = {{*{HEAVY}}} & sys.modules.keys() - seen\n"
+        "    seen |= heavy\n"
+        "    found[command] = out.getvalue(), sorted(heavy)\n"
+        "print(json.dumps(found))\n"
     )
     assert (result.returncode, result.stderr.strip()) == (0, "")
-    assert "Usage" in result.stdout
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("command", ["", *sorted(COMMANDS)])
+def test_help_is_light(command: str, helps: dict[str, tuple[str, list[str]]]) -> None:
+    text, heavy = helps[command]
+    assert heavy == []
+    assert re.search(rf"Usage: \S+ {command}", text)
 
 
 def test_commands_are_frozen(repository: Path) -> None:

@@ -100,7 +100,7 @@ def test_without_an_optimizer_nothing_is_clipped() -> None:
 
 
 def test_a_plan_counts_clipping_unless_told_otherwise() -> None:
-    model = with_lora(build("llama"))
+    model = with_lora(build("llama"), target_modules=["q_proj", "down_proj"])
     batch = batch_for(model)
     forbid = ["chunked_loss", "lean_adapters", "groups"]
     by_default = Planner(model, batch, cost=COST, forbid=forbid).plan(None)

@@ -49,7 +49,7 @@ class Fails(nn.Module):
 def run(
     folder: Path, fail_at: dict[int, str], *, guard: bool = True, **settings: Any
 ) -> tuple[Any, list[float], list[str]]:
-    model: Any = with_lora(build("llama"))
+    model: Any = with_lora(build("llama"), target_modules=["q_proj", "down_proj"])  # less to plan, again and again
     layers = model.get_base_model().model.layers
     layers[2] = fails = Fails(layers[2])
     settings.setdefault("max_steps", 8)

@@ -286,7 +286,7 @@ def train(folder: Path, *callbacks: TrainerCallback, resume: bool = False, **set
     )
     asks = Asks()
     trainer = Trainer(
-        model=with_lora(build("llama", layers=2)),
+        model=with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"]),
         args=arguments,
         train_dataset=rows_of(*LENGTHS),
         eval_dataset=rows_of(40, 33, 12),
