@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_iter
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rematree.errors import UnsupportedModelError, UsageError, VerificationError
-from rematree.execute import row_loss
-from rematree.execute.deferred import DeferredLogits
-from rematree.execute.loss import attach_chunked_loss, find_head
-from rematree.execute.row_loss import RowLoss, chunked_loss
+from rematree.execute.loss.attach import attach_chunked_loss, find_head
+from rematree.execute.loss.chunked import chunked_loss
+from rematree.execute.loss.deferred import DeferredLogits
+from rematree.execute.loss.row_loss import RowLoss, tile_losses
 from rematree.measure import PeakMeter
 
 V = 199
@@ -209,7 +209,7 @@ def test_a_chunk_in_tiles_has_the_same_bits_and_only_a_tile_of_it_is_in_fp32(
     model, batch = make(name, torch.bfloat16), make_batch()
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     for tile in (1000, 3):
-        monkeypatch.setattr("rematree.execute.row_loss._TILE_BYTES", {"cpu": 4 * V * tile})
+        monkeypatch.setattr("rematree.execute.loss.row_loss._TILE_BYTES", {"cpu": 4 * V * tile})
         handle = attach_chunked_loss(model, 16, check=False)
         with Wide() as seen:
             loss, grads, _ = step(model, **batch)
@@ -247,7 +247,7 @@ def test_the_gradient_of_a_product_takes_the_place_of_its_logits(kind: str, bloc
     (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(head(hidden), target), hidden)
     job = RowLoss(head, lambda logits: logits, (), target, None, -100, "mean", 0.0, rows=16, scale_late=False)
     with pytest.MonkeyPatch.context() as patch, Blocks() as seen:
-        patch.setattr("rematree.execute.row_loss._TILE_BYTES", {"cpu": 4 * V * 3})
+        patch.setattr("rematree.execute.loss.row_loss._TILE_BYTES", {"cpu": 4 * V * 3})
         loss = chunked_loss(job, hidden)
     assert len(seen.made) == blocks  # with tanh: the product, the logits, and the gradient of each
     assert torch.equal(torch.autograd.grad(loss, hidden)[0], expected)
@@ -280,10 +280,10 @@ def test_a_tile_has_the_bits_of_cross_entropy_and_its_graph(finish: str, dtype: 
         seed = torch.tensor(1 / 30, dtype=losses.dtype)
         (expected,) = torch.autograd.grad(losses, raw, seed.expand(37))
         into = torch.empty_like(raw)
-        mine = row_loss._tile(job, raw.detach(), target, lambda _, seed=seed: seed, into)
+        mine = tile_losses(job, raw.detach(), target, lambda _, seed=seed: seed, into)
         assert torch.equal(mine, losses.detach())
         assert torch.equal(into, expected)
-        assert torch.equal(row_loss._tile(job, raw.detach(), target, lambda _, seed=seed: seed, None), losses.detach())
+        assert torch.equal(tile_losses(job, raw.detach(), target, lambda _, seed=seed: seed, None), losses.detach())
 
 
 def test_all_labels_ignored_is_as_plain() -> None:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rematree.calibration import calibrate
 from rematree.cli.main import main
 from rematree.errors import UsageError
+from rematree.finetune.target import Target
 from rematree.pricing.devices import Device, Profile, aliases, find_device, known_devices, read_profile
 from rematree.pricing.roofline import Roofline
 from rematree.pricing.workload import Kind
@@ -104,8 +105,22 @@ def test_a_device_prices_fake_tensors_that_are_not_its_own() -> None:
 
 
 def test_a_device_without_rates_says_so() -> None:
-    with pytest.raises(UsageError, match="no FLOP rate of M3 Max is published"):
+    with pytest.raises(UsageError, match="no FLOP rate of M3 Max is published, so its steps cannot be timed from here"):
         find_device("m3-max").roofline()
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "measures"), [("m3-max", "the CPU: it", "its CPU"), ("jetson-agx-thor", "published: it", "it")]
+)
+def test_how_a_device_without_rates_can_be_planned_for(name: str, runs: str, measures: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Target.named(name)
+    assert f"{runs} can be planned for where it is, or as it was measured" in caught.value.message
+    here, measure, elsewhere = caught.value.remedies
+    assert here.startswith(f"--budget {find_device(name).usable_bytes // MIB}MiB, without --device   (on a machine")
+    assert measure.startswith("rematree calibrate --output profile.json   (on a machine with ")
+    assert measure.endswith(f"measures {measures})")
+    assert elsewhere.startswith("--device ./profile.json")
 
 
 @pytest.fixture(scope="module")

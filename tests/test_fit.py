@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from command_line import rematree, remedies
 from rematree.errors import InfeasibleBudgetError
 from rematree.finetune.config import TrainConfig
-from rematree.finetune.fit import Grid, Probe, find_largest
+from rematree.finetune.fit import find_device as smallest_device
+from rematree.finetune.largest import Grid, Probe, find_largest
+from rematree.finetune.planned import described
 from rematree.finetune.remedies import working_changes
 from rematree.finetune.target import Target
 from rematree.plans import Plan
-from rematree.pricing.devices import find_device
-from rematree.units import MIB
+from rematree.pricing.devices import MEASURED, find_device
+from rematree.units import GIB, MIB
 from test_finetune_tiny import save_tiny_model
 
 # Adapters on one projection: the fewer regions there are, the fewer steps are simulated.
@@ -72,14 +74,12 @@ def test_the_answer_fits_and_the_next_value_does_not(
         return Probe(value, peak(value), budget)
 
     fitting = [value for value in values if peak(value) <= budget]
-    if not fitting:
-        with pytest.raises(InfeasibleBudgetError, match=f"nothing fits: at {least} the smallest reachable peak is"):
-            find_largest(try_value, grid, first)
-    else:
-        answer, refused = find_largest(try_value, grid, first)
-        assert answer.value == max(fitting)
-        beyond = values[len(fitting)] if len(fitting) < len(values) else None
-        assert (None if refused is None else refused.value) == beyond
+    answer, refused = find_largest(try_value, grid, first)
+    assert (None if answer is None else answer.value) == max(fitting, default=None)
+    beyond = values[len(fitting)] if len(fitting) < len(values) else None
+    assert (None if refused is None else refused.value) == beyond
+    if answer is None:
+        assert tried[-1] == least  # whose plan says what takes the room
     assert len(tried) == len(set(tried)) <= 24
 
 
@@ -123,6 +123,52 @@ def test_the_smallest_device_of_a_few(model: str) -> None:
     assert outcome.data["limit"] == "no smaller device was asked about"
 
 
+@pytest.mark.parametrize(
+    ("find", "words", "said"),
+    [
+        ("max-length", "--batch-size 2 --budget 520MiB", ("--max-length 8", "520.0 MiB", ["--budget 53"])),
+        pytest.param(
+            "lora-r",
+            "--batch-size 128 --max-length 128 --budget 600MiB",
+            ("--lora-r 1", "600.0 MiB", ["--budget 6", "--max-length 64 ", "--per-device-train-batch-size 64 "]),
+            marks=pytest.mark.slow,  # three searches
+        ),
+    ],
+)
+def test_what_would_work_where_nothing_fits_works(
+    model: str, find: str, words: str, said: tuple[str, str, list[str]]
+) -> None:
+    asked = [model, *ADAPTERS, *words.split(), "--forbid", "groups,chunked_loss", "--device", "rtx-4090"]
+    outcome = rematree("fit", *asked, "--find", find)
+    assert outcome.code == 3, outcome.err
+    first, budget, changes = said
+    assert f"error: nothing fits: even with {first} the smallest reachable peak is " in outcome.err
+    assert f", and {budget} may be taken\n  at that peak:\n  base weights" in outcome.err
+    commands = [" ".join(command) for command in remedies(outcome)]
+    assert len(commands) == len(changes)
+    for command, change in zip(commands, changes, strict=True):
+        assert change in command
+        assert f"--find {find}" in command
+        assert rematree(*command.split()).code == 0, command
+
+
+def test_devices_that_are_all_too_small_are_told_of_a_larger_one(model: str) -> None:
+    small = replace(find_device("rtx-4060-ti-16gb"), usable_bytes=8 * MIB)  # less than its context takes
+    run: dict[str, Any] = {"model": model, "data": "", "budget": 1, "output_dir": Path(), "max_length": 8}
+    config = TrainConfig(**run, lora_target_modules=("down_proj",), forbid=("groups", "lean_adapters"))
+    changes: list[dict[str, Any]] = []
+
+    def command(**change: Any) -> str:
+        changes.append(change)
+        return "a command"
+
+    with pytest.raises(InfeasibleBudgetError, match="no device fits: even on GeForce RTX 4060 Ti 16GB the") as error:
+        smallest_device(config, [Target(small)], say=lambda line: None, command=command)
+    assert error.value.remedies == ("a command",)
+    assert error.value.details[0] == "at that peak:"
+    assert changes == [{"device": "rtx-3080", "budget": None}]
+
+
 def test_devices_beside_each_other(model: str) -> None:
     words = ["compare", model, *ADAPTERS, *SHAPE, "--device", "h100,rtx-4090"]
     outcome = rematree(*words, "--json")
@@ -142,7 +188,9 @@ def stored(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan that recomputes one of two layers, in a file."""
     path = tmp_path_factory.mktemp("stored") / "plan.json"
     words = [model, *ADAPTERS, "--batch-size", "8", "--max-length", "128", "--forbid", "chunked_loss"]
-    peaks = rematree("frontier", *words, "--device", "h100", "--points", "6", "--json").data["points"]
+    found = rematree("frontier", *words, "--device", "h100", "--points", "6", "--json").data
+    assert (found["device"], found["usable_bytes"]) == ("H100 SXM5 80GB", find_device("h100").usable_bytes)
+    peaks = found["points"]
     budget = sum(point["predicted_peak_bytes"] for point in (peaks[0], peaks[-1])) // 2
     outcome = rematree("plan", *words, "--device", "h100", "--budget", f"{budget}B", "--output", path)
     assert outcome.code == 0, outcome.err
@@ -158,6 +206,15 @@ def test_a_plan_says_what_it_was_made_for(stored: Path, model: str) -> None:
     assert plan.run["device"] == "h100-sxm"
     assert (plan.run["lora_r"], plan.run["max_length"], plan.run["packing"]) == ("16", "128", "true")
     assert "full" not in plan.run
+
+
+def test_a_plan_for_a_profile_does_not_speak_of_published_rates(stored: Path, model: str) -> None:
+    plan = replace(Plan.from_json(stored.read_text()), notes=())
+    config = TrainConfig(model=model, data="", budget=1, output_dir=Path(), max_length=32)
+    target = Target(replace(find_device("h100"), usable_source=MEASURED))
+    again = described(plan, config, target, target.shape(config, full=False), full=False)
+    assert again.notes[0] == "for H100 SXM5 80GB, timed by the rates of its profile"
+    assert again.run["dtype"] == "bfloat16"
 
 
 def settings_of_trl() -> set[str]:
@@ -179,15 +236,38 @@ def test_exports_are_yaml_with_what_they_leave_out(stored: Path, trainer: str, m
     assert [line.removeprefix("not expressed: ") for line in outcome.err.splitlines()] == facts["not_expressed"]
     assert any("the budget of" in line for line in facts["not_expressed"])
     assert any("which layers" in line or "what recomputed layers save" in line for line in facts["not_expressed"])
+    assert facts["not_expressed"][0].startswith(f"the weights: {trainer} loads a folder or an id on the Hub, and ")
     if trainer == "trl":
         assert set(settings) <= settings_of_trl()
         assert settings["model_name_or_path"] == model
+        assert settings["dtype"] == "bfloat16"  # without it, TRL takes float32
         assert settings["activation_checkpointing"] is True
         assert settings["lora_target_modules"] == ["down_proj"]
     else:
         assert settings["base_model"] == model
         assert (settings["adapter"], settings["micro_batch_size"], settings["sequence_len"]) == ("lora", 8, 128)
         assert settings["gradient_checkpointing_kwargs"]["use_reentrant"] is False
+        assert settings["bf16"] is True
+
+
+def test_exports_name_the_weights_and_every_lever(stored: Path, tmp_path: Path) -> None:
+    """A name of the catalogue is none of the Hub."""
+    data = json.loads(stored.read_text())
+    data["run"] |= {"model": "llama-3-8b", "ranks": "2", "engine": "fsdp2"}
+    levers = {"lean": ["a"], "compiled": {"b": 0.5}, "groups": [["a", "b"]]}
+    (tmp_path / "plan.json").write_text(json.dumps({**data, **levers}))
+    for trainer, name in (("trl", "model_name_or_path"), ("axolotl", "base_model")):
+        facts = rematree("export", tmp_path / "plan.json", "--to", trainer, "--json").data
+        assert facts["settings"][name] == "meta-llama/Llama-3.1-8B"
+        said = "\n".join(facts["not_expressed"])
+        for lever in (
+            "layers that are recomputed together",
+            "lean layers",
+            "blocks that are compiled: 1",
+            "2 ranks under fsdp2",
+        ):
+            assert lever in said
+        assert "the weights" not in said
 
 
 def test_exports_that_cannot_be_made_say_why(stored: Path, tmp_path: Path) -> None:
@@ -301,6 +381,9 @@ def test_a_run_that_no_budget_and_no_fewer_tokens_help_is_told_of_a_device(model
         target.planner(shape, config).plan(device.usable_bytes)
     changes = working_changes(error.value, config, lambda line: None, target=target, shape=shape)
     assert changes == [{"device": "rtx-3080", "budget": None}]  # the smallest of its make
+    told = InfeasibleBudgetError("more than any device of its make has", budget=1, min_peak=200 * GIB)
+    changes = working_changes(told, config, lambda line: None, target=Target(find_device("b200")), shape=shape)
+    assert changes == [{"device": "mi325x", "budget": None}]
 
 
 @pytest.mark.slow

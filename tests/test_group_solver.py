@@ -11,7 +11,8 @@ from chain_problems import alike, layers, problems
 from rematree.solve.chain import Advance, ChainProblem, HeadOption, StageOption, solve_chain
 from rematree.solve.exhaustive import nested_groups, solve_exhaustively
 from rematree.solve.groups import choice_peak, grouped_step, square_root_groups, treeverse_advances
-from rematree.solve.nested import Tables, least_grouped_peak, quantum_for, solve_groups
+from rematree.solve.nested import least_grouped_peak, quantum_for, solve_groups
+from rematree.solve.tables import Tables
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import batch_for, build, gradients, with_lora
-from rematree.execute.loss import find_head
+from rematree.execute.loss.attach import find_head
 from rematree.observation.observe import Twin
 from rematree.planning.head_pace import HeadClock
 from rematree.planning.pace import LARGEST

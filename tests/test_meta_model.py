@@ -159,6 +159,18 @@ def test_stored_packing_is_kept_and_other_packing_refused(tmp_path: Path) -> Non
 
 def test_adapters_on_experts_take_no_dropout(tmp_path: Path) -> None:
     AutoConfig.for_model("qwen3_moe", **SIZES, **KINDS["qwen3_moe"]).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"^--lora-dropout 0\.05: .*lora_dropout != 0") as caught:
+    with pytest.raises(UsageError, match=r"^--lora-dropout is 0\.05; adapters on stacks of experts have no") as caught:
         config_shape(run(tmp_path, max_length=32))
+    assert "lora_dropout != 0" in caught.value.details[0]
     assert caught.value.remedies == ("--lora-dropout 0",)
+
+
+@pytest.mark.parametrize(("kind", "stays"), [("llama", []), ("qwen3_moe", ["experts, 384.0 KiB, stay in bfloat16"])])
+def test_a_mixture_in_4_bits_says_what_is_not_packed(tmp_path: Path, kind: str, stays: list[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    AutoConfig.for_model(kind, **SIZES, **KINDS[kind]).save_pretrained(tmp_path)
+    shape = config_shape(run(tmp_path, max_length=32, dtype="bfloat16", load_in_4bit=True, lora_dropout=0))
+    assert [note.partition(":")[0] for note in shape.notes] == stays
+    experts = [weight for name, weight in shape.model.named_parameters() if ".experts." in name and "lora" not in name]
+    assert {weight.dtype for weight in experts} <= {torch.bfloat16}
+    assert storage_bytes(experts) == (2 * 4 * 3 * 64 * 128 * 2 if stays else 0)

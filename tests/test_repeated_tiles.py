@@ -37,8 +37,8 @@ def simulated(model: nn.Module, rows: int, device: torch.device | None) -> tuple
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ledger, "_record", counted)
         vocabulary = model.get_output_embeddings().out_features  # pyright: ignore
-        patch.setattr("rematree.execute.row_loss._TILE_BYTES", {})
-        patch.setattr("rematree.execute.row_loss._TILE_BYTES_ELSEWHERE", 4 * vocabulary * TILE_ROWS)
+        patch.setattr("rematree.execute.loss.row_loss._TILE_BYTES", {})
+        patch.setattr("rematree.execute.loss.row_loss._TILE_BYTES_ELSEWHERE", 4 * vocabulary * TILE_ROWS)
         return referee.run(Levers(loss_chunk_rows=rows)), seen
 
 

@@ -243,6 +243,9 @@ def test_a_frontier_is_told_against_the_plain_step() -> None:
     chosen = frontier_columns([FrontierPoint(None, dataclasses.replace(PLAN, loss_chunk_rows=64))], plain)
     assert list(chosen.headers) == ["peak", "of plain", "step", "of plain", "loss rows"]
     assert list(chosen.rows[0]) == ["75.0 MiB", "50%", "2.5 s", "1.25x", "64"]
+    room = ("A device", min(point.plan.predicted_peak_bytes for point in POINTS if point.plan is not None))
+    said = f"A device: {format_bytes(room[1])} may be taken, 1 of {len(POINTS)} points fit"
+    assert list(frontier_columns(POINTS, plain, room).below) == [said]
     facts = frontier_facts(POINTS, plain)
     assert [point["fits"] for point in facts["points"]] == [False, True]
     assert facts["points"][1]["predicted_peak_bytes"] == PLAN.predicted_peak_bytes

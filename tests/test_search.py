@@ -39,3 +39,12 @@ def test_slack_that_grows_as_memory_is_saved_does_not_end_in_the_smallest_plan(g
     found = within.best_within(budget)
     assert found is not None
     assert found.simulation.peak_bytes >= budget - 2 * (growing + 1) * MIB  # not at 22 MiB, where everything is rerun
+
+
+@pytest.mark.parametrize("points", [1, 2, 5])
+def test_a_frontier_has_at_most_the_points_asked_for(points: int) -> None:
+    within = search(lambda saved: MIB)
+    within.around(choice_peak(PROBLEM, ALL_SAVED) // 2)  # confirmed for another question, and on the frontier too
+    found = within.frontier(points)
+    assert len(found) <= points
+    assert found[0].peak_bytes == within.least().peak_bytes

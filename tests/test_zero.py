@@ -20,7 +20,7 @@ from rematree.plans import Levers
 from rematree.referee.at_work import Arrival
 from rematree.referee.ranks import Ranks, launched_ranks, ranks_of
 from rematree.referee.simulate import Referee
-from rematree.referee.zero import ZeroTwo
+from rematree.referee.zero.stage2 import ZeroTwo
 from rematree.trace import Segment
 
 FP32 = 4

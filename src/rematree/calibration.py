@@ -14,7 +14,14 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
-from rematree.pricing.devices import CONTEXT_BYTES, Device, Profile, cublas_workspace_bytes, default_efficiency
+from rematree.pricing.devices import (
+    CONTEXT_BYTES,
+    MEASURED,
+    Device,
+    Profile,
+    cublas_workspace_bytes,
+    default_efficiency,
+)
 from rematree.pricing.workload import Kind, attention_flops
 from rematree.units import MIB
 
@@ -103,7 +110,7 @@ def calibrate(
         backend=kind,
         memory_bytes=total_bytes,
         usable_bytes=total_bytes,
-        usable_source="measured",
+        usable_source=MEASURED,
         bytes_per_second=bandwidth,
         flops_per_second=rates,
         host_bytes_per_second=_host_link(device, clock, streamed, figures) if kind == "cuda" else None,

@@ -124,6 +124,10 @@ class LedgerLine:
     num_bytes: int
     obtained: str
 
+    def text(self) -> str:
+        """As a line of an error's breakdown."""
+        return f"{self.category:<28} {format_bytes(self.num_bytes):>10}"
+
 
 @dataclass(frozen=True, slots=True)
 class BlockRow:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from rematree.catalogue.shapes import find_shape
 from rematree.cli import options
 from rematree.cli.output import emit_json, hint, read_plan
 from rematree.report.export import export_plan
@@ -16,7 +17,9 @@ def export(plan: options.PlanFile, to: To, as_json: options.Json = False) -> Non
 
     What those settings do not express is said on standard error, and in comments of the YAML.
     """
-    found = export_plan(read_plan(plan), to)
+    stored = read_plan(plan)
+    shape = find_shape(stored.run.get("model", ""))
+    found = export_plan(stored, to, None if shape is None else shape.hub)
     if as_json:
         emit_json(found.facts())
         return

@@ -1,5 +1,6 @@
 """`rematree fit`: the longest rows, the most rows, the highest rank, or the smallest device that fits."""
 
+import functools
 from enum import StrEnum
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from rematree.cli import options, rank_options
 from rematree.cli.options import DEFAULT
-from rematree.cli.output import emit_json, emit_table, hint
+from rematree.cli.output import command_with, emit_json, emit_table, hint
 from rematree.errors import UsageError
 from rematree.report.tables import Columns
 from rematree.units import format_bytes
@@ -85,13 +86,14 @@ def fit(
     from rematree.finetune.fit import find_device, find_setting
     from rematree.finetune.target import all_targets, named_targets
 
+    command = functools.partial(command_with, ctx)
     if find is Quantity.DEVICE:
         targets = named_targets(options.split_list([device])) if device else all_targets()
-        found = find_device(config, [target.among(among) for target in targets], full=full, say=hint)
+        found = find_device(config, [target.among(among) for target in targets], full=full, say=hint, command=command)
     else:
         target = options.target_of(ctx, config)
         wanted = None if budget is None else config.budget
-        found = find_setting(find.value, config, target, wanted, full=full, say=hint)
+        found = find_setting(find.value, config, target, wanted, full=full, say=hint, command=command)
     if as_json:
         emit_json(found.facts())
         return

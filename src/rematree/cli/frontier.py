@@ -71,7 +71,8 @@ def frontier(
     except InfeasibleBudgetError as error:
         least = f"{-(-error.min_peak // MIB)}MiB"
         raise error.with_remedies([command_with(ctx, budgets=[least]), command_with(ctx, budgets=[])]) from None
+    room = None if target.device is None else (target.name, target.budget(None))
     if as_json:
-        emit_json(frontier_facts(found, plain_step(planner)))
+        emit_json(frontier_facts(found, plain_step(planner), room))
     else:
-        emit_table(frontier_columns(found, plain_step(planner)))
+        emit_table(frontier_columns(found, plain_step(planner), room))

@@ -73,6 +73,8 @@ def plan(
     try:
         made = target.planner(shape, config).plan(budget_bytes)
     except InfeasibleBudgetError as error:
+        for note in shape.notes:
+            hint(f"note: {note}")
         changes = working_changes(error, config, hint, target=target, shape=shape, full=full)
         raise error.with_remedies(command_with(ctx, **change) for change in changes) from None
     made = described(made, config, target, shape, full=full)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rematree.execute.dropout import byte_table, look_up, packed_bytes
-from rematree.execute.running_sum import added_in_place, as_rows
+from rematree.execute.loss.running_sum import added_in_place, as_rows
 
 _PER_BRANCH: Final = 3  # tensors: A, B, bits
 _PIECES: Final = 4  # in which a mask is made and used

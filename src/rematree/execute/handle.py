@@ -18,7 +18,7 @@ from rematree.execute.attention import AttentionRegions
 from rematree.execute.compiled import BlockCompiler, CompiledBlocks
 from rematree.execute.context import Captured
 from rematree.execute.group import Group
-from rematree.execute.loss import ChunkedLoss, attach_chunked_loss
+from rematree.execute.loss.attach import ChunkedLoss, attach_chunked_loss
 from rematree.execute.norms import is_norm, lean_norm, why_no_norm
 from rematree.execute.override import ForwardOverride
 from rematree.execute.own_compile import refuse_compiled, refuse_compiling

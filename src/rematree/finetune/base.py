@@ -3,7 +3,8 @@
 import contextlib
 import inspect
 import warnings
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 
@@ -13,6 +14,10 @@ from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.model import LoadedModel, load_model, preferred_dtype, refuse_other_quantisation
 from rematree.integrations.bitsandbytes import Quantisation
+from rematree.measure import storage_bytes
+from rematree.units import format_bytes
+
+_STACK_DIMENSIONS: Final = 3  # of the weights of all experts in one: linear layers have two
 
 
 def training_device() -> torch.device:
@@ -55,7 +60,16 @@ def meta_base(config: TrainConfig, dtype: torch.dtype | None = None) -> tuple[An
     chosen = names.get(config.dtype) or dtype or preferred_dtype()
     model = build_meta_model(read.config, dtype=chosen, quantisation=quantisation, name=config.model)
     _check_rows(model, config)
-    return model, read
+    return model, read if quantisation is None else replace(read, notes=(*read.notes, *_left_whole(model, chosen)))
+
+
+def _left_whole(model: Any, dtype: torch.dtype) -> list[str]:
+    """That packing leaves most of a mixture of experts as it was, which nobody who asks for 4 bits expects."""
+    stacks = storage_bytes([weight for weight in model.parameters() if weight.dim() == _STACK_DIMENSIONS])
+    name = str(dtype).removeprefix("torch.")
+    return (
+        [f"experts, {format_bytes(stacks)}, stay in {name}: bitsandbytes packs linear layers alone"] if stacks else []
+    )
 
 
 def _packing(config: TrainConfig) -> Quantisation | None:
@@ -128,8 +142,12 @@ def add_adapters(base: Any, config: TrainConfig) -> Any:
             model: Any = get_peft_model(base, lora)
     except ValueError as error:
         said = (str(error).splitlines() or [""])[0]
-        if "lora_dropout" in said:  # adapters on stacks of experts have none
-            raise UsageError(f"--lora-dropout {config.lora_dropout}: {said}", remedies=["--lora-dropout 0"]) from error
+        if "lora_dropout" in said:
+            raise UsageError(
+                f"--lora-dropout is {config.lora_dropout}; adapters on stacks of experts have no dropout",
+                details=[f"PEFT: {said}"],
+                remedies=["--lora-dropout 0"],
+            ) from error
         raise UsageError(
             f"--lora-target-modules {targets}: {said}", remedies=["--lora-target-modules all-linear"]
         ) from error

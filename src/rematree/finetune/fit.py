@@ -1,8 +1,7 @@
 """The largest value of one setting of a run that still fits, or the smallest device: found with real plans.
 
-Every probe is a whole observation with its smallest confirmed peak. That peak grows nearly in proportion to what is
-looked for, so the next value to try is read off the nearest two; the answer is not believed until it was planned itself
-and the next value was refused.
+Every probe is a whole observation with its smallest confirmed peak. Where nothing fits, what else could be changed is
+planned too.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +10,8 @@ from typing import Any, Final
 
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.finetune.config import TrainConfig, flag
+from rematree.finetune.largest import Grid, Probe, find_largest
+from rematree.finetune.remedies import working_changes
 from rematree.finetune.synthetic import Shape, synthetic_batch_like
 from rematree.finetune.target import Target
 from rematree.planning.planner import Planner
@@ -29,28 +30,7 @@ QUANTITIES: Final = (*FIELDS, DEVICE)
 _STEP: Final = {"max-length": 64, "batch-size": 1, "lora-r": 1}
 _LEAST: Final = {"max-length": 8, "batch-size": 1, "lora-r": 1}
 _MOST_ROWS: Final = 16384
-_FARTHEST: Final = 4  # times the greatest value that fits
 _UNBOUNDED_LENGTH: Final = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One value that was planned.
-
-    Attributes:
-        value: Of the setting, or the name of the device.
-        least_bytes: Smallest peak that any plan reaches.
-        budget_bytes: It must not be above this.
-    """
-
-    value: int | str
-    least_bytes: int
-    budget_bytes: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether there is a plan."""
-        return self.least_bytes <= self.budget_bytes
 
 
 @dataclass(frozen=True)
@@ -110,93 +90,6 @@ class Fit:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Values that are tried: the least one and the multiples of a step above it, up to the greatest one.
-
-    Attributes:
-        least: First value.
-        most: Last value, whether a multiple or not.
-        step: Between the others.
-    """
-
-    least: int
-    most: int
-    step: int = 1
-
-    def __len__(self) -> int:
-        return 1 if self.most <= self.least else 1 + -(-(self.most - self._base) // self.step)
-
-    @property
-    def _base(self) -> int:
-        return self.least // self.step * self.step
-
-    def __getitem__(self, index: int) -> int:
-        return self.least if index == 0 else min(self.most, self._base + index * self.step)
-
-    def index_of(self, value: float) -> int:
-        """Index of the last value that is not above `value`, kept within the grid."""
-        return min(len(self) - 1, max(0, int((value - self._base) // self.step)))
-
-
-def find_largest(try_value: Callable[[int], Probe], grid: Grid, first: int) -> tuple[Probe, Probe | None]:
-    """The largest value of `grid` that fits, and the next one, which does not.
-
-    Args:
-        try_value: Plans a value.
-        grid: Values to choose from; what fits is taken to be below what does not.
-        first: Where to begin.
-    Returns:
-        The probe that fits and the one of the next value; None for that where the last value fits.
-    Raises:
-        InfeasibleBudgetError: not even the first value of the grid fits.
-    Cost:
-        Mostly four to six probes; at worst twice those of a bisection.
-    """
-    known: dict[int, Probe] = {}
-    fits, refused = -1, len(grid)
-    index, halve = grid.index_of(first), False
-    while refused - fits > 1:
-        before = refused - fits
-        known[index] = try_value(grid[index])
-        if known[index].fits:
-            fits = index
-        else:
-            refused = index
-        bounded = refused in known
-        halve = bounded and not halve and refused - fits > before // 2
-        guessed = grid.index_of(_crossing(known, grid, index))
-        if halve:
-            guessed = (fits + refused) // 2
-        elif not bounded:  # what is far above what fits is slow to plan, and says little
-            guessed = min(guessed, grid.index_of(_FARTHEST * grid[fits]))
-        index = min(refused - 1, max(fits + 1, guessed))
-    if fits < 0:
-        raise _nothing_fits(known[0])
-    return known[fits], known.get(refused)
-
-
-def _crossing(known: dict[int, Probe], grid: Grid, last: int) -> float:
-    """The value at which the smallest peak would meet the budget, on the line through the two nearest values."""
-    nearest = sorted(known, key=lambda index: abs(known[index].least_bytes - known[index].budget_bytes))[:2]
-    value = float(grid[last])
-    if len(nearest) > 1:
-        one, other = (known[index] for index in nearest)
-        rise = (other.least_bytes - one.least_bytes) / (grid[nearest[1]] - grid[nearest[0]])
-        if rise > 0:
-            return grid[nearest[0]] + (one.budget_bytes - one.least_bytes) / rise
-    return value * 2 if known[last].fits else value / 2
-
-
-def _nothing_fits(probe: Probe) -> InfeasibleBudgetError:
-    return InfeasibleBudgetError(
-        f"nothing fits: at {probe.value} the smallest reachable peak is {format_bytes(probe.least_bytes)}, "
-        f"and {format_bytes(probe.budget_bytes)} may be taken",
-        budget=probe.budget_bytes,
-        min_peak=probe.least_bytes,
-    )
-
-
 def find_setting(
     quantity: str,
     config: TrainConfig,
@@ -205,6 +98,7 @@ def find_setting(
     *,
     full: bool = False,
     say: Callable[[str], None],
+    command: Callable[..., str],
 ) -> Fit:
     """The largest value of a setting of `config` that fits.
 
@@ -215,8 +109,9 @@ def find_setting(
         budget: Into how many bytes; None takes all that the device has.
         full: All parameters are trained.
         say: Takes a line of progress.
+        command: Writes the command that asks this, with new values for some of its parameters, None to leave one out.
     Raises:
-        InfeasibleBudgetError: not even the smallest value fits.
+        InfeasibleBudgetError: not even the smallest value fits; says by which commands something would.
         UsageError: there is no such model or device, or `full` leaves no adapter to have a rank.
     """
     if quantity == "lora-r" and full:
@@ -230,25 +125,49 @@ def find_setting(
     planners: dict[int, Planner] = {}
     probes: list[Probe] = []
 
-    def try_value(value: int) -> Probe:
+    def run_with(value: int) -> tuple[TrainConfig, Shape]:
         changed = replace(config, **{field: value})
-        tried = target.shape(changed, full=full) if quantity == "lora-r" else synthetic_batch_like(shape, changed)
+        if quantity == "lora-r":
+            return changed, target.shape(changed, full=full)
+        return changed, synthetic_batch_like(shape, changed)
+
+    def planner_for(value: int) -> Planner:
+        changed, tried = run_with(value)
         planners.clear()  # only the last is asked for its plan again; each holds a whole model of fake tensors
         planners[value] = target.planner(tried, changed)
-        probe = Probe(value, planners[value].min_peak_bytes(), limit_bytes)
+        return planners[value]
+
+    def try_value(value: int) -> Probe:
+        probe = Probe(value, planner_for(value).min_peak_bytes(), limit_bytes)
         probes.append(probe)
         say(f"{flag(field)} {value}: {format_bytes(probe.least_bytes)}, {'fits' if probe.fits else 'does not fit'}")
         return probe
 
     grid = Grid(min(_LEAST[quantity], most), most, _STEP[quantity])
     answer, refused = find_largest(try_value, grid, min(most, getattr(config, field)))
+    if answer is None:
+        for note in shape.notes:
+            say(f"note: {note}")
+        assert refused is not None  # the first value of the grid, and the last that was tried
+        least = int(refused.value)
+        error = _nothing_fits(f"nothing fits: even with {flag(field)} {least}", refused, planners[least])
+        changed, tried = run_with(least)
+        changes = working_changes(error, changed, say, target=target, shape=tried, full=full)
+        raise error.with_remedies(command(**change) for change in changes)
     value = int(answer.value)
-    if value not in planners:
-        changed = replace(config, **{field: value})
-        tried = target.shape(changed, full=full) if quantity == "lora-r" else synthetic_batch_like(shape, changed)
-        planners[value] = target.planner(tried, changed)
-    plan = planners[value].plan(limit_bytes)
+    plan = (planners.get(value) or planner_for(value)).plan(limit_bytes)
     return Fit(quantity, answer, refused, tuple(probes), plan, target.name, "" if refused else limit, target.ranks)
+
+
+def _nothing_fits(said: str, probe: Probe, planner: Planner) -> InfeasibleBudgetError:
+    least = planner.frontier(2)[0]  # of the smallest peak
+    return InfeasibleBudgetError(
+        f"{said} the smallest reachable peak is {format_bytes(probe.least_bytes)}, and "
+        f"{format_bytes(probe.budget_bytes)} may be taken",
+        budget=probe.budget_bytes,
+        min_peak=probe.least_bytes,
+        details=["at that peak:", *(line.text() for line in least.ledger)],
+    )
 
 
 def _limit(quantity: str, shape: Shape) -> tuple[int, str]:
@@ -268,6 +187,7 @@ def find_device(
     *,
     full: bool = False,
     say: Callable[[str], None],
+    command: Callable[..., str],
 ) -> Fit:
     """The device with the least memory that `config` fits.
 
@@ -276,8 +196,9 @@ def find_device(
         targets: Devices to choose from.
         full: All parameters are trained.
         say: Takes a line of progress.
+        command: Writes the command that asks this, with new values for some of its parameters, None to leave one out.
     Raises:
-        InfeasibleBudgetError: it fits none of them.
+        InfeasibleBudgetError: it fits none of them; says by which commands something would.
     """
     ordered = sorted(targets, key=lambda target: target.budget(None))
     shapes: dict[Any, Shape] = {}  # by what weights are kept in, which depends on the device
@@ -307,8 +228,11 @@ def find_device(
         middle = (low + high) // 2
         tried[middle] = try_value(middle)
         low, high = (low, middle) if tried[middle].fits else (middle, high)
-    if high == len(ordered):
-        raise _nothing_fits(tried[high - 1])
+    if high == len(ordered):  # the last of them was tried last
+        last = ordered[-1]
+        error = _nothing_fits(f"no device fits: even on {last.name}", tried[high - 1], planners[high - 1])
+        changes = working_changes(error, config, say, target=last, shape=shapes[last.dtype], full=full)
+        raise error.with_remedies(command(**change) for change in changes)
     planner = planners.get(high) or planner_for(ordered[high])
     plan = planner.plan(tried[high].budget_bytes)
     limit = "" if low >= 0 else "no smaller device was asked about"

@@ -20,8 +20,11 @@ def described(plan: Plan, config: TrainConfig, target: Target, shape: Shape, *, 
         notes.insert(0, f"made of the config alone: {shape.source}")
         notes[1:1] = shape.notes
     if target.device is not None:
-        notes.insert(0, f"for {target.device.title}, timed by its published rates (rematree devices)")
-    return replace(plan, run=settings_of(config, target, full=full), notes=tuple(notes))
+        rates = "the rates of its profile" if target.device.is_measured else "its published rates (rematree devices)"
+        notes.insert(0, f"for {target.device.title}, timed by {rates}")
+    # "auto" is another dtype elsewhere; of packed weights it is what they are computed in.
+    settings = {**settings_of(config, target, full=full), "dtype": str(shape.model.dtype).removeprefix("torch.")}
+    return replace(plan, run=settings, notes=tuple(notes))
 
 
 def settings_of(config: TrainConfig, target: Target, *, full: bool) -> Mapping[str, str]:

@@ -52,7 +52,7 @@ def working_changes(
     if target.device is not None and len(changes) < _MOST:
         say("checking whether it would fit otherwise")
         shape = shape or target.shape(config, full=full)
-        others = [*_smaller_models(error.budget, config, target, full)][:1]
+        others = [*islice(_smaller_models(error.budget, config, target, full), 1)]
         if not changes or "budget" not in changes[0]:
             others += islice(_larger_devices(error.min_peak, config, target, shape), 1)
         changes += others
@@ -108,15 +108,19 @@ def _smaller_models(budget: int, config: TrainConfig, target: Target, full: bool
 
 
 def _larger_devices(least: int, config: TrainConfig, target: Target, shape: Shape) -> Iterator[dict[str, Any]]:
-    """Devices of the same make that the run fits as it is, the smallest first, without a budget."""
+    """Devices that the run fits as it is, without a budget: of the same make the smallest first, then of another."""
     assert target.device is not None
-    for other in sorted(all_targets(), key=lambda other: other.budget(None)):
+    make = target.device.backend
+    others = [other for other in all_targets() if other.dtype == target.dtype and other.budget(None) >= least]
+    for other in sorted(others, key=lambda other: (_backend(other) != make, other.budget(None))):
         assert other.device is not None
-        alike = (other.device.backend, other.dtype) == (target.device.backend, target.dtype)
-        if alike and other.budget(None) >= least:
-            planner = other.among(target.ranks).planner(shape, config)
-            if planner.min_peak_bytes() <= other.budget(None):
-                yield {"device": other.device.name, "budget": None}
+        planner = other.among(target.ranks).planner(shape, config)
+        if planner.min_peak_bytes() <= other.budget(None):
+            yield {"device": other.device.name, "budget": None}
+
+
+def _backend(target: Target) -> str:
+    return "" if target.device is None else target.device.backend
 
 
 def _static_bytes(model: Any, ranks: Ranks | None) -> int:

@@ -12,7 +12,7 @@ from rematree.catalogue.configs import needs_no_weights
 from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
 from rematree.pricing.devices import Device, find_device
-from rematree.units import format_bytes
+from rematree.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +58,13 @@ class Target:
         """The device called `name`; the one that is here without a name.
 
         Raises:
-            UsageError: there is no such device; names the nearest.
+            UsageError: there is no such device, or none whose steps can be timed; names the nearest, or what to do.
         """
-        return cls() if name is None else cls(find_device(name))
+        if name is None:
+            return cls()
+        device = find_device(name)
+        _refuse_without_rates(device)
+        return cls(device)
 
     @property
     def name(self) -> str:
@@ -159,6 +163,23 @@ class Target:
         assert self.device is not None
         kind = _TORCH_DEVICE[self.device.backend]
         return torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+
+
+def _refuse_without_rates(device: Device) -> None:
+    """Where nothing is known of a device's speed: say how it can be planned for all the same."""
+    if device.flops_per_second:
+        return
+    # On a Mac steps run on the CPU: torch's Metal backend lacks much of what they need.
+    which, runs = ("its CPU", ", and its steps run on the CPU") if device.backend == "mps" else ("it", "")
+    there = f"(on a machine with {device.title}"
+    raise UsageError(
+        f"no FLOP rate of {device.title} is published{runs}: it can be planned for where it is, or as it was measured",
+        remedies=[
+            f"--budget {device.usable_bytes // MIB}MiB, without --device   {there}: plans for {which})",
+            f"rematree calibrate --output profile.json   {there}: measures {which})",
+            "--device ./profile.json   (then, on any machine)",
+        ],
+    )
 
 
 def named_targets(names: Sequence[str]) -> list[Target]:

@@ -115,9 +115,7 @@ class StepGuard:
             with contextlib.suppress(OSError):
                 trainer._save_checkpoint(trainer.model, None)
                 saved = [f"the run so far is in {trainer.args.output_dir}: train(resume_from_checkpoint=True)"]
-        lines = (
-            [] if plan is None else [f"{line.category:<28} {format_bytes(line.num_bytes):>10}" for line in plan.ledger]
-        )
+        lines = [] if plan is None else [line.text() for line in plan.ledger]
         raise OutOfMemoryError(
             f"out of memory, and no tighter plan is left: {why}",
             details=[reason, *(["at the predicted peak of the last plan:", *lines] if lines else [])],

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rematree.engines import copy_without_engine
 from rematree.execute.handle import forget_handle
-from rematree.execute.loss import attach_chunked_loss
+from rematree.execute.loss.attach import attach_chunked_loss
 from rematree.execute.override import ForwardOverride
 from rematree.observation.observe import Twin, loss_of
 from rematree.planning.pace import CANNOT_RUN, LARGEST, between_runs, cleared, made_up, now

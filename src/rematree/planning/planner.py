@@ -168,7 +168,7 @@ class Planner:
     def _infeasible(self, budget: int) -> InfeasibleBudgetError:
         entry = self._search.least()
         least = entry.peak_bytes
-        details = [f"{line.category:<28} {format_bytes(line.num_bytes):>10}" for line in self._ledger(entry)]
+        details = [line.text() for line in self._ledger(entry)]
         return InfeasibleBudgetError(
             f"budget {format_bytes(budget)} is below the smallest reachable peak, {format_bytes(least)}",
             budget=budget,

@@ -202,5 +202,5 @@ class Search:
                 front.append(entry)
         assert front[0].peak_bytes == low.peak_bytes
         if len(front) > points:
-            front = [front[round(i * (len(front) - 1) / (points - 1))] for i in range(points)]
+            front = [front[round(i * (len(front) - 1) / max(1, points - 1))] for i in range(points)]
         return front

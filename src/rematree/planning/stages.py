@@ -64,10 +64,12 @@ def measure_options(
     options: Sequence[Sequence[BlockOption]],
     lean: Mapping[str, tuple[str, ...]],
     gradients: Sequence[int],
+    chunk_rows: int | None,
 ) -> tuple[list[list[StageOption]], tuple[int, ...], list[list[BlockOption]]]:
     """Run every option on the short chain, as many in a run as it has blocks of the kind; the others save everything.
 
     What a block keeps and takes is read off relative to the moment it begins, so its neighbours may do otherwise.
+    The loss behind them is computed in chunks of `chunk_rows`, if that is given.
 
     Returns:
         Options of each kind in numbers; what each option of the first block releases (`_released`), which the model's
@@ -81,7 +83,7 @@ def measure_options(
 
     def levers_for(turns: Mapping[int, int]) -> Levers:
         chosen = [(path, final[kinds[place]][turns.get(place, -1)]) for place, path in enumerate(short.blocks)]
-        return levers_of(chosen, lean=lean)
+        return levers_of(chosen, chunk_rows, lean=lean)
 
     # Most options turn out to be what they are: all runs are known, and half of them need not wait for the others.
     ahead = [list(each) for each in waiting]

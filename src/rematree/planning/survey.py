@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from rematree.execute.adapters import lean_layers
-from rematree.execute.loss import find_head
+from rematree.execute.loss.attach import find_head
 from rematree.execute.norms import lean_norms
 from rematree.observation.absent import is_absent
+from rematree.observation.observe import Twin
 from rematree.planning.aside import aside
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.planning.head_pace import HeadClock
@@ -122,6 +123,7 @@ def survey(
         compiled = compiler.measure(referee, plain, representatives)
         referee.profiles = compiled.profiles
     layers = _lean_layers(twin.model, chain) if lean else {}
+    chunks = _chunk_rows(twin) if chunk else []
     gradients = tuple(0 if accumulate else referee.layout.gradients_left(k) for k in range(len(chain.blocks)))
 
     def referee_of(blocks: tuple[str, ...]) -> Referee:
@@ -144,7 +146,7 @@ def survey(
         with _shortened(twin.model, chain, few) as blocks:
             few_kinds = [referee.kinds[index] for index in few]
             smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
-            return _measure_heads(smallest, chunk, clock)
+            return _measure_heads(smallest, chunks, clock)
 
     with aside(measured_heads, may=is_absent(twin.device)) as heads_of:
         with _shortened(twin.model, chain, range(length)) as blocks:
@@ -163,7 +165,10 @@ def survey(
         enough = max(length, length_for(kinds, representatives, options)) if chain.container else length
         with _shortened(twin.model, chain, range(enough)) as blocks:
             short = referee_of(blocks)
-            stages, released, options = measure_options(short, kinds, representatives, options, layers, gradients)
+            # Behind a plain head the first block's backward ends with a copy of a tied weight's gradient; the smallest
+            # plans have none, and an option that seems to need more than it does is not looked for at their budgets.
+            loss = chunks[0] if chunks and _trains_tied_head(twin.model) else None
+            stages, released, options = measure_options(short, kinds, representatives, options, layers, gradients, loss)
             advances = measure_advances(short, kinds, stages, options, layers) if groups else []
         rows, heads, referee.head_pace = heads_of()
     if clock is not None and plain.head.seconds > 0:
@@ -267,14 +272,29 @@ def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator
         yield tuple(chain.blocks[index] for index in kept)
 
 
+def _chunk_rows(twin: Twin) -> list[int]:
+    """Rows at once in which the loss can be computed, falling; none where it cannot."""
+    if "labels" not in twin.batch or find_head(twin.model) is None:
+        return []
+    tokens = tokens_of(twin.batch)
+    return [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
+
+
+def _trains_tied_head(model: nn.Module) -> bool:
+    found = find_head(model)
+    if found is None:
+        return False
+    causal, head = found
+    weight = getattr(head, "weight", None)
+    embedding = causal.get_input_embeddings()
+    return isinstance(weight, nn.Parameter) and weight.requires_grad and getattr(embedding, "weight", None) is weight
+
+
 def _measure_heads(
-    short: Referee, chunk: bool, clock: HeadClock | None
+    short: Referee, chunks: Sequence[int], clock: HeadClock | None
 ) -> tuple[list[int | None], list[HeadOption], dict[int | None, float]]:
     """Ways to compute the loss, what each takes, and its measured over its predicted seconds."""
-    tokens = tokens_of(short.twin.batch)
-    rows: list[int | None] = [None]
-    if chunk and "labels" in short.twin.batch and find_head(short.twin.model) is not None:
-        rows += [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
+    rows: list[int | None] = [None, *chunks]
     runs = {count: short.run(Levers(loss_chunk_rows=count)) for count in rows}
     found = {count: run.head for count, run in runs.items()}
     workspaces = {count: head.peak_bytes - head.live_bytes for count, head in found.items()}

@@ -41,6 +41,7 @@ _MATMUL_THREADS: Final = 2  # the caller's in forward, autograd's in backward
 _LARGE_SINCE: Final = 9  # major number of the compute capability: Hopper
 _LAUNCH_SECONDS: Final = 5e-6
 _CPU: Final = "cpu"
+MEASURED: Final = "measured"  # what a profile says of where its usable memory is from
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class Device:
     capability: int = 0
 
     @property
+    def is_measured(self) -> bool:
+        """Whether its figures are from a profile, not from the table."""
+        return self.usable_source == MEASURED
+
+    @property
     def overhead(self) -> "Overhead":
         """What it takes beside the tensors of a step; nothing on a CPU."""
         from rematree.pricing.price import Overhead
@@ -106,10 +112,7 @@ class Device:
         from rematree.pricing.workload import Kind
 
         if not self.flops_per_second:
-            raise UsageError(
-                f"no FLOP rate of {self.title} is published, so its steps cannot be timed",
-                remedies=["rematree calibrate -o profile.json   (on such a device), then --device ./profile.json"],
-            )
+            raise UsageError(f"no FLOP rate of {self.title} is published, so its steps cannot be timed from here")
         return Roofline.of(
             Rates(
                 self.flops_per_second,

@@ -1,7 +1,7 @@
 """What an engine does while a simulated step runs.
 
 DDP and FSDP2 change the timeline of a step by rules that can be applied to it afterwards (`layout`). DeepSpeed looks at
-each gradient when it is there (`zero`), and with ZeRO-3 at each module before and after it runs (`zero3`).
+each gradient when it is there (`zero.stage2`), and with ZeRO-3 at each module before and after it runs (`zero.stage3`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

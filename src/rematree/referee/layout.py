@@ -42,8 +42,8 @@ from rematree.memory.recipes import Recipes
 from rematree.referee.at_work import Arrival, AtWork, whole_model
 from rematree.referee.moments import plus, with_moments
 from rematree.referee.ranks import Ranks, works_in_copies
-from rematree.referee.zero import ZeroTwo
-from rematree.referee.zero3 import ZeroThree
+from rematree.referee.zero.stage2 import ZeroTwo
+from rematree.referee.zero.stage3 import ZeroThree
 from rematree.trace import Segment
 
 

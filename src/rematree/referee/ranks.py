@@ -1,6 +1,6 @@
 """Over how many ranks, and by which engine, a step is run; and how a live model shows it.
 
-What an engine does to the bytes of a rank is in `layout` (DDP, FSDP2), `zero` and `zero3` (DeepSpeed's ZeRO-2 and -3).
+What an engine does to the bytes of a rank is in `layout` (DDP, FSDP2) and `zero` (DeepSpeed's ZeRO-2 and -3).
 """
 
 import inspect

@@ -43,7 +43,7 @@ from rematree.referee.layout import layout_of
 from rematree.referee.marks import BlockMarks
 from rematree.referee.ranks import Ranks
 from rematree.referee.simulation import Simulation
-from rematree.referee.zero3 import ZeroThree
+from rematree.referee.zero.stage3 import ZeroThree
 from rematree.trace import Segment
 
 _BETWEEN: Final = "between backward and optimizer"

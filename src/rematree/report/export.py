@@ -18,6 +18,7 @@ AXOLOTL: Final = "axolotl"
 TRAINERS: Final = (TRL, AXOLOTL)
 _CUT_PLUGIN: Final = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 _ALL_LINEAR: Final = "all-linear"
+_BUNDLED: Final = "builtin:"
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ def _scalar(value: object) -> str:
     return json.dumps(value)
 
 
-def export_plan(plan: Plan, trainer: str) -> Export:
+def export_plan(plan: Plan, trainer: str, weights: str | None = None) -> Export:
     """The settings of `trainer` that come nearest to `plan`.
 
     Args:
         plan: A stored plan.
         trainer: "trl" or "axolotl".
+        weights: Where the weights are, if not where the plan says: a name of the catalogue is none of the Hub.
     Raises:
         UsageError: another trainer, or a plan that does not say what it was made for.
     """
@@ -78,8 +80,11 @@ def export_plan(plan: Plan, trainer: str) -> Export:
             remedies=["rematree plan MODEL --budget ... --output plan.json"],
         )
     every, lost = _layers(plan)
-    settings = _trl(plan, every) if trainer == TRL else _axolotl(plan, every)
-    lost += _loss(plan, trainer)
+    model = weights or plan.run["model"]
+    settings = _trl(plan, model, every) if trainer == TRL else _axolotl(plan, model, every)
+    if model.startswith(_BUNDLED) or model.endswith((".json", ".gguf")):
+        lost.insert(0, f"the weights: {trainer} loads a folder or an id on the Hub, and {model} is none")
+    lost += [*_loss(plan, trainer), *_levers(plan)]
     budget = plan.budget_bytes if plan.budget_bytes is not None else plan.predicted_peak_bytes
     lost.append(f"the budget of {format_bytes(budget)}: {trainer} does not look at the peak before it trains")
     return Export(trainer, settings, tuple(lost))
@@ -88,7 +93,7 @@ def export_plan(plan: Plan, trainer: str) -> Export:
 def _layers(plan: Plan) -> tuple[int, list[str]]:
     """Checkpoint every so many layers (0: none), and what of the decisions that is not.
 
-    At least as many layers are recomputed as in the plan, so that no more memory is taken.
+    At least as many layers are recomputed as in the plan.
     """
     blocks = [row.path for row in plan.rows]
     whole = [path for path in blocks if _recomputed(plan, path)]
@@ -138,17 +143,30 @@ def _loss(plan: Plan, trainer: str) -> list[str]:
     return [f"{plan.loss_chunk_rows} rows of logits at a time: {how} chooses its own tiles"]
 
 
+def _levers(plan: Plan) -> list[str]:
+    """What else the plan does to the step."""
+    lost: list[str] = []
+    if plan.groups:
+        lost.append("layers that are recomputed together: each keeps its own input instead, which takes more memory")
+    if plan.lean:
+        lost.append("lean layers, which share one input in its own dtype: each keeps its own instead, in fp32")
+    if plan.compiled:
+        lost.append(f"blocks that are compiled: {len(plan.compiled)}")
+    if "ranks" in plan.run:
+        lost.append(f"{plan.run['ranks']} ranks under {plan.run['engine']}: how they are launched decides that")
+    return lost
+
+
 def _number(text: str) -> Any:
     return json.loads(text)
 
 
-def _trl(plan: Plan, every: int) -> dict[str, Any]:
+def _trl(plan: Plan, model: str, every: int) -> dict[str, Any]:
     run = plan.run
-    out: dict[str, Any] = {"model_name_or_path": run["model"]}
+    out: dict[str, Any] = {"model_name_or_path": model}
     if "revision" in run:
         out["model_revision"] = run["revision"]
-    if run.get("dtype", "auto") != "auto":
-        out["dtype"] = run["dtype"]
+    out["dtype"] = run.get("dtype", "auto")  # without it, TRL loads and computes in float32
     for bits in (4, 8):
         if f"load_in_{bits}bit" in run:
             out[f"load_in_{bits}bit"] = True
@@ -174,9 +192,9 @@ def _trl(plan: Plan, every: int) -> dict[str, Any]:
     return out
 
 
-def _axolotl(plan: Plan, every: int) -> dict[str, Any]:
+def _axolotl(plan: Plan, model: str, every: int) -> dict[str, Any]:
     run = plan.run
-    out: dict[str, Any] = {"base_model": run["model"]}
+    out: dict[str, Any] = {"base_model": model}
     if "revision" in run:
         out["revision_of_model"] = run["revision"]
     if run.get("dtype", "auto") != "auto":

@@ -112,8 +112,8 @@ class PlainStep:
     step_seconds: float
 
 
-def frontier_columns(points: Sequence[FrontierPoint], plain: PlainStep) -> Columns:
-    """Peak and time of every point, against the plain step."""
+def frontier_columns(points: Sequence[FrontierPoint], plain: PlainStep, room: tuple[str, int] | None = None) -> Columns:
+    """Peak and time of every point, against the plain step; `room` is a device and what may be taken of it."""
     asked = any(point.budget_bytes is not None for point in points)
     rows: list[list[str]] = []
     for point in points:
@@ -128,7 +128,12 @@ def frontier_columns(points: Sequence[FrontierPoint], plain: PlainStep) -> Colum
     headers = ["budget", "peak", "of plain", "step", "of plain", "loss rows"]
     if not asked:
         headers, rows = headers[1:], [row[1:] for row in rows]
-    return Columns(headers, rows, frozenset(range(len(headers))))
+    below: list[str] = []
+    if room is not None:
+        device, usable = room
+        fitting = sum(point.plan is not None and point.plan.predicted_peak_bytes <= usable for point in points)
+        below.append(f"{device}: {format_bytes(usable)} may be taken, {fitting} of {len(points)} points fit")
+    return Columns(headers, rows, frozenset(range(len(headers))), below=below)
 
 
 def _step(peak_bytes: int, seconds: float, plain: PlainStep) -> list[str]:
@@ -137,9 +142,13 @@ def _step(peak_bytes: int, seconds: float, plain: PlainStep) -> list[str]:
     return [format_bytes(peak_bytes), share, format_seconds(seconds), ratio]
 
 
-def frontier_facts(points: Sequence[FrontierPoint], plain: PlainStep) -> dict[str, Any]:
-    """The frontier as JSON values."""
+def frontier_facts(
+    points: Sequence[FrontierPoint], plain: PlainStep, room: tuple[str, int] | None = None
+) -> dict[str, Any]:
+    """The frontier as JSON values; `room` is a device and the bytes that may be taken of it."""
     return {
+        "device": None if room is None else room[0],
+        "usable_bytes": None if room is None else room[1],
         "plain": asdict(plain),
         "points": [
             {

@@ -28,7 +28,8 @@ from scipy.optimize import linprog
 
 from rematree.solve.chain import ChainChoice, ChainProblem, solve_chain
 from rematree.solve.labels import Remaining, settle
-from rematree.solve.nested import Tables, beside_of, quantum_for, runs_of, seconds_at_least
+from rematree.solve.nested import quantum_for, seconds_at_least
+from rematree.solve.tables import Tables, beside_of, runs_of
 
 _ROUNDS: Final = 12  # of column generation
 _CLOSE: Final = 1e-4  # of the bound: closer to the LP's value it cannot get by more groups

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rematree.solve.chain import ChainChoice, ChainProblem
-from rematree.solve.nested import Tables, beside_of
+from rematree.solve.tables import Tables, beside_of
 
 _MOST: Final = 50_000  # labels at a block; with more, nothing is said
 

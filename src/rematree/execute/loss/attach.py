@@ -25,10 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from rematree.errors import UnsupportedModelError, UsageError
-from rematree.execute.deferred import LogitRows, defer_head
-from rematree.execute.head import HeadCall, autocast_as, autocast_now, dropout_off, find_head
+from rematree.execute.loss.chunked import chunked_loss
+from rematree.execute.loss.deferred import defer_head
+from rematree.execute.loss.head import HeadCall, autocast_as, autocast_now, dropout_off, find_head
+from rematree.execute.loss.logit_rows import LogitRows
+from rematree.execute.loss.row_loss import RowLoss
+from rematree.execute.loss.window import verify_window
 from rematree.execute.override import Forward, ForwardOverride
-from rematree.execute.row_loss import RowLoss, chunked_loss, verify_window
 from rematree.execute.stash import Watcher
 
 __all__ = ["ChunkedLoss", "attach_chunked_loss", "find_head"]

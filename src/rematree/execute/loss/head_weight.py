@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rematree.execute.running_sum import added_in_place
+from rematree.execute.loss.running_sum import added_in_place
 
 _SLICES: Final = 8  # of the classes
 _VIEWS: Final = frozenset({"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0"})

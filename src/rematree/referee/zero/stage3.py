@@ -31,12 +31,12 @@ from torch import nn
 from rematree.memory.accounts import BUCKETS, GRADIENTS, MASTERS, REDUCING, STEP, weights
 from rematree.memory.ledger import Ledger
 from rematree.memory.recipes import Recipes
-from rematree.referee.at_modules import AtModules
 from rematree.referee.at_work import Arrival, AtWork
-from rematree.referee.gathering import Gathering
 from rematree.referee.ranks import Ranks, works_in_copies
-from rematree.referee.stage3_linear import Stage3Linear
-from rematree.referee.stage3_weights import Learned
+from rematree.referee.zero.at_modules import AtModules
+from rematree.referee.zero.gathering import Gathering
+from rematree.referee.zero.linear import Stage3Linear
+from rematree.referee.zero.weights import Learned
 from rematree.trace import Segment
 
 _NORM_BYTES: Final = 8  # of an element, in fp64

@@ -16,7 +16,7 @@ as at most `max_live` are whole. Weights gathered together come in one buffer an
 of them is needed; the buffer goes when the last of them has been. A weight that a module reads and that is another's
 (PEFT looks at the dtype of `lora_A`) is that module's as well from then on.
 
-What is let go of is freed where autograd keeps no view of it. Of linear layers it keeps none (`stage3_linear`).
+What is let go of is freed where autograd keeps no view of it. Of linear layers it keeps none (`linear`).
 
 On a GPU the gathers are another stream's; what that delays is not counted. Nor is a plan that is put on after steps
 without it: DeepSpeed remembers by the number of a use what can go behind it, also when modules run in another order.
@@ -35,7 +35,7 @@ from rematree.memory.accounts import GATHERED, GATHERING
 from rematree.memory.ledger import Ledger
 from rematree.memory.recipes import META, Recipes
 from rematree.referee.ranks import Stage3
-from rematree.referee.stage3_weights import Flight, Learned, Uses, Weight
+from rematree.referee.zero.weights import Flight, Learned, Uses, Weight
 
 _OUTSIDE_BACKWARD = -1
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rematree.referee.gathering import Gathering
+from rematree.referee.zero.gathering import Gathering
 
 
 class AtModules:

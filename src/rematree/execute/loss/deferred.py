@@ -1,0 +1,147 @@
+"""Logits that stand for `head(hidden)` without computing it.
+
+A `DeferredLogits` is a tensor to everyone who asks its shape, dtype or device. Casts, scaling and soft-capping by
+scalars are written down, slicing and reshaping of rows is done on the hidden states instead, and
+`torch.nn.functional.cross_entropy` is handed to whoever deferred the head. Anything else computes the real logits, with
+their gradient, and goes on with them.
+
+Letters: B batch, T tokens, D model width, V vocabulary, N = B*T rows. [..., D] is any number of leading row dimensions.
+
+Not covered: logits read after an optimizer step are those of the new weights, and a head with dropout draws a new mask
+for every reading.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+
+from rematree.errors import UnsupportedModelError
+from rematree.execute.loss.head import HeadCall
+from rematree.execute.loss.logit_rows import LogitRows, Source
+from rematree.execute.loss.row_ops import record
+
+_QUERIES = frozenset(
+    {".shape", ".dtype", ".device", ".ndim", ".layout", ".requires_grad", ".is_leaf", ".grad_fn", ".is_cuda", ".is_cpu"}
+    | {
+        ".is_meta",
+        ".is_sparse",
+        ".is_quantized",
+        ".itemsize",
+        ".nbytes",
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+    }
+    | {
+        "stride",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "element_size",
+        "get_device",
+        "__len__",
+        "__hash__",
+    }
+)
+
+
+class DeferredLogits(Tensor):
+    """Logits [..., V] that are not computed; see the module's text."""
+
+    rows: LogitRows
+
+    def __new__(cls, rows: LogitRows) -> Self:
+        hidden, head = rows.hidden, rows.source.head
+        # All but the last stride of a view of contiguous rows are multiples of D; those of the logits, of V.
+        strides = [stride // max(hidden.shape[-1], 1) * head.num_classes for stride in hidden.stride()[:-1]]
+        deferred = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportPrivateUsage]
+            cls,
+            rows.shape,
+            strides=(*strides, 1),
+            dtype=rows.source.dtype,
+            device=rows.device,
+        )
+        deferred.rows = rows
+        return deferred
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__ if func.__name__ != "__get__" else f".{func.__self__.__name__}"
+        if name in _QUERIES:
+            with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+                return func(*args, **kwargs)
+        if args and isinstance(args[0], DeferredLogits) and args[0].rows.source.real is None:
+            outcome = record(args[0].rows, name, func, args[1:], kwargs)
+            if outcome is not None:
+                return _deferred(args[0], outcome)
+        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        real_args, real_kwargs = _with_real_logits((args, kwargs), shared=writes)
+        return func(*real_args, **real_kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Only what passes by `__torch_function__` comes here, such as the inside of a custom autograd function. The
+        # graph is autograd's business then: it leads to `_Defer.backward`.
+        if func._schema.is_mutable:
+            raise UnsupportedModelError(
+                f"{func} writes to logits that were deferred by the chunked loss",
+                remedies=["apply a plan without the chunked loss"],
+            )
+        with torch.no_grad():
+            real_args, real_kwargs = _with_real_logits((args, kwargs or {}))
+        return func(*real_args, **real_kwargs)
+
+
+def _with_real_logits(tree: Any, *, shared: bool = False) -> Any:
+    def real(leaf: object) -> object:
+        return leaf.rows.real(shared=shared) if isinstance(leaf, DeferredLogits) else leaf
+
+    return tree_map(real, tree)
+
+
+class _Defer(torch.autograd.Function):
+    """Gives deferred logits a place in the graph: a gradient that reaches them goes through the head."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: LogitRows, *inputs: Tensor) -> DeferredLogits:
+        ctx.rows = rows
+        return DeferredLogits(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows: LogitRows = ctx.rows
+        with torch.enable_grad():
+            logits = rows.real(shared=True)
+        inputs = (rows.source.hidden, *rows.source.head.params)
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        grads = iter(torch.autograd.grad(logits, wanted, grad_outputs, retain_graph=True, allow_unused=True))
+        return None, *(next(grads) if tensor.requires_grad else None for tensor in inputs)
+
+
+def _defer(rows: LogitRows) -> DeferredLogits:
+    """Wrap `rows` in a tensor that autograd knows."""
+    apply = cast("Callable[..., DeferredLogits]", _Defer.apply)
+    return apply(rows, rows.source.hidden, *rows.source.head.params)
+
+
+def _deferred(logits: DeferredLogits, outcome: Any) -> Any:
+    """`outcome` of `record` on the rows of `logits`, its rows wrapped."""
+    if outcome is logits.rows:
+        return logits
+    if isinstance(outcome, tuple):
+        return tuple(_deferred(logits, each) for each in cast("tuple[Any, ...]", outcome))
+    return _defer(outcome) if isinstance(outcome, LogitRows) else outcome
+
+
+def defer_head(head: HeadCall, hidden: Tensor) -> DeferredLogits:
+    """Stand-in for `head.forward(hidden)`, [..., D] -> [..., V]."""
+    hidden = hidden.contiguous()
+    return _defer(LogitRows(Source(head, hidden, head.dtype), hidden))
