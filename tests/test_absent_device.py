@@ -1,6 +1,7 @@
 """Planning for a CUDA device from a build without CUDA: the kernels it would run, and what they keep."""
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -146,6 +147,41 @@ def test_python_sees_the_device() -> None:
             CUDA,
             CUDA,
         )
+
+
+def test_what_answers_for_the_device_is_gone_afterwards() -> None:
+    def held() -> list[int]:
+        functions = torch.nn.functional.dropout, torch.dropout, torch.nn.functional.scaled_dot_product_attention, sdpa
+        return [id(each) for each in functions]  # the last one is the name that this module has for it
+
+    def fail() -> None:
+        with mode, mode:
+            assert not {*held()} & {*before}
+            raise ZeroDivisionError
+
+    mode, before = TwinMode(CUDA, (8, 0)), held()
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert held() == before
+    assert not {"to", "is_cuda"} & {*vars(torch.Tensor)}
+
+
+def test_other_threads_do_not_see_the_device() -> None:
+    seen: list[bool] = []
+
+    def look() -> None:
+        x = torch.ones(4)
+        seen.append(x.is_cuda)
+        try:
+            seen.append(x.to("cuda").is_meta)
+        except (AssertionError, RuntimeError):  # as ever
+            seen.append(False)
+
+    with TwinMode(CUDA, (8, 0)):
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert seen == [False, False]
 
 
 @pytest.fixture

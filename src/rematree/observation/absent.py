@@ -7,22 +7,29 @@ factories, dropout, attention) `DeviceView` and `TwinMode` translate. Models may
 transformers' experts do before a grouped product: while the view is in force it is the stated one.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import _engine_run_backward
-from torch.overrides import TorchFunctionMode
 
 from rematree.memory.recipes import META
 from rematree.observation.attention_kernels import Capability, choose_kernel, run_kernel
 
 _F: Final = torch.nn.functional
 _ATTENTION: Final = _F.scaled_dot_product_attention
+_DROPOUT: Final = _F.dropout
+_TORCH_DROPOUT: Final = torch.dropout
+_TO: Final = Tensor.to
 _IS_CUDA: Final = Tensor.is_cuda.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_FAKE: Final = torch._C._TorchDispatchModeKey.FAKE
+_ONE_AT_A_TIME: Final = threading.RLock()  # what a view replaces is seen by all threads
 
 
 def is_absent(device: torch.device) -> bool:
@@ -33,8 +40,13 @@ def is_absent(device: torch.device) -> bool:
     return present is None or present.type != device.type
 
 
-class DeviceView(TorchFunctionMode):
+class DeviceView:
     """What Python code does on a CUDA device that is not there.
+
+    The functions that answer otherwise there are replaced while the view is in force. A function mode would also see
+    every other call and every look at a tensor, some 170,000 for one plan. They are replaced under every name that a
+    module has for them, and answer otherwise only where a function mode would be asked: in code above a fake mode. So
+    other threads find them doing what they always do, but wait with views of their own.
 
     Args:
         device: The device.
@@ -42,39 +54,46 @@ class DeviceView(TorchFunctionMode):
     """
 
     def __init__(self, device: torch.device, capability: Capability) -> None:
-        super().__init__()
         self._device = device
         self._capability = capability
-        self._handlers: Mapping[Any, Callable[..., Any]] = {
-            _ATTENTION: self._attention,
-            _F.dropout: self._dropout,
-            torch.dropout: self._dropout,
-            Tensor.to: self._to,
-            _IS_CUDA: self._is_cuda,
-            Tensor.backward: self._backward,
-        }
-        self._asked: list[Callable[..., Any]] = []  # who answered for the capability before each entry
+        handlers = ((_ATTENTION, self._attention), (_DROPOUT, self._dropout), (_TORCH_DROPOUT, self._dropout))
+        answers = {id(own): _answer(own, handler) for own, handler in handlers}
+        with _ONE_AT_A_TIME:
+            self._replaced: list[tuple[Any, str, Any]] = [
+                (module, name, answers[id(value)])
+                for module in [*sys.modules.values()]
+                if module is not sys.modules[__name__]
+                for name, value in [*getattr(module, "__dict__", {}).items()]
+                if id(value) in answers
+            ]
+        if {answer for _, _, answer in self._replaced} != {*answers.values()}:
+            raise RuntimeError("a view of a device was made while another was in force")
+        self._replaced += [
+            (Tensor, "to", _answer(_TO, self._to)),
+            (Tensor, "is_cuda", property(_answer(_IS_CUDA, self._is_cuda))),
+            (torch.cuda, "get_device_capability", self._capability_of),
+        ]
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        self._asked.append(torch.cuda.get_device_capability)
-        torch.cuda.get_device_capability = self._capability_of
-        return super().__enter__()
+        _ONE_AT_A_TIME.acquire()
+        for holder, name, answer in self._replaced:
+            if name in vars(holder):
+                self._undo.callback(setattr, holder, name, vars(holder)[name])
+            else:  # inherited
+                self._undo.callback(delattr, holder, name)
+            setattr(holder, name, answer)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
-        torch.cuda.get_device_capability = self._asked.pop()
+        self._undo.close()
+        _ONE_AT_A_TIME.release()
 
     def _capability_of(self, device: Any = None) -> Capability:
-        """`torch.cuda.get_device_capability`, which is no operation on tensors: no function mode sees it."""
+        """`torch.cuda.get_device_capability`, which is no operation on tensors."""
         return self._capability
-
-    def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
-        handler = self._handlers.get(func)
-        if handler is None:
-            return func(*args, **(kwargs or {}))
-        return handler(func, *args, **(kwargs or {}))
 
     def _here(self, tensor: Any) -> bool:
         return isinstance(tensor, FakeTensor) and tensor.fake_device.type == self._device.type
@@ -88,24 +107,6 @@ class DeviceView(TorchFunctionMode):
         if "device" in kwargs:
             kwargs["device"] = self._told(kwargs["device"])
         return func(tensor, *told, **kwargs)
-
-    def _backward(
-        self,
-        func: Any,
-        tensor: Tensor,
-        gradient: Tensor | None = None,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        inputs: Any = None,
-    ) -> None:
-        """`Tensor.backward` is Python: while it runs no function mode is in force, but it may run recomputations."""
-        seed = torch.ones_like(tensor) if gradient is None else gradient
-        keep = create_graph if retain_graph is None else retain_graph
-        into = () if inputs is None else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        with self:
-            _engine_run_backward(
-                (tensor,), (seed,), keep, create_graph, into, allow_unreachable=True, accumulate_grad=True
-            )
 
     def _told(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -153,3 +154,15 @@ class DeviceView(TorchFunctionMode):
         return run_kernel(
             kernel, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+
+def _answer(own: Callable[..., Any], handler: Callable[..., Any]) -> Callable[..., Any]:
+    """`handler(own, ...)` in code above a fake mode, else `own`."""
+
+    @functools.wraps(own)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._get_dispatch_mode(_FAKE) is None or torch._C._is_torch_function_all_disabled():
+            return own(*args, **kwargs)
+        return handler(own, *args, **kwargs)
+
+    return answer
