@@ -9,9 +9,9 @@ from models import batch_for, build, gradients, with_lora
 from rematree.execute.loss.head import find_head
 from rematree.observation.observe import Twin
 from rematree.planning.head_pace import HeadClock
+from rematree.planning.heads import _worth_their_memory
 from rematree.planning.pace import LARGEST
 from rematree.planning.planner import Planner
-from rematree.planning.survey import _worth_their_memory
 from rematree.plans import Levers
 from rematree.pricing.cost import Roofline
 from rematree.referee.simulate import Referee

@@ -14,10 +14,11 @@ from rematree.fingerprint import describe_batch, describe_model
 from rematree.observation.observe import Twin
 from rematree.observation.running import running_chain
 from rematree.planning.compile_profile import Profiler
+from rematree.planning.heads import tokens_of
 from rematree.planning.pace import is_live, is_measured, measure_pace
 from rematree.planning.scaling import scaled
 from rematree.planning.settings import Settings
-from rematree.planning.survey import Survey, survey, tokens_of
+from rematree.planning.survey import Survey, survey
 from rematree.plans import Fingerprint, Levers
 from rematree.pricing.cost import Cost, Measured
 from rematree.pricing.devices import overhead_of

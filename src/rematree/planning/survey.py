@@ -10,17 +10,15 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import torch
 from torch import nn
 
 from rematree.execute.adapters import lean_layers
-from rematree.execute.loss.head import find_head
 from rematree.execute.norms import lean_norms
 from rematree.observation.absent import is_absent
-from rematree.observation.observe import Twin
 from rematree.planning.aside import aside
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.planning.head_pace import HeadClock
+from rematree.planning.heads import chunk_rows_of, measure_heads, trains_tied_head
 from rematree.planning.options import levers_of, merged, observe_block
 from rematree.planning.stages import length_for, measure_advances, measure_options
 from rematree.plans import Levers
@@ -31,17 +29,12 @@ from rematree.regions import Chain
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainChoice, ChainProblem, HeadOption
 from rematree.solve.groups import by_block
-from rematree.units import MIB
 
 _OPTIONS_PER_KIND: Final = 16
 _MANY: Final = 12  # blocks of one kind, over which options are mixed so finely that the lower convex hull is enough
 _OPTIONS_OF_MANY: Final = 9
 _OPTIONS_OF_FEW: Final = 8  # of a kind that is at most this share of the chain: the other blocks mix finely enough
 _FEW: Final = 1 / 24
-_CHUNK_ROWS: Final = (4096, 2048, 1024, 512, 256, 128, 64, 32)
-_MAX_CHUNKS: Final = 32  # more make the logits smaller than what else is live beside them, and the step slower
-_LITTLE: Final = 32 * MIB  # what glibc keeps at most of one request
-_CLEARLY_FASTER: Final = 0.85  # of the seconds of a head with smaller chunks
 _SAVE_ALL: Final = BlockOption(("",), frozenset(), 0, 0.0)
 
 
@@ -123,7 +116,7 @@ def survey(
         compiled = compiler.measure(referee, plain, representatives)
         referee.profiles = compiled.profiles
     layers = _lean_layers(twin.model, chain) if lean else {}
-    chunks = _chunk_rows(twin) if chunk else []
+    chunks = chunk_rows_of(twin) if chunk else []
     gradients = tuple(0 if accumulate else referee.layout.gradients_left(k) for k in range(len(chain.blocks)))
 
     def referee_of(blocks: tuple[str, ...]) -> Referee:
@@ -146,7 +139,7 @@ def survey(
         with _shortened(twin.model, chain, few) as blocks:
             few_kinds = [referee.kinds[index] for index in few]
             smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
-            return _measure_heads(smallest, chunks, clock)
+            return measure_heads(smallest, chunks, clock)
 
     with aside(measured_heads, may=is_absent(twin.device)) as heads_of:
         with _shortened(twin.model, chain, range(length)) as blocks:
@@ -167,7 +160,7 @@ def survey(
             short = referee_of(blocks)
             # Behind a plain head the first block's backward ends with a copy of a tied weight's gradient; the smallest
             # plans have none, and an option that seems to need more than it does is not looked for at their budgets.
-            loss = chunks[0] if chunks and _trains_tied_head(twin.model) else None
+            loss = chunks[0] if chunks and trains_tied_head(twin.model) else None
             stages, released, options = measure_options(short, kinds, representatives, options, layers, gradients, loss)
             advances = measure_advances(short, kinds, stages, options, layers) if groups else []
         rows, heads, referee.head_pace = heads_of()
@@ -270,62 +263,3 @@ def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator
         return
     with shortened(model, chain.container, kept):
         yield tuple(chain.blocks[index] for index in kept)
-
-
-def _chunk_rows(twin: Twin) -> list[int]:
-    """Rows at once in which the loss can be computed, falling; none where it cannot."""
-    if "labels" not in twin.batch or find_head(twin.model) is None:
-        return []
-    tokens = tokens_of(twin.batch)
-    return [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
-
-
-def _trains_tied_head(model: nn.Module) -> bool:
-    found = find_head(model)
-    if found is None:
-        return False
-    causal, head = found
-    weight = getattr(head, "weight", None)
-    embedding = causal.get_input_embeddings()
-    return isinstance(weight, nn.Parameter) and weight.requires_grad and getattr(embedding, "weight", None) is weight
-
-
-def _measure_heads(
-    short: Referee, chunks: Sequence[int], clock: HeadClock | None
-) -> tuple[list[int | None], list[HeadOption], dict[int | None, float]]:
-    """Ways to compute the loss, what each takes, and its measured over its predicted seconds."""
-    rows: list[int | None] = [None, *chunks]
-    runs = {count: short.run(Levers(loss_chunk_rows=count)) for count in rows}
-    found = {count: run.head for count, run in runs.items()}
-    workspaces = {count: head.peak_bytes - head.live_bytes for count, head in found.items()}
-    timed = clock.seconds(workspaces) if clock is not None else {}
-    pace = {count: seconds / found[count].seconds for count, seconds in timed.items() if found[count].seconds > 0}
-    known = list(pace.values()) or [1.0]
-    pace = {count: pace.get(count, known[0 if count is None else -1]) for count in rows}
-    heads = {count: HeadOption(workspaces[count], head.seconds * pace[count]) for count, head in found.items()}
-    worth = _worth_their_memory(heads) if timed and short.twin.device.type == "cpu" else rows
-    # What the model's forward alone holds as it begins is gone by its peak (`stages._released`).
-    above = [replace(heads[count], peak=heads[count].peak + runs[count].released_bytes) for count in worth]
-    return worth, above, pace
-
-
-def _worth_their_memory(heads: Mapping[int | None, HeadOption]) -> list[int | None]:
-    """Losses to choose from: chunks that need much only where they are clearly faster than those that need little.
-
-    What needs more than the C library keeps for the next request is given back after each chunk and mapped again, in a
-    step far more often than in a head that runs alone: what such a chunk seems to win is lost again there.
-    """
-    whole, *chunks = heads
-    chunks.reverse()  # in rising order
-    kept = chunks[:2]  # two, so that what a row takes can be told
-    for count in chunks[2:]:
-        fastest = min(heads[each].seconds for each in kept)
-        if heads[count].peak <= _LITTLE or heads[count].seconds < _CLEARLY_FASTER * fastest:
-            kept.append(count)
-    return [whole, *kept[::-1]]
-
-
-def tokens_of(batch: Mapping[str, Any]) -> int:
-    """B*T of the largest [B, T, ...] tensor of `batch`; 1 without any."""
-    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() >= 2]
-    return max((value.shape[0] * value.shape[1] for value in tensors), default=1)
