@@ -27,10 +27,7 @@ DEFAULT: Final[dict[str, Any]] = {
     item.name: item.default for item in dataclasses.fields(TrainConfig) if item.default is not dataclasses.MISSING
 }
 _LISTS: Final = ("forbid", "lora_target_modules")
-_TO_PLAN: Final = {  # read when libraries are imported
-    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles two functions then, a second and a half of nothing else
-    "OPENBLAS_NUM_THREADS": "1",  # a process with threads of its own is not copied (`rematree.planning.aside`)
-}
+_NO_COMPILER: Final = "TORCHDYNAMO_DISABLE"
 _OBJECTS_BEFORE_A_LOOK: Final = 200_000  # for the garbage collector; some 50 MiB at most
 _MODEL, _SHAPE, _LORA = "Model", "Batch", "Adapters"
 
@@ -236,13 +233,14 @@ def planner_of(target: Target, config: TrainConfig, *, full: bool) -> "Planner":
 def plan_only() -> None:
     """Import what planning needs, knowing that nothing will be computed in this process.
 
-    The variables that say so are as they were afterwards: who calls a command from a process that trains wants to
-    compile. What is imported stays: the garbage collector, which would go through all of it a dozen times, need not
-    look. Nor need it look often at the model of its config, which stays too: that was a tenth of a plan for 80 layers,
-    whose garbage is 20 MiB.
+    bitsandbytes compiles two functions when it is imported, which takes a second and a half of nothing else. The
+    variable that stops it is as it was afterwards: who calls a command from a process that trains wants to compile.
+    What is imported stays: the garbage collector, which would go through all of it a dozen times, need not look. Nor
+    need it look often at the model of its config, which stays too: that was a tenth of a plan for 80 layers, whose
+    garbage is 20 MiB.
     """
-    before = {name: os.environ.get(name) for name in _TO_PLAN}
-    os.environ.update(_TO_PLAN)
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
     collects, cold = gc.isenabled(), "torch" not in sys.modules
     gc.disable()
     try:
@@ -258,11 +256,10 @@ def plan_only() -> None:
             gc.set_threshold(_OBJECTS_BEFORE_A_LOOK, *gc.get_threshold()[1:])
         if collects:
             gc.enable()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before
 
 
 def parse_budget(text: str, option: str = "--budget") -> int:

@@ -8,10 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rematree.observation.absent import is_absent
-from rematree.planning.aside import aside
 from rematree.planning.options import levers_of
-from rematree.plans import Levers
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
 from rematree.regions import join_path
@@ -39,24 +36,6 @@ def length_for(kinds: Sequence[int], representatives: Sequence[int], options: Se
     return min(len(kinds), max(ends) + 2)
 
 
-def _next_turns(waiting: list[list[int]], slots: Sequence[Sequence[int]]) -> dict[int, int]:
-    """Takes from the options `waiting` of each kind as many as it has slots; which option each slot is for."""
-    turns: dict[int, int] = {}
-    for kind, places in enumerate(slots):
-        now, waiting[kind] = waiting[kind][: len(places)], waiting[kind][len(places) :]
-        turns.update(zip(places, now, strict=False))
-    return turns
-
-
-def _run_all(short: Referee, everything: Sequence[Levers]) -> list[tuple[Levers, Simulation]]:
-    """Each of `everything` with the step under it, half of them on a second core."""
-    here, there = everything[: (len(everything) + 1) // 2], everything[(len(everything) + 1) // 2 :]
-    with aside(
-        lambda: [short.run(levers) for levers in there], may=bool(there) and is_absent(short.twin.device)
-    ) as others:
-        return [*zip(everything, [*map(short.run, here), *others()], strict=True)]
-
-
 def measure_options(
     short: Referee,
     kinds: Sequence[int],
@@ -80,17 +59,13 @@ def measure_options(
     slots = [_slots(kinds, index) for index in representatives]
     waiting = [list(reversed(range(len(each)))) for each in final]
     seen: dict[tuple[int, int], tuple[Simulation, int]] = {}
-
-    def levers_for(turns: Mapping[int, int]) -> Levers:
+    while any(waiting):
+        turns: dict[int, int] = {}
+        for kind, places in enumerate(slots):
+            now, waiting[kind] = waiting[kind][: len(places)], waiting[kind][len(places) :]
+            turns.update(zip(places, now, strict=False))
         chosen = [(path, final[kinds[place]][turns.get(place, -1)]) for place, path in enumerate(short.blocks)]
-        return levers_of(chosen, chunk_rows, lean=lean)
-
-    # Most options turn out to be what they are: all runs are known, and half of them need not wait for the others.
-    ahead = [list(each) for each in waiting]
-    known = _run_all(short, [levers_for(turns) for turns in iter(lambda: _next_turns(ahead, slots), {})])
-    while turns := _next_turns(waiting, slots):
-        levers = levers_for(turns)
-        result = next((run for asked, run in known if asked == levers), None) or short.run(levers)
+        result = short.run(levers_of(chosen, chunk_rows, lean=lean))
         for place, turn in turns.items():
             kind, path = kinds[place], short.blocks[place]
             option = _stash_more(_save_less(final[kind][turn], path, result.written), path, result.misread)
@@ -153,8 +128,8 @@ def measure_advances(
         waiting = [kind for kind in waiting if kind not in pairs]
         inside = [block for index in pairs.values() for block in (index, index + 1)]
         levers = levers_of([(short.blocks[block], options[kinds[block]][0]) for block in inside], lean=layers)
-        groups = tuple(short.blocks[index : index + 2] for index in pairs.values())
-        (_, alone), (_, grouped) = _run_all(short, [levers, replace(levers, groups=groups)])
+        alone = short.run(levers)
+        grouped = short.run(replace(levers, groups=tuple(short.blocks[index : index + 2] for index in pairs.values())))
         for kind, index in pairs.items():
             saved = _left_by_two(alone, index) - _left_by_two(grouped, index)
             kept = stages[kind][0].kept

@@ -14,8 +14,6 @@ from torch import nn
 
 from rematree.execute.adapters import lean_layers
 from rematree.execute.norms import lean_norms
-from rematree.observation.absent import is_absent
-from rematree.planning.aside import aside
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.planning.head_pace import HeadClock
 from rematree.planning.heads import chunk_rows_of, measure_heads, trains_tied_head
@@ -27,7 +25,7 @@ from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
 from rematree.regions import Chain
 from rematree.solve.block import BlockOption, enumerate_options
-from rematree.solve.chain import ChainChoice, ChainProblem, HeadOption
+from rematree.solve.chain import ChainChoice, ChainProblem
 from rematree.solve.groups import by_block
 
 _OPTIONS_PER_KIND: Final = 16
@@ -133,37 +131,32 @@ def survey(
         )
 
     length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
-
-    def measured_heads() -> tuple[list[int | None], list[HeadOption], dict[int | None, float]]:
-        few = _smallest(twin.model, chain, length)
-        with _shortened(twin.model, chain, few) as blocks:
-            few_kinds = [referee.kinds[index] for index in few]
-            smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
-            return measure_heads(smallest, chunks, clock)
-
-    with aside(measured_heads, may=is_absent(twin.device)) as heads_of:
-        with _shortened(twin.model, chain, range(length)) as blocks:
-            beside = _beside_lean(referee_of(blocks), plain, representatives, layers)
-            options = [
-                _enumerate(referee, blocks[index], layers, beside.get(index), _limit(kinds, kind))
-                if plain.graph[index][1]
-                else [_SAVE_ALL]
-                for kind, index in enumerate(representatives)
-            ]
-            for kind, index in enumerate(representatives):
-                if plain.graph[index][1]:
-                    # The first option is the one that groups are made of, the last one saves everything.
-                    place = min(1, len(options[kind]) - 1)
-                    options[kind][place:place] = compiled.options(twin.model.get_submodule(blocks[index]))
-        enough = max(length, length_for(kinds, representatives, options)) if chain.container else length
-        with _shortened(twin.model, chain, range(enough)) as blocks:
-            short = referee_of(blocks)
-            # Behind a plain head the first block's backward ends with a copy of a tied weight's gradient; the smallest
-            # plans have none, and an option that seems to need more than it does is not looked for at their budgets.
-            loss = chunks[0] if chunks and trains_tied_head(twin.model) else None
-            stages, released, options = measure_options(short, kinds, representatives, options, layers, gradients, loss)
-            advances = measure_advances(short, kinds, stages, options, layers) if groups else []
-        rows, heads, referee.head_pace = heads_of()
+    with _shortened(twin.model, chain, range(length)) as blocks:
+        beside = _beside_lean(referee_of(blocks), plain, representatives, layers)
+        options = [
+            _enumerate(referee, blocks[index], layers, beside.get(index), _limit(kinds, kind))
+            if plain.graph[index][1]
+            else [_SAVE_ALL]
+            for kind, index in enumerate(representatives)
+        ]
+        for kind, index in enumerate(representatives):
+            if plain.graph[index][1]:
+                # The first option is the one that groups are made of, the last one saves everything.
+                place = min(1, len(options[kind]) - 1)
+                options[kind][place:place] = compiled.options(twin.model.get_submodule(blocks[index]))
+    enough = max(length, length_for(kinds, representatives, options)) if chain.container else length
+    with _shortened(twin.model, chain, range(enough)) as blocks:
+        short = referee_of(blocks)
+        # Behind a plain head the first block's backward ends with a copy of a tied weight's gradient; the smallest
+        # plans have none, and an option that seems to need more than it does is not looked for at their budgets.
+        loss = chunks[0] if chunks and trains_tied_head(twin.model) else None
+        stages, released, options = measure_options(short, kinds, representatives, options, layers, gradients, loss)
+        advances = measure_advances(short, kinds, stages, options, layers) if groups else []
+    few = _smallest(twin.model, chain, length)
+    with _shortened(twin.model, chain, few) as blocks:
+        few_kinds = [referee.kinds[index] for index in few]
+        smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
+        rows, heads, referee.head_pace = measure_heads(smallest, chunks, clock)
     if clock is not None and plain.head.seconds > 0:
         # Its head is the one that was run. Its price is not quite that of the short chain: in the first simulated step
         # no weight is in a cache yet.
