@@ -54,10 +54,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     slopes=st.tuples(st.integers(0, 10**6), st.integers(1, 10**4), st.floats(0, 5)),
     share=st.floats(0, 1.2),
     first=st.integers(1, 4000),
+    about=st.sampled_from([None, 1.0, 0.5, 0.98, 1.02, 2.0]),
 )
 def test_the_answer_fits_and_the_next_value_does_not(
-    least: int, extent: int, step: int, slopes: tuple[int, int, float], share: float, first: int
+    least: int,
+    extent: int,
+    step: int,
+    slopes: tuple[int, int, float],
+    share: float,
+    first: int,
+    about: float | None,
 ) -> None:
+    """Whether there is an estimate, which is `about` times the peak, or none."""
     grid = Grid(least, least + extent, step)
     values = [grid[index] for index in range(len(grid))]
     assert values == sorted(set(values))
@@ -73,14 +81,19 @@ def test_the_answer_fits_and_the_next_value_does_not(
         tried.append(value)
         return Probe(value, peak(value), budget)
 
+    def estimate(value: int) -> Probe:
+        assert tried == [grid[grid.index_of(first)]]
+        assert about is not None
+        return Probe(value, int(peak(value) * about), budget)
+
     fitting = [value for value in values if peak(value) <= budget]
-    answer, refused = find_largest(try_value, grid, first)
+    answer, refused = find_largest(try_value, grid, first, None if about is None else estimate)
     assert (None if answer is None else answer.value) == max(fitting, default=None)
     beyond = values[len(fitting)] if len(fitting) < len(values) else None
     assert (None if refused is None else refused.value) == beyond
     if answer is None:
         assert tried[-1] == least  # whose plan says what takes the room
-    assert len(tried) == len(set(tried)) <= 24
+    assert len(tried) == len(set(tried)) <= (3 if about == 1.0 else 24)
 
 
 @given(needs=st.tuples(*[st.integers(0, 12)] * 3), kinds=st.lists(st.integers(0, 2), min_size=1, max_size=12))

@@ -9,7 +9,7 @@ from models import batch_for, build, gradients, with_lora
 from rematree.execute.loss.head import find_head
 from rematree.observation.observe import Twin
 from rematree.planning.head_pace import HeadClock
-from rematree.planning.heads import _worth_their_memory
+from rematree.planning.heads import _worth_their_memory, chunk_rows_for
 from rematree.planning.pace import LARGEST
 from rematree.planning.planner import Planner
 from rematree.plans import Levers
@@ -99,6 +99,14 @@ def test_plans_are_made_and_confirmed_with_what_was_measured(monkeypatch: pytest
     assert planner.plan().predicted_step_seconds == pytest.approx(86400.0, rel=0.01)
     other = planner.for_batch(batch_for(model, tokens=16))
     assert other.plan().predicted_step_seconds > 3600.0
+
+
+def test_chunks_are_offered_however_many_tokens_there_are() -> None:
+    assert chunk_rows_for(32) == []
+    assert chunk_rows_for(64) == [32]
+    assert chunk_rows_for(1024) == [512, 256, 128, 64, 32]
+    assert chunk_rows_for(32 * 4096) == [4096]
+    assert chunk_rows_for(40 * 4096) == [4096]
 
 
 def test_a_larger_chunk_is_offered_only_where_it_is_clearly_faster() -> None:

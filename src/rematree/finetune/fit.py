@@ -1,7 +1,7 @@
 """The largest value of one setting of a run that still fits, or the smallest device: found with real plans.
 
-Every probe is a whole observation with its smallest confirmed peak. Where nothing fits, what else could be changed is
-planned too.
+Every probe is a whole observation with its smallest confirmed peak. Where to look for the longest rows and the most of
+them the first observation says, scaled. Where nothing fits, what else could be changed is planned too.
 """
 
 from collections.abc import Callable, Sequence
@@ -142,8 +142,20 @@ def find_setting(
         say(f"{flag(field)} {value}: {format_bytes(probe.least_bytes)}, {'fits' if probe.fits else 'does not fit'}")
         return probe
 
+    def estimate(value: int) -> Probe:
+        """By the only planner there is yet, scaled."""
+        (known,) = planners.values()
+        if value in planners:
+            return probes[-1]
+        _, tried = run_with(value)
+        probe = Probe(value, known.for_batch(tried.batch).min_peak_bytes(), limit_bytes)
+        say(f"{flag(field)} {value}: about {format_bytes(probe.least_bytes)}")
+        return probe
+
     grid = Grid(min(_LEAST[quantity], most), most, _STEP[quantity])
-    answer, refused = find_largest(try_value, grid, min(most, getattr(config, field)))
+    answer, refused = find_largest(
+        try_value, grid, min(most, getattr(config, field)), None if quantity == "lora-r" else estimate
+    )
     if answer is None:
         for note in shape.notes:
             say(f"note: {note}")

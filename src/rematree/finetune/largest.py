@@ -60,22 +60,27 @@ class Grid:
         return min(len(self) - 1, max(0, int((value - self._base) // self.step)))
 
 
-def find_largest(try_value: Callable[[int], Probe], grid: Grid, first: int) -> tuple[Probe | None, Probe | None]:
+def find_largest(
+    try_value: Callable[[int], Probe], grid: Grid, first: int, about: Callable[[int], Probe] | None = None
+) -> tuple[Probe | None, Probe | None]:
     """The largest value of `grid` that fits, and the next one, which does not.
 
     Args:
         try_value: Plans a value.
         grid: Values to choose from; what fits is taken to be below what does not.
         first: Where to begin.
+        about: Says nearly the same in far less time, once `first` was planned; None: nothing does. Only asked where to
+            look.
     Returns:
         The probe that fits and the one of the next value. None for the one where not even the first value fits, for
         the other where the last value does.
     Cost:
-        Mostly four to six probes; at worst twice those of a bisection.
+        Mostly four to six probes, three where `about` is right; at worst some more than twice those of a bisection.
     """
     known: dict[int, Probe] = {}
     fits, refused = -1, len(grid)
     index, halve = grid.index_of(first), False
+    likely: list[int] | None = None if about is not None else []
     while refused - fits > 1:
         before = refused - fits
         known[index] = try_value(grid[index])
@@ -83,6 +88,11 @@ def find_largest(try_value: Callable[[int], Probe], grid: Grid, first: int) -> t
             fits = index
         else:
             refused = index
+        if likely is None:
+            assert about is not None
+            found, _ = find_largest(about, grid, first)
+            at = -1 if found is None else grid.index_of(int(found.value))
+            likely = [at, at + 1, at - 1]
         bounded = refused in known
         halve = bounded and not halve and refused - fits > before // 2
         guessed = grid.index_of(_crossing(known, grid, index))
@@ -90,7 +100,8 @@ def find_largest(try_value: Callable[[int], Probe], grid: Grid, first: int) -> t
             guessed = (fits + refused) // 2
         elif not bounded:  # what is far above what fits is slow to plan, and says little
             guessed = min(guessed, grid.index_of(_FARTHEST * grid[fits]))
-        index = min(refused - 1, max(fits + 1, guessed))
+        unknown = [each for each in likely if fits < each < refused]
+        index = unknown[0] if unknown else min(refused - 1, max(fits + 1, guessed))
     return known.get(fits), known.get(refused)
 
 

@@ -31,8 +31,13 @@ def chunk_rows_of(twin: Twin) -> list[int]:
     """Rows at once in which the loss can be computed, falling; none where it cannot."""
     if "labels" not in twin.batch or find_head(twin.model) is None:
         return []
-    tokens = tokens_of(twin.batch)
-    return [count for count in _CHUNK_ROWS if tokens <= count * _MAX_CHUNKS and count < tokens]
+    return chunk_rows_for(tokens_of(twin.batch))
+
+
+def chunk_rows_for(tokens: int) -> list[int]:
+    """Rows at once that are worth considering for so many in all, falling."""
+    smaller = [count for count in _CHUNK_ROWS if count < tokens]
+    return [count for count in smaller if tokens <= count * _MAX_CHUNKS] or smaller[:1]
 
 
 def trains_tied_head(model: nn.Module) -> bool:
