@@ -121,7 +121,7 @@ def find_setting(
     shortest = _LEAST["max-length"] if quantity == "max-length" else config.max_length
     shape = target.shape(replace(config, max_length=shortest), full=full)
     most, limit = _limit(quantity, shape)
-    planners: dict[int, Planner] = {}
+    planners: dict[bool, Planner] = {}  # the last that fits, which is the answer's, and the last that does not
     probes: list[Probe] = []
 
     def run_with(value: int) -> tuple[TrainConfig, Shape]:
@@ -130,23 +130,20 @@ def find_setting(
             return changed, target.shape(changed, full=full)
         return changed, synthetic_batch_like(shape, changed)
 
-    def planner_for(value: int) -> Planner:
-        changed, tried = run_with(value)
-        planners.clear()  # only the last is asked for its plan again; each holds a whole model of fake tensors
-        planners[value] = target.planner(tried, changed)
-        return planners[value]
-
     def try_value(value: int) -> Probe:
-        probe = Probe(value, planner_for(value).min_peak_bytes(), limit_bytes)
+        changed, tried = run_with(value)
+        planner = target.planner(tried, changed)
+        probe = Probe(value, planner.min_peak_bytes(), limit_bytes)
         probes.append(probe)
+        planners[probe.fits] = planner
         say(f"{flag(field)} {value}: {format_bytes(probe.least_bytes)}, {'fits' if probe.fits else 'does not fit'}")
         return probe
 
     def estimate(value: int) -> Probe:
         """By the only planner there is yet, scaled."""
-        (known,) = planners.values()
-        if value in planners:
-            return probes[-1]
+        (first,), (known,) = probes, planners.values()
+        if value == first.value:
+            return first
         _, tried = run_with(value)
         probe = Probe(value, known.for_batch(tried.batch).min_peak_bytes(), limit_bytes)
         say(f"{flag(field)} {value}: about {format_bytes(probe.least_bytes)}")
@@ -161,23 +158,19 @@ def find_setting(
             say(f"note: {note}")
         assert refused is not None  # the first value of the grid, and the last that was tried
         least = int(refused.value)
-        error = _nothing_fits(f"nothing fits: even with {flag(field)} {least}", refused, planners[least])
+        error = _nothing_fits(f"nothing fits: even with {flag(field)} {least}", refused, planners[False])
         changed, tried = run_with(least)
         changes = working_changes(error, changed, say, target=target, shape=tried, full=full)
         raise error.with_remedies(command(**change) for change in changes)
-    value = int(answer.value)
-    plan = (planners.get(value) or planner_for(value)).plan(limit_bytes)
+    plan = planners[True].plan(limit_bytes)
     return Fit(quantity, answer, refused, tuple(probes), plan, target.name, "" if refused else limit, target.ranks)
 
 
 def _nothing_fits(said: str, probe: Probe, planner: Planner) -> InfeasibleBudgetError:
-    least = planner.frontier(2)[0]  # of the smallest peak
-    return InfeasibleBudgetError(
+    return planner.infeasible(
+        probe.budget_bytes,
         f"{said} the smallest reachable peak is {format_bytes(probe.least_bytes)}, and "
         f"{format_bytes(probe.budget_bytes)} may be taken",
-        budget=probe.budget_bytes,
-        min_peak=probe.least_bytes,
-        details=["at that peak:", *(line.text() for line in least.ledger)],
     )
 
 
@@ -213,7 +206,7 @@ def find_device(
     """
     ordered = sorted(targets, key=lambda target: target.budget(None))
     shapes: dict[Any, Shape] = {}  # by what weights are kept in, which depends on the device
-    planners: dict[int, Planner] = {}
+    fitting: list[Planner] = []  # of the last that fits, which is the answer's
 
     def planner_for(target: Target) -> Planner:
         if target.dtype not in shapes:
@@ -224,9 +217,10 @@ def find_device(
 
     def fits(index: int) -> bool:
         target = ordered[index]
-        planners.clear()
-        planners[index] = planner_for(target)
-        probe = tried[index] = Probe(target.name, planners[index].min_peak_bytes(), target.budget(None))
+        planner = planner_for(target)
+        probe = tried[index] = Probe(target.name, planner.min_peak_bytes(), target.budget(None))
+        if probe.fits:
+            fitting[:] = [planner]
         say(
             f"{target.name}, {format_bytes(probe.budget_bytes)}: {format_bytes(probe.least_bytes)}, "
             f"{'fits' if probe.fits else 'does not fit'}"
@@ -235,14 +229,12 @@ def find_device(
 
     # What has more memory comes later; but where weights are kept in fp32, for want of bf16, that may not be enough.
     found = find_first([target.dtype for target in ordered], fits)
-    chosen = len(ordered) - 1 if found is None else found
-    planner = planners.get(chosen) or planner_for(ordered[chosen])
     if found is None:
-        last = ordered[chosen]
-        error = _nothing_fits(f"no device fits: even on {last.name}", tried[chosen], planner)
+        last = ordered[-1]
+        error = _nothing_fits(f"no device fits: even on {last.name}", tried[len(ordered) - 1], planner_for(last))
         changes = working_changes(error, config, say, target=last, shape=shapes[last.dtype], full=full)
         raise error.with_remedies(command(**change) for change in changes)
-    plan = planner.plan(tried[found].budget_bytes)
+    plan = fitting[0].plan(tried[found].budget_bytes)
     refused = max((index for index in tried if index < found), default=None)
     limit = "" if refused is not None else "no smaller device was asked about"
     return Fit(

@@ -118,7 +118,7 @@ class Planner:
             if entry is None:
                 assert limit is not None
                 if self.min_peak_bytes() > limit:
-                    raise self._infeasible(limit)
+                    raise self.infeasible(limit)
                 entry = self._search.best_within(limit)
                 assert entry is not None
             found.append(self._as_plan(entry, limit))
@@ -165,12 +165,18 @@ class Planner:
             result = self.observed.referee.run(Levers(everything))
         return self._search.peak(result), result.seconds
 
-    def _infeasible(self, budget: int) -> InfeasibleBudgetError:
+    def infeasible(self, budget: int, message: str | None = None) -> InfeasibleBudgetError:
+        """The error to raise where nothing fits `budget`: the smallest reachable peak, and what it is made of.
+
+        Args:
+            budget: Bytes.
+            message: Its first line, where a caller was asked something else.
+        """
         entry = self._search.least()
         least = entry.peak_bytes
         details = [line.text() for line in self._ledger(entry)]
         return InfeasibleBudgetError(
-            f"budget {format_bytes(budget)} is below the smallest reachable peak, {format_bytes(least)}",
+            message or f"budget {format_bytes(budget)} is below the smallest reachable peak, {format_bytes(least)}",
             budget=budget,
             min_peak=least,
             details=["at that peak:", *details],
