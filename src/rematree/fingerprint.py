@@ -19,10 +19,15 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without the module: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe_batch(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
     """(name, shape, dtype) of every tensor in `batch`, by name. Scalars such as `num_items_in_batch` do not count."""
     return tuple(
-        (name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        (name, tuple(value.shape), dtype_name(value.dtype))
         for name, value in sorted(batch.items())
         if isinstance(value, torch.Tensor) and value.dim() > 0
     )

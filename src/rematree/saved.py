@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rematree.execute.attention import attention_modules
 from rematree.execute.override import ForwardOverride
+from rematree.fingerprint import dtype_name
 from rematree.memory.ledger import Ledger
 from rematree.observation.observe import LossFunction, RegionStack, Twin, is_plumbing, source_line
 from rematree.pricing.cost import Free
@@ -191,7 +192,7 @@ def _held_still(found: list[_Found], counted: set[int]) -> SavedTensors:
         lines.append(
             SavedTensor(
                 0 if item.storage in counted else item.num_bytes,
-                str(held.tensor.dtype).removeprefix("torch."),
+                dtype_name(held.tensor.dtype),
                 tuple(held.tensor.shape),
                 item.region,
                 item.source,

@@ -13,6 +13,7 @@ from rematree.catalogue.meta_model import build_meta_model, on_meta
 from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.model import LoadedModel, load_model, preferred_dtype, refuse_other_quantisation
+from rematree.fingerprint import dtype_name
 from rematree.integrations.bitsandbytes import Quantisation
 from rematree.measure import storage_bytes
 from rematree.units import format_bytes
@@ -66,10 +67,9 @@ def meta_base(config: TrainConfig, dtype: torch.dtype | None = None) -> tuple[An
 def _left_whole(model: Any, dtype: torch.dtype) -> list[str]:
     """That packing leaves most of a mixture of experts as it was, which nobody who asks for 4 bits expects."""
     stacks = storage_bytes([weight for weight in model.parameters() if weight.dim() == _STACK_DIMENSIONS])
-    name = str(dtype).removeprefix("torch.")
-    return (
-        [f"experts, {format_bytes(stacks)}, stay in {name}: bitsandbytes packs linear layers alone"] if stacks else []
-    )
+    if not stacks:
+        return []
+    return [f"experts, {format_bytes(stacks)}, stay in {dtype_name(dtype)}: bitsandbytes packs linear layers alone"]
 
 
 def _packing(config: TrainConfig) -> Quantisation | None:

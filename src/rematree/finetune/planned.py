@@ -7,6 +7,7 @@ from typing import Final
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.synthetic import Shape
 from rematree.finetune.target import Target
+from rematree.fingerprint import dtype_name
 from rematree.plans import Plan
 
 _ADAPTERS: Final = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
@@ -23,7 +24,7 @@ def described(plan: Plan, config: TrainConfig, target: Target, shape: Shape, *, 
         rates = "the rates of its profile" if target.device.is_measured else "its published rates (rematree devices)"
         notes.insert(0, f"for {target.device.title}, timed by {rates}")
     # "auto" is another dtype elsewhere; of packed weights it is what they are computed in.
-    settings = {**settings_of(config, target, full=full), "dtype": str(shape.model.dtype).removeprefix("torch.")}
+    settings = {**settings_of(config, target, full=full), "dtype": dtype_name(shape.model.dtype)}
     return replace(plan, run=settings, notes=tuple(notes))
 
 
