@@ -7,6 +7,7 @@ made of nothing but recomputed blocks.
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+from dominance import GONE
 from interleave import Point
 from peers import Way
 from workloads import Built, Loss, plain_loss
@@ -74,11 +75,11 @@ def _way(built: Built, plan: Plan, series: str, what: str) -> Way:
 def peer_budgets(points: Iterable[Point], static: int, share: float, *, compiled: bool) -> dict[str, int]:
     """Budgets in bytes at which a plan and a peer are compared directly, by name.
 
-    The peaks of HF's flag and of what is done by hand, and `share` of the flag's. Of peaks that are alike the first is
-    taken.
+    The peaks of HF's flag and of what is done by hand, and `share` of the flag's; without compilation also what is left
+    of the plain step's peak where `GONE` of it is gone. Of peaks that are alike the first is taken.
 
     Args:
-        points: What was measured of the peers, HF's flag among them.
+        points: What was measured of the plain step and the peers, HF's flag among them.
         static: Bytes of weights and batch.
         share: Of the flag's bytes above weights and batch.
         compiled: Whether by hand means with compiled blocks.
@@ -87,6 +88,8 @@ def peer_budgets(points: Iterable[Point], static: int, share: float, *, compiled
     for point in points:
         if point.above_bytes is None or point.peak_bytes is None:
             continue
+        if point.name == "plain" and not compiled:
+            found[f"{1 - GONE:g} of plain's peak"] = static + int((1 - GONE) * point.above_bytes)
         if point.name == "HF flag":
             found[f"{share:g} of HF flag's peak"] = static + int(share * point.above_bytes)
             found["HF flag's peak"] = point.peak_bytes

@@ -94,6 +94,13 @@ def test_misses_stay_in_the_table() -> None:
     assert "takes 20.0% longer than the fastest in the median over the runs, 20.0% at worst." in page
 
 
+def test_times_against_the_fastest_step_and_against_the_plain_one() -> None:
+    plan = {**row(MIB, MIB, 1.32), "way": "plan 0%"}
+    page = load("accuracy_page").page("T", "I", {}, [row(MIB, MIB, 1.1), plan])
+    assert "| against the fastest of the timed steps, not their median | 2 | 34.44% | 46.67% |" in page
+    assert "| divided by the plain step's, predicted against measured | 1 | 20.00% | 20.00% |" in page
+
+
 def test_peaks_never_rise_when_the_budget_falls() -> None:
     budgets = load("ten_budgets")
     model = with_lora(build("llama", layers=2), target_modules=["q_proj", "down_proj"])

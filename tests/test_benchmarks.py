@@ -126,6 +126,7 @@ def test_budgets_at_what_peers_need() -> None:
         return interleave.Point(name, "peer", "", above and (1000 + above) * MIB, above and above * MIB)
 
     points = [
+        needing("plain", 2000),
         needing("HF flag", 600),
         needing("TRL selective", 700),
         needing("by hand: chunked loss", 1200),
@@ -136,6 +137,7 @@ def test_budgets_at_what_peers_need() -> None:
     ]
     eager = ours.peer_budgets(points, 1000 * MIB, 0.1, compiled=False)
     assert eager == {
+        "0.4 of plain's peak": 1800 * MIB,
         "0.1 of HF flag's peak": 1060 * MIB,
         "HF flag's peak": 1600 * MIB,
         "as by hand: chunked loss": 2200 * MIB,
