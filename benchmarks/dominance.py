@@ -3,6 +3,7 @@
 Peaks are bytes above the weights; times are medians of the same run. D5 is the solver's and is not measured here.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -141,4 +142,17 @@ def _predictions(rows: Sequence[Row]) -> list[Verdict]:
         worst = max(known, key=lambda row: abs(row[key]))
         said = f"off by at most {worst[key]:+.1%} of {len(known)} points, {limit:.0%} allowed ({worst['name']})"
         found.append(Verdict("D6", f"predicted {what}", said, abs(worst[key]) <= limit))
-    return found
+    return found + _relative_times(rows)
+
+
+def _relative_times(rows: Sequence[Row]) -> list[Verdict]:
+    """Predicted times over the plain step's: without what the machine did to all of them. Nothing is promised of it."""
+    errors = {row["name"]: row["time_error"] for row in rows if row["time_error"] is not None and not row["error"]}
+    if errors.keys() <= {"plain"} or "plain" not in errors:
+        return []
+    plain = 1 + errors.pop("plain")
+    ratios = {name: (1 + error) / plain - 1 for name, error in errors.items()}
+    worst = max(ratios, key=lambda name: abs(ratios[name]))
+    median = statistics.median(map(abs, ratios.values()))
+    said = f"off by {median:.1%} in the median of {len(ratios)} points, at most {ratios[worst]:+.1%} ({worst})"
+    return [Verdict("D6", "predicted time over the plain step's", said, None)]

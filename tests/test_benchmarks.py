@@ -86,6 +86,13 @@ def test_goals_of_one_workload() -> None:
     assert "-4.0% of 2 points" in found["D6"][0][1]
 
 
+def test_times_are_also_compared_over_the_plain_steps() -> None:
+    plain = {**PLAIN, "time_error": 0.5}  # a slow minute for everything
+    ours = [point("a", "ours", 100, 8.0, time_error=0.2), point("b", "ours", 90, 8.0, time_error=0.53)]
+    assert said([plain, FLAG, *ours])["D6"][-1] == (None, "off by 11.0% in the median of 2 points, at most -20.0% (a)")
+    assert len(said([plain, FLAG, point("a", "ours", 100, 8.0)])["D6"]) == 2
+
+
 def test_misses_are_said() -> None:
     ours = [point("least", "ours", 60, 10.1)]
     found = said([PLAIN, FLAG, *ours])

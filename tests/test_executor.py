@@ -20,7 +20,7 @@ from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers
 from rematree.pricing.cost import Roofline
 from rematree.referee.simulate import Referee
-from rematree.regions import find_chain
+from rematree.regions import find_chain, unwrap
 from rematree.verification import PEAK_SLACK
 from trainers import QUICK
 
@@ -133,6 +133,30 @@ def test_dropout_is_refused_where_the_state_of_the_generator_is_not_kept(
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(dropout))
     with pytest.raises(UnsupportedModelError, match="dropout on cuda:1") if refused else contextlib.nullcontext():
         refuse_other_generators(model)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_a_cache_is_off_while_recomputing_and_that_is_said_once(planned: Planned, by_position: bool) -> None:
+    wrapped, batch, plan = planned
+    model = unwrap(wrapped)
+    ids, labels = batch["input_ids"], batch["labels"]
+
+    def forward() -> Any:
+        if by_position:
+            return model(ids, None, None, None, None, labels, True)
+        return model(input_ids=ids, labels=labels, use_cache=True)
+
+    with rematree.apply(plan, wrapped):
+        with pytest.warns(UserWarning, match="use_cache=True is set to False") as said:
+            first, second = forward(), forward()
+        assert len(said) == 1
+        assert first.past_key_values is None
+        assert second.past_key_values is None
+        model.eval()
+        try:
+            assert forward().past_key_values is not None
+        finally:
+            model.train()
 
 
 def test_captured_values_are_put_back(planned: Planned) -> None:

@@ -109,8 +109,9 @@ class Handle:
         self._install_losses(check_loss)
         base = unwrap(self._model)
         cacheless = [number for number, plan in enumerate(self.plans) if plan.recomputes or plan.compiled]
-        if cacheless and "use_cache" in inspect.signature(base.forward).parameters:
-            self._override(base, self._without_cache, *cacheless)
+        names = list(inspect.signature(base.forward).parameters)
+        if cacheless and "use_cache" in names:
+            self._override(base, functools.partial(self._without_cache, names.index("use_cache")), *cacheless)
         self._overrides.append(ForwardOverride(self._model, self._outermost))
 
     def _override(self, module: nn.Module, around: Callable[..., Any], *numbers: int) -> None:
@@ -195,13 +196,17 @@ class Handle:
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and unwrap(self._model).training
 
-    def _without_cache(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if self._trains():  # R7
-            if kwargs.get("use_cache") and not self._said_cache:
-                self._said_cache = True
-                warnings.warn("use_cache=True is set to False while training with recomputation", stacklevel=3)
-            kwargs["use_cache"] = False
-        return inner(*args, **kwargs)
+    def _without_cache(self, place: int, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Forward of a training step without a key-value cache (R7); `place` is its `use_cache` among positions."""
+        if not self._trains():
+            return inner(*args, **kwargs)
+        by_position = len(args) > place
+        if (args[place] if by_position else kwargs.get("use_cache")) and not self._said_cache:
+            self._said_cache = True
+            warnings.warn("use_cache=True is set to False while training with recomputation", stacklevel=3)
+        if by_position:
+            return inner(*args[:place], False, *args[place + 1 :], **kwargs)
+        return inner(*args, **{**kwargs, "use_cache": False})
 
     def _outermost(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

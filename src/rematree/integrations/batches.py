@@ -14,7 +14,9 @@ from rematree.errors import UsageError
 from rematree.planning.ladder import batch_weights
 
 _LENGTH_COLUMNS: Final = ("input_ids", "tokens", "labels")
-_PREFERENCE_COLUMNS: Final = ("prompt_ids", "chosen_ids", "rejected_ids")  # of TRL's DPO
+# Of TRL's DPO and KTO, and of its rewards without a prompt of their own: a row is the prompt and the longest of these.
+_PROMPT_COLUMN: Final = "prompt_ids"
+_ANSWER_COLUMNS: Final = (("chosen_ids", "rejected_ids"), ("completion_ids", "KL_completion_ids"), ("completion_ids",))
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,12 @@ def _lengths(data: Any) -> Sequence[int] | None:
         if not isinstance(first, Mapping):
             return None
         known = list(first)
-    if all(name in known for name in _PREFERENCE_COLUMNS):
-        prompts, chosen, rejected = (_column(data, name, columns) for name in _PREFERENCE_COLUMNS)
-        return [len(p) + max(len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+    answers = next((names for names in _ANSWER_COLUMNS if all(name in known for name in names)), None)
+    if answers is not None:
+        longest = [max(map(len, each)) for each in zip(*(_column(data, n, columns) for n in answers), strict=True)]
+        if _PROMPT_COLUMN not in known:
+            return longest
+        return [len(p) + n for p, n in zip(_column(data, _PROMPT_COLUMN, columns), longest, strict=True)]
     name = next((name for name in _LENGTH_COLUMNS if name in known), None)
     return None if name is None else [len(row) for row in _column(data, name, columns)]
 

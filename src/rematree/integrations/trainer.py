@@ -26,7 +26,7 @@ from rematree.execute.input_grads import SuspendedInputGrads
 from rematree.execute.own_compile import compiled_elsewhere, refuse_compiled
 from rematree.in_effect import BUDGET_KEY, requested_budget
 from rematree.integrations.batches import read_batches
-from rematree.integrations.trl import as_called, fused_head_call
+from rematree.integrations.trl import as_called, call_of, generated_batches
 from rematree.planning.agreement import agreed_plan
 from rematree.planning.ladder import Ladder, build_ladder, table
 from rematree.planning.planner import Planner
@@ -51,7 +51,7 @@ class _Job:
 
 
 class BudgetCallback(TrainerCallback):
-    """Trains inside a budget. For transformers' `Trainer` and for TRL's `SFTTrainer` and `DPOTrainer`.
+    """Trains inside a budget. For transformers' `Trainer`, and TRL's of SFT, DPO, KTO, GRPO, RLOO and rewards.
 
     Where batches differ in length there is a plan for each of a few lengths, all within the budget: a short batch that
     fits recomputes nothing, a long one what it must. They come from one survey of the longest batch.
@@ -138,8 +138,9 @@ class BudgetCallback(TrainerCallback):
     def _plan_and_apply(
         self, args: Any, steps: int, model: Any, budget: int, ranks: Ranks | None, kwargs: dict[str, Any]
     ) -> None:
-        batches = read_batches(kwargs["train_dataloader"])
-        extra, loss = fused_head_call(model)
+        loader = kwargs["train_dataloader"]
+        batches = generated_batches(args, loader, kwargs.get("processing_class")) or read_batches(loader)
+        extra, loss = call_of(model, args)
 
         def called(batch: Mapping[str, Any]) -> dict[str, Any]:
             device = next(model.parameters()).device
