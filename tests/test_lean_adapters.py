@@ -321,6 +321,28 @@ def test_one_layer_keeps_its_input_and_one_bit_an_element() -> None:
         assert kept_bytes(model, x) == 2 * 5 * 6 * 2 + packed_bytes(60) == 120 + 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lead", [(5,), (2, 5)])
+def test_an_output_may_be_written_to(lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Falcon adds the attention's output to the MLP's in place."""
+    config = LoraConfig(r=3, target_modules=["wide", "narrow"], lora_dropout=0.1, init_lora_weights=False)
+    model: Any = get_peft_model(Two().to(dtype), config).train()  # pyright: ignore[reportArgumentType]
+    x = torch.randn(*lead, 6, dtype=dtype)
+
+    def step() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        model.zero_grad(set_to_none=True)
+        out = model.get_base_model().wide(x)
+        out += 1.0
+        out.square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = step()
+    assert expected
+    with lean(model):
+        assert_same(expected, step())
+
+
 def test_layers_that_read_one_input_keep_it_once() -> None:
     config = LoraConfig(r=3, target_modules=["wide", "narrow"], lora_dropout=0.0)
     model = get_peft_model(Two().to(torch.bfloat16), config).train()  # pyright: ignore[reportArgumentType]

@@ -112,6 +112,41 @@ def test_plans_for_a_model_with_in_place_operations() -> None:
             assert_same(expected, step(model, batch))
 
 
+class Rotation(nn.Module):
+    """Turns pairs of features as complex numbers, as Llama 4 does: a view that not every layout has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.core = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
+        self.angles = nn.Buffer(torch.linspace(0, 1, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(self.query(x).reshape(*x.shape[:-1], -1, 2))
+        turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(self.angles), self.angles))
+        return x + self.core(turned.flatten(-2)) + self.down(torch.tanh(self.up(x)))
+
+
+def test_plans_where_a_stand_in_has_no_such_view() -> None:
+    """What stands for an output that nobody reads has strides of zero: there the output itself is kept."""
+    model = InPlaceModel()
+    model.blocks = nn.ModuleList(Rotation() for _ in range(3))
+    batch = tensors(rows=4096)
+    expected = step(model, batch)
+    decisions = {"blocks.1": AGAIN, "blocks.1.core": SAVE, "blocks.1.query": SAVE}
+    with by_plan(model, batch, decisions), pytest.raises(RuntimeError, match="stride 1"):
+        step(model, batch)
+    planner = Planner(model, batch, cost=Roofline(1e8, 1e12))  # products are what there is to save
+    low, high = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
+    plans = planner.plans([low + share * (high - low) // 8 for share in range(9)])
+    kept = [decision for plan in plans for path, decision in plan.decisions.items() if path.endswith(".query")]
+    assert kept
+    assert all(decision.stash for decision in kept)
+    for plan in plans:
+        with rematree.apply(plan, model):
+            assert_same(expected, step(model, batch))
+
+
 @EVERY_WAY
 def test_a_block_that_changes_its_input(ours: Ours) -> None:
     """The rerun would begin with the changed input. Right, or refused, here by torch, which sees it too."""

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from rematree.execute.dropout import byte_table, look_up, packed_bytes
 from rematree.execute.loss.running_sum import added_in_place, as_rows
 
+_unsafe_view: Final = torch.ops.aten._unsafe_view.default
 _PER_BRANCH: Final = 3  # tensors: A, B, bits
 _PIECES: Final = 4  # in which a mask is made and used
 _SMALL: Final = 1 << 20  # elements of a mask that is one piece
@@ -100,7 +101,8 @@ class _AddAdapters(torch.autograd.Function):
             dropped, _ = _dropped(x, how, branch, masks.pop(0))
             delta = dropped.mm(first.t())
             del dropped
-            delta = delta.mm(second.t()).view(*x.shape[:-1], second.shape[0]).mul_(branch.scaling)
+            # No view to autograd, as behind a linear layer: whoever gets the output may write to it.
+            delta = _unsafe_view(delta.mm(second.t()), (*x.shape[:-1], second.shape[0])).mul_(branch.scaling)
             if how.rounds_each:
                 delta = delta.to(out.dtype)
             # In place where the sum has its dtype; a sum of two numbers has no order.

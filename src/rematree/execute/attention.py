@@ -1,10 +1,15 @@
 """The attention core as a region, reached through transformers' attention interface.
 
-transformers looks the attention function up by the name in `config._attn_implementation`. A model whose core is to be
-a region gets the name "rematree:<name>" in its own config; that name stands for a function which asks the calling
-module what to do and then calls what <name> stands for. Other models keep their names and notice nothing.
+transformers looks the attention function up by the name in `config._attn_implementation`. A module whose core is to be
+a region sees the name "rematree:<name>" in its config; that name stands for a function which asks the calling module
+what to do and then calls what <name> stands for. The config itself, and whoever else reads it, keeps <name>.
+
+Some modules also read the name: those with sparse attention mask keys themselves where it is "eager" or "sdpa", and
+Falcon calls torch's function then. So the name is a string that is equal to <name>, too; in a dictionary it is not.
 """
 
+import copy
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -13,9 +18,54 @@ from torch import nn
 
 _PREFIX: Final = "rematree:"
 _ATTRIBUTE: Final = "_rematree_attention"
-_UNPACKED: Final = "_rematree_unpacked"
 
 AttentionAround = Callable[..., Any]  # around(inner, *args, **kwargs), like ForwardOverride's
+
+
+class _Alias(str):
+    """The name "rematree:<name>", equal to itself and to <name>; hashed as what it spells."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or str.__eq__(self.removeprefix(_PREFIX), other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+class _View:
+    """A config as one module sees it: all of it, but with an alias for the name of the attention function."""
+
+    def __init__(self, config: Any) -> None:
+        vars(self)["_rematree_config"] = config
+
+    @property
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(vars(self)["_rematree_config"])
+
+    @property
+    def _attn_implementation(self) -> str:
+        return _register(vars(self)["_rematree_config"]._attn_implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_rematree_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["_rematree_config"], name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_View":
+        return _View(copy.deepcopy(vars(self)["_rematree_config"], memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _View, (vars(self)["_rematree_config"],)
+
+
+def _plain(config: Any) -> Any:
+    """What `config` is a view of, or itself."""
+    return vars(config)["_rematree_config"] if type(config) is _View else config
 
 
 class _Core:
@@ -32,24 +82,6 @@ class _Core:
         return around(inner, module, *args, **kwargs)
 
 
-class _Mask:
-    """The mask function registered under "rematree:<name>".
-
-    Under fake tensors transformers cannot see that a batch is not packed, and builds the mask it would skip. Whoever
-    knows better writes it into the config of its copy of the model (`declare_unpacked`).
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-        if getattr(kwargs.get("config"), _UNPACKED, False) and "allow_is_causal_skip" in kwargs:
-            kwargs["allow_is_causal_skip"] = True
-        return ALL_MASK_ATTENTION_FUNCTIONS[self._name](*args, **kwargs)
-
-
 def _resolve(name: str, module: nn.Module) -> Callable[..., Any]:
     """What `name` stands for when `module` asks; "eager" is whatever the module's own file defines."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -59,14 +91,17 @@ def _resolve(name: str, module: nn.Module) -> Callable[..., Any]:
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
+@functools.cache
 def _register(name: str) -> str:
+    """The alias of `name`, known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    alias = _PREFIX + name
+    name = name.removeprefix(_PREFIX)
+    alias = _Alias(_PREFIX + name)
     AttentionInterface.register(alias, _Core(name))
     if name in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(alias, _Mask(name))
+        AttentionMaskInterface.register(alias, ALL_MASK_ATTENTION_FUNCTIONS[name])
     return alias
 
 
@@ -89,45 +124,33 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 class AttentionRegions:
-    """Makes the attention core of some modules of one model a region; `remove()` restores the configs."""
+    """Makes the attention core of some modules of one model a region; `remove()` restores their configs."""
 
     def __init__(self, arounds: Iterable[tuple[nn.Module, AttentionAround]]) -> None:
         self._modules: list[nn.Module] = []
-        self._names: list[tuple[Any, str]] = []
+        self._viewed: list[nn.Module] = []
         for module, around in arounds:
-            module.__dict__[_ATTRIBUTE] = around
+            own = module.__dict__
+            own[_ATTRIBUTE] = around
             self._modules.append(module)
-            config = module.__dict__["config"]
-            name: str = config._attn_implementation
-            if not name.startswith(_PREFIX):
-                self._names.append((config, name))
-                config._attn_implementation = _register(name)
+            if type(own["config"]) is not _View:
+                own["config"] = _View(own["config"])
+                self._viewed.append(module)
 
     def remove(self) -> None:
         """Undo. Does nothing the second time."""
         for module in self._modules:
             module.__dict__.pop(_ATTRIBUTE, None)
-        for config, name in self._names:
-            config._attn_implementation = name
+        for module in self._viewed:
+            module.__dict__["config"] = _plain(module.__dict__["config"])
         self._modules.clear()
-        self._names.clear()
+        self._viewed.clear()
 
 
 def forget_attention(model: nn.Module) -> None:
     """Take the regions off a copy of a model (its config was copied with it)."""
     for module in model.modules():
-        module.__dict__.pop(_ATTRIBUTE, None)
-        config = module.__dict__.get("config")
-        name = getattr(config, "_attn_implementation", None)
-        if isinstance(name, str) and name.startswith(_PREFIX):
-            config._attn_implementation = name.removeprefix(_PREFIX)  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def declare_unpacked(model: nn.Module) -> None:
-    """Tell the attention of a copy of a model that its batch holds one sequence a row and no padding."""
-    for _, module in attention_modules(model):
-        config: Any = module.__dict__["config"]
-        name: str = config._attn_implementation
-        if not name.startswith(_PREFIX):
-            config._attn_implementation = _register(name)
-        setattr(config, _UNPACKED, True)
+        own = module.__dict__
+        own.pop(_ATTRIBUTE, None)
+        if "config" in own:
+            own["config"] = _plain(own["config"])

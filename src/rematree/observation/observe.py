@@ -3,6 +3,7 @@
 Everything left of the plan happens on the twin. The live model is read (names, shapes, flags), never run or changed.
 """
 
+import contextlib
 import copy
 import traceback
 import types
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from rematree.engines import copy_without_engine, is_flattened, is_partitioned, is_shard, whole_on_meta
 from rematree.errors import UnsupportedModelError, UsageError
-from rematree.execute.attention import AttentionRegions, declare_unpacked, forget_attention
+from rematree.execute.attention import AttentionRegions, forget_attention
 from rematree.execute.dropout import draw, mask_can_be_kept, scale
 from rematree.execute.handle import forget_handle
 from rematree.execute.override import ForwardOverride, remove_overrides
@@ -33,6 +34,7 @@ from rematree.execute.quantised import keep_trainable
 from rematree.memory.recipes import META, Recipes
 from rematree.observation.absent import DeviceView, is_absent
 from rematree.observation.attention_kernels import DEFAULT_CAPABILITY, Capability
+from rematree.observation.packing import one_sequence_a_row, visible_to_a_trace
 from rematree.pricing.cost import present_device
 from rematree.quantised import attributes_of, hidden_tensors
 
@@ -208,8 +210,7 @@ class Twin:
         self.model.train(model.training)
         self._names = frozenset(batch)
         visible = visible_to_a_trace(batch)
-        if visible.get("attention_mask") is None and visible.get("position_ids") is None:
-            declare_unpacked(self.model)
+        self._packs = visible.get("attention_mask") is not None or visible.get("position_ids") is not None
         self.batch = tree_map_only(torch.Tensor, lambda tensor: self.mode.fake(tensor, storages), visible)
 
     def with_batch(self, batch: Mapping[str, Any]) -> Self:
@@ -234,7 +235,9 @@ class Twin:
             UnsupportedModelError: what the model does depends on values of tensors.
         """
         try:
-            return self._loss(self.model(**self.batch))
+            with contextlib.nullcontext() if self._packs else one_sequence_a_row():
+                output = self.model(**self.batch)
+            return self._loss(output)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             frames = [entry for entry in traceback.walk_tb(error.__traceback__) if not is_plumbing(entry[0])]
             where = f" at {source_line(*frames[-1])}" if frames else ""
@@ -266,24 +269,6 @@ def is_plumbing(frame: FrameType) -> bool:
 def source_line(frame: FrameType, number: int) -> str:
     """A line of the code that `frame` runs, as "file.py:line"."""
     return f"{PurePath(frame.f_code.co_filename).name}:{number}"
-
-
-def visible_to_a_trace(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """`batch` without what the model would find to be trivial by looking at values, which fake tensors do not have.
-
-    transformers skips the causal mask when the attention mask is all ones, and looks for packed sequences in
-    `position_ids`; under tracing it assumes the dearer case. Leaving the trivial input out has the same result.
-    """
-    kept = dict(batch)
-    mask, positions = kept.get("attention_mask"), kept.get("position_ids")
-    if isinstance(positions, torch.Tensor) and mask is None and positions.dim() == 2 and not positions.is_meta:
-        plain = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-        if torch.equal(positions, plain.to(positions.dtype)):
-            del kept["position_ids"]
-            positions = None
-    if isinstance(mask, torch.Tensor) and positions is None and not mask.is_meta and bool((mask == 1).all()):
-        del kept["attention_mask"]
-    return kept
 
 
 class RegionStack:

@@ -65,7 +65,17 @@ def measure_options(
             now, waiting[kind] = waiting[kind][: len(places)], waiting[kind][len(places) :]
             turns.update(zip(places, now, strict=False))
         chosen = [(path, final[kinds[place]][turns.get(place, -1)]) for place, path in enumerate(short.blocks)]
-        result = short.run(levers_of(chosen, chunk_rows, lean=lean))
+        try:
+            result = short.run(levers_of(chosen, chunk_rows, lean=lean))
+        except RuntimeError:
+            # Placeholders have another layout than outputs: a view of one may not exist, a lean layer not run lean.
+            given = {(kinds[place], turn): _stash_all(final[kinds[place]][turn]) for place, turn in turns.items()}
+            if all(final[kind][turn] == option for (kind, turn), option in given.items()):
+                raise
+            for (kind, turn), option in given.items():
+                final[kind][turn] = option
+                waiting[kind].append(turn)
+            continue
         for place, turn in turns.items():
             kind, path = kinds[place], short.blocks[place]
             option = _stash_more(_save_less(final[kind][turn], path, result.written), path, result.misread)
@@ -164,6 +174,10 @@ def _save_less(option: BlockOption, path: str, written: frozenset[str]) -> Block
     """`option` without the regions whose output is written to later in the block."""
     saved = tuple(region for region in option.saved if join_path(path, region) not in written)
     return replace(option, saved=saved, stashed=option.stashed & frozenset(saved))
+
+
+def _stash_all(option: BlockOption) -> BlockOption:
+    return option if option.saves_all else replace(option, stashed=frozenset(option.saved))
 
 
 def _profile(result: Simulation, index: int, count: int, later: int, extra: float) -> StageOption:
