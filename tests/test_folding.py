@@ -10,12 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models import batch_for, build, quantised, with_lora
+import rematree
+from models import assert_same, batch_for, build, gradients, quantised, with_lora
 from rematree.execute.attention import attention_modules
 from rematree.observation.observe import Twin
+from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers
 from rematree.pricing.cost import Roofline
-from rematree.referee.folding import fold, list_of, whole
+from rematree.referee.folding import fold, list_of, shortened, whole
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
 from rematree.regions import find_chain, inner_regions
@@ -220,3 +222,29 @@ class _Tied(nn.Module):
 def test_blocks_that_share_parameters_are_run_whole() -> None:
     twin = Twin(_Tied(), {"x": torch.ones(4, 8)})
     assert list_of(twin.model, find_chain(twin.model).blocks) is None
+
+
+def test_an_encoder_keeps_its_layers_where_a_decoder_of_as_many_is_shortened() -> None:
+    """Both towers of T5Gemma say layer by layer what attends to what, in configs of their own."""
+    stack: dict[str, Any] = {**_SIZES, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8}
+    config = transformers.T5GemmaConfig(
+        encoder=transformers.T5GemmaModuleConfig(**stack), decoder=transformers.T5GemmaModuleConfig(**stack)
+    )
+    config.decoder_start_token_id = 1
+    torch.manual_seed(0)
+    model: Any = transformers.T5GemmaForConditionalGeneration(config).train()
+    types = list(model.config.encoder.layer_types)
+    assert types == list(model.config.decoder.layer_types)
+    container = list_of(model, find_chain(model).blocks)
+    assert container is not None
+    with shortened(model, container, [1, 2]):
+        assert model.get_submodule(container.rpartition(".")[0]).config.layer_types == types[1:3]
+        other = model.config.encoder if ".decoder." in f".{container}" else model.config.decoder
+        assert list(other.layer_types) == types
+    batch = batch_for(model)
+    expected = gradients(model, batch)
+    planner = Planner(model, batch, optimizer="none", cost=COST, forbid=["chunked_loss"])
+    plan = planner.plan(planner.min_peak_bytes())
+    assert plan.recomputes
+    with rematree.apply(plan, model):
+        assert_same(expected, gradients(model, batch))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -251,3 +252,33 @@ def test_removal_puts_every_forward_back() -> None:
     for was, module in zip(before, model.modules(), strict=True):
         assert was.keys() == module.__dict__.keys()
         assert all(was[key] is module.__dict__[key] for key in was)
+
+
+def test_a_block_that_is_an_adapter_layer_itself() -> None:
+    """Where there is no list of blocks, the classifier is one."""
+    config = transformers.AlbertConfig(
+        vocab_size=99,
+        embedding_size=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        hidden_dropout_prob=0.1,
+    )
+    torch.manual_seed(0)
+    model: Any = with_lora(transformers.AlbertForSequenceClassification(config))
+    batch = {"input_ids": torch.arange(3, 35).reshape(2, 16), "labels": torch.tensor([0, 1])}
+
+    def step() -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        model.zero_grad(set_to_none=True)
+        loss = model(**batch).loss
+        loss.backward()
+        return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+    expected = step()
+    planner = Planner(model, batch, optimizer="none", cost=Roofline(5e10, 1e10))
+    assert any(block.endswith(".classifier") for block in planner.survey.chain.blocks)
+    for plan in planner.plans([planner.min_peak_bytes(), None]):
+        with rematree.apply(plan, model):
+            assert_same(expected, step())

@@ -188,7 +188,7 @@ def _lean_layers(model: nn.Module, chain: Chain) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for block in chain.blocks:
         inside = model.get_submodule(block)
-        adapters = lean_layers(inside)
+        adapters = [(path, layer) for path, layer in lean_layers(inside) if path]  # a block that is one is run as it is
         if adapters:
             found[block] = tuple(f"{block}.{path}" for path, _ in (*adapters, *lean_norms(inside)))
     return found

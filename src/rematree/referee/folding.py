@@ -21,7 +21,7 @@ from torch import nn
 
 from rematree.memory.ledger import Ledger
 from rematree.plans import Levers
-from rematree.regions import POSITIONAL_ATTRIBUTES, block_kind
+from rematree.regions import POSITIONAL_ATTRIBUTES, block_kind, parent_path
 from rematree.trace import OpRecord, Segment
 
 _OUTSIDE: Final = object()
@@ -145,7 +145,7 @@ def block_kinds(model: nn.Module, blocks: Sequence[str]) -> list[int]:
     """
     lists = [
         value
-        for config in _configs(model)
+        for config in _configs(model, parent_path(parent_path(blocks[0])))
         for value in vars(config).values()
         if isinstance(value, list | tuple) and len(value) == len(blocks)  # pyright: ignore[reportUnknownArgumentType]
     ]
@@ -214,8 +214,8 @@ def shortened(model: nn.Module, container: str, kept: Sequence[int]) -> Generato
     What configs say layer by layer (`layer_types`) is shortened alike, and a block's own number (`layer_idx`) is its
     new place.
     """
-    parent_path, _, name = container.rpartition(".")
-    parent = model.get_submodule(parent_path)
+    stack, _, name = container.rpartition(".")
+    parent = model.get_submodule(stack)
     blocks = parent._modules[name]
     assert isinstance(blocks, nn.ModuleList)
     if len(kept) == len(blocks):
@@ -227,7 +227,7 @@ def shortened(model: nn.Module, container: str, kept: Sequence[int]) -> Generato
     for index in kept:
         short._modules[str(index)] = blocks[index]
     with undo:
-        for config in _configs(model):
+        for config in _configs(model, stack):
             for key, value in vars(config).items():
                 if isinstance(value, list | tuple) and len(value) == len(blocks):  # pyright: ignore[reportUnknownArgumentType]
                     undo.callback(vars(config).__setitem__, key, value)
@@ -243,13 +243,28 @@ def shortened(model: nn.Module, container: str, kept: Sequence[int]) -> Generato
         yield
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    found = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None and hasattr(c, "__dict__")}
+def _configs(model: nn.Module, path: str) -> list[Any]:
+    """Configs that the stack at `path`, or what is around it, reads; not those of another tower alone."""
+    found: dict[int, Any] = {}
+    inside, elsewhere = set[int](), set[int]()
+    for name, module in model.named_modules():
+        config = vars(module).get("config")
+        if config is None or not hasattr(config, "__dict__"):
+            continue
+        if _is_within(name, path):
+            inside.add(id(config))
+        elif not _is_within(path, name):
+            elsewhere.add(id(config))
+        found[id(config)] = config
     for config in list(found.values()):
         for inner in vars(config).values():
             if type(inner).__name__.endswith("Config") and hasattr(inner, "__dict__"):
                 found[id(inner)] = inner
-    return list(found.values())
+    return [config for key, config in found.items() if key in inside or key not in elsewhere]
+
+
+def _is_within(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
 
 
 # -- the timeline, whole ----------------------------------------------------------------------------------------------
