@@ -616,6 +616,22 @@ def test_a_model_whose_blocks_never_run() -> None:
     assert (str(caught.value), caught.value.exit_code) == ("none of the model's blocks runs exactly once in a step", 2)
 
 
+def test_a_loss_that_looks_at_its_labels() -> None:
+    """DeBERTa leaves out rows whose label is negative, unless it is told what kind of problem it has."""
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = transformers.DebertaV2Config(**sizes, num_hidden_layers=3)
+    model = transformers.DebertaV2ForSequenceClassification(config).train()
+    batch = {"input_ids": torch.arange(3, 35).reshape(2, 16), "labels": torch.tensor([0, 1])}
+    expected = step(model, batch)
+    with pytest.raises(UnsupportedModelError, match="depends on values of tensors") as caught:
+        library.plan(model, batch, "1GiB", cost=COST)
+    assert 'model.config.problem_type = "single_label_classification"' in str(caught.value)
+    model.config.problem_type = "single_label_classification"
+    planner = library.Planner(model, batch, cost=COST)
+    with library.apply(planner.plan(planner.min_peak_bytes()), model):
+        assert_same(expected, step(model, batch))
+
+
 def test_a_forward_that_depends_on_values() -> None:
     """XLM checks the lengths of its sequences in Python."""
     sizes: dict[str, Any] = {

@@ -5,7 +5,7 @@ Two kinds of region are functions, not modules: the attention core, named after 
 and the drawing of a dropout mask, named after its dropout module plus "#draw".
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,12 +45,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else model  # pyright: ignore[reportReturnType]
 
 
-def find_chain(model: nn.Module) -> Chain:
+def find_chain(model: nn.Module, without: Collection[str] = ()) -> Chain:
     """The repeated layers of `model`.
 
     The longest `ModuleList` of the model whose elements are all layers of one kind of class wins, measured in
     parameters, so that a vision tower of a larger language model does not. Without any, the regions are the children of
     the first module that has more than one: coarser, but still a chain.
+
+    Args:
+        model: Looked through.
+        without: Paths of lists that are out of the question.
     """
     lists: list[tuple[int, int, str, nn.ModuleList]] = []
     for path, module in model.named_modules():
@@ -60,6 +64,7 @@ def find_chain(model: nn.Module) -> Chain:
             size = sum(p.numel() for p in module.parameters())
             lists.append((size, len(module), path, module))
     lists = [item for item in lists if item[1] >= 2 or is_checkpointing_layer(item[3][0])]
+    lists = [item for item in lists if item[2] not in without]
     if lists:
         _, _, path, module = max(lists, key=lambda item: (item[0], item[1]))
         return Chain(tuple(f"{path}.{i}" if path else str(i) for i in range(len(module))), path)

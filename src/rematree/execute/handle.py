@@ -43,6 +43,19 @@ from rematree.regions import (
 )
 
 _ATTRIBUTE: Final = "_rematree_handle"
+_CACHE: Final = "use_cache"
+
+
+def _decides_on_cache(model: nn.Module, region: str) -> tuple[nn.Module, int] | None:
+    """The outermost module around `region` whose forward takes `use_cache`, and its place among the positions."""
+    path, names = "", parent_path(split_function(region)[0]).split(".")
+    for name in ("", *names):
+        path = f"{path}.{name}".strip(".")
+        module = find_module(model, path)
+        taken = list(inspect.signature(module.forward).parameters)
+        if _CACHE in taken:
+            return module, taken.index(_CACHE)
+    return None
 
 
 class Handle:
@@ -107,11 +120,13 @@ class Handle:
                 for module, arounds in attention.items()
             )
         self._install_losses(check_loss)
-        base = unwrap(self._model)
         cacheless = [number for number, plan in enumerate(self.plans) if plan.recomputes or plan.compiled]
-        names = list(inspect.signature(base.forward).parameters)
-        if cacheless and "use_cache" in names:
-            self._override(base, functools.partial(self._without_cache, names.index("use_cache")), *cacheless)
+        if cacheless:
+            plan = self.plans[cacheless[-1]]
+            holder = _decides_on_cache(self._model, next(iter((*plan.decisions, *plan.compiled))))
+            if holder is not None:
+                module, place = holder
+                self._override(module, functools.partial(self._without_cache, place), *cacheless)
         self._overrides.append(ForwardOverride(self._model, self._outermost))
 
     def _override(self, module: nn.Module, around: Callable[..., Any], *numbers: int) -> None:
@@ -201,12 +216,12 @@ class Handle:
         if not self._trains():
             return inner(*args, **kwargs)
         by_position = len(args) > place
-        if (args[place] if by_position else kwargs.get("use_cache")) and not self._said_cache:
+        if (args[place] if by_position else kwargs.get(_CACHE)) and not self._said_cache:
             self._said_cache = True
             warnings.warn("use_cache=True is set to False while training with recomputation", stacklevel=3)
         if by_position:
             return inner(*args[:place], False, *args[place + 1 :], **kwargs)
-        return inner(*args, **{**kwargs, "use_cache": False})
+        return inner(*args, **{**kwargs, _CACHE: False})
 
     def _outermost(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

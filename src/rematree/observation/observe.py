@@ -244,7 +244,16 @@ class Twin:
             raise UnsupportedModelError(
                 "the model's forward depends on values of tensors, and a plan is made without computing any",
                 details=[f"{error.func}{where}"],
+                remedies=_other_losses(self.model, self.batch),
             ) from error
+
+
+def _other_losses(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
+    """What to do about a loss that looks at the values of labels, as DeBERTa's for classification does."""
+    config: Any = getattr(model, "config", None)
+    if "labels" in batch and getattr(config, "problem_type", "") is None and getattr(config, "num_labels", 1) > 1:
+        return ['model.config.problem_type = "single_label_classification"   (if it is the loss that looks)']
+    return []
 
 
 def loss_of(output: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import nn
 
 from rematree.engines import any_partitioned, any_sharded, without_engine
-from rematree.errors import UsageError
+from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.own_compile import refuse_compiled
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.observation.observe import Twin
@@ -26,7 +26,7 @@ from rematree.pricing.price import Overhead
 from rematree.referee.folding import block_kinds
 from rematree.referee.ranks import Ranks, ranks_of
 from rematree.referee.simulate import Referee
-from rematree.regions import find_chain
+from rematree.regions import Chain, find_chain
 from rematree.units import KIB
 
 HOST_BYTES: Final = 256 * KIB  # small host tensors a step makes outside the model: loss sums, generator states
@@ -74,6 +74,26 @@ class Observed:
         )
 
 
+def _chain_of(twin: Twin) -> tuple[Chain, dict[str, int]]:
+    """The largest list of blocks that runs with this batch, and a number for each; equal ones do the same.
+
+    The largest of all may not: a batch of text alone leaves a vision tower out.
+
+    Raises:
+        UnsupportedModelError: no block runs exactly once.
+    """
+    idle: list[str] = []
+    while True:
+        found = find_chain(twin.model, idle)
+        kinds = dict(zip(found.blocks, block_kinds(twin.model, found.blocks), strict=True))
+        try:
+            return running_chain(twin, found, kinds), kinds
+        except UnsupportedModelError:
+            if found.container is None:
+                raise
+            idle.append(found.container)
+
+
 def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> Observed:
     """Observe a step of `model` on `batch`, and survey its options.
 
@@ -93,9 +113,7 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
     if not twin.model.training:
         twin.model.train()
     cost = settings.cost if settings.cost is not None else Measured(twin.device)
-    found = find_chain(twin.model)
-    kinds = dict(zip(found.blocks, block_kinds(twin.model, found.blocks), strict=True))
-    chain = running_chain(twin, found, kinds)
+    chain, kinds = _chain_of(twin)
     referee = Referee(
         twin,
         chain.blocks,

@@ -23,7 +23,7 @@ from rematree.plans import Levers
 from rematree.referee.folding import shortened
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
-from rematree.regions import Chain
+from rematree.regions import Chain, block_kind
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainChoice, ChainProblem
 from rematree.solve.groups import by_block
@@ -230,11 +230,18 @@ def _limit(kinds: Sequence[int], kind: int) -> int:
 
 
 def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:
-    """The fewest blocks behind which the head is what it is in the whole chain: one that trains something."""
+    """The fewest blocks behind which the head is what it is in the whole chain: one that trains something.
+
+    And one of every make: a model of attention and other layers may ask its cache for an attention's.
+    """
+    makes: dict[Any, int] = {}
+    trained: int | None = None
     for index in range(length):
-        if any(p.requires_grad for p in model.get_submodule(chain.blocks[index]).parameters()):
-            return [index]
-    return range(length)
+        block = model.get_submodule(chain.blocks[index])
+        makes.setdefault(block_kind(block), index)
+        if trained is None and any(p.requires_grad for p in block.parameters()):
+            trained = index
+    return range(length) if trained is None else sorted({trained, *makes.values()})
 
 
 def _kinds(referee: Referee, plain: Simulation) -> tuple[list[int], list[int]]:
