@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -123,7 +124,8 @@ class Handle:
         cacheless = [number for number, plan in enumerate(self.plans) if plan.recomputes or plan.compiled]
         if cacheless:
             plan = self.plans[cacheless[-1]]
-            holder = _decides_on_cache(self._model, next(iter((*plan.decisions, *plan.compiled))))
+            grouped = itertools.chain.from_iterable(plan.groups)
+            holder = _decides_on_cache(self._model, next(iter((*plan.decisions, *plan.compiled, *grouped))))
             if holder is not None:
                 module, place = holder
                 self._override(module, functools.partial(self._without_cache, place), *cacheless)
