@@ -6,8 +6,8 @@
 
 Each model is built from its own config, shrunk by one rule for all; what cannot be built so, or does not train by
 itself, is listed as that. LoRA is on all linear layers with dropout; where PEFT does not take the model so, all of it
-is trained. Gradients are compared with the plain step's by `torch.equal`; where a plan computes the loss in chunks, once
-more with that forbidden. Peaks are allocated bytes, summed from the profiler's allocation events.
+is trained. Gradients are compared with the plain step's by `torch.equal`; where a plan computes the loss in chunks, the
+same again with that forbidden. Peaks are allocated bytes, summed from the profiler's allocation events.
 
 Writes --output (one JSON a line) and --page. A killed run goes on where it was.
 """
