@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
@@ -16,6 +14,7 @@ from rematree.engines import refuse_pipeline, without_engine
 from rematree.errors import PlanMismatchError, UsageError
 from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
+from rematree.execute.cacheless import Cacheless, decides_on_cache
 from rematree.execute.compiled import BlockCompiler, CompiledBlocks
 from rematree.execute.context import Captured
 from rematree.execute.group import Group
@@ -44,19 +43,6 @@ from rematree.regions import (
 )
 
 _ATTRIBUTE: Final = "_rematree_handle"
-_CACHE: Final = "use_cache"
-
-
-def _decides_on_cache(model: nn.Module, region: str) -> tuple[nn.Module, int] | None:
-    """The outermost module around `region` whose forward takes `use_cache`, and its place among the positions."""
-    path, names = "", parent_path(split_function(region)[0]).split(".")
-    for name in ("", *names):
-        path = f"{path}.{name}".strip(".")
-        module = find_module(model, path)
-        taken = list(inspect.signature(module.forward).parameters)
-        if _CACHE in taken:
-            return module, taken.index(_CACHE)
-    return None
 
 
 class Handle:
@@ -88,7 +74,6 @@ class Handle:
         self._losses: list[ChunkedLoss] = []
         self._own_switch: OwnSwitch | None = None
         self._layout: TrainingLayout | None = None
-        self._said_cache = False
         self._compiler = compiler
         self._check = AdapterCheck(model) if watcher is None else None
         try:
@@ -125,10 +110,10 @@ class Handle:
         if cacheless:
             plan = self.plans[cacheless[-1]]
             grouped = itertools.chain.from_iterable(plan.groups)
-            holder = _decides_on_cache(self._model, next(iter((*plan.decisions, *plan.compiled, *grouped))))
+            holder = decides_on_cache(self._model, next(iter((*plan.decisions, *plan.compiled, *grouped))))
             if holder is not None:
                 module, place = holder
-                self._override(module, functools.partial(self._without_cache, place), *cacheless)
+                self._override(module, Cacheless(place, self._trains), *cacheless)
         self._overrides.append(ForwardOverride(self._model, self._outermost))
 
     def _override(self, module: nn.Module, around: Callable[..., Any], *numbers: int) -> None:
@@ -212,18 +197,6 @@ class Handle:
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and unwrap(self._model).training
-
-    def _without_cache(self, place: int, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Forward of a training step without a key-value cache (R7); `place` is its `use_cache` among positions."""
-        if not self._trains():
-            return inner(*args, **kwargs)
-        by_position = len(args) > place
-        if (args[place] if by_position else kwargs.get(_CACHE)) and not self._said_cache:
-            self._said_cache = True
-            warnings.warn("use_cache=True is set to False while training with recomputation", stacklevel=3)
-        if by_position:
-            return inner(*args[:place], False, *args[place + 1 :], **kwargs)
-        return inner(*args, **{**kwargs, _CACHE: False})
 
     def _outermost(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
