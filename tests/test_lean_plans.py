@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rematree
 from both_paths import AGAIN, KEEP, SAVE, plan_of
+from checkpointed_models import step
 from models import assert_same, batch_for, build, gradients, quantised, with_lora
 from rematree.errors import PlanMismatchError
 from rematree.execute.adapters import lean_layers
@@ -269,16 +270,9 @@ def test_a_block_that_is_an_adapter_layer_itself() -> None:
     model: Any = with_lora(transformers.AlbertForSequenceClassification(config))
     batch = {"input_ids": torch.arange(3, 35).reshape(2, 16), "labels": torch.tensor([0, 1])}
 
-    def step() -> dict[str, torch.Tensor]:
-        torch.manual_seed(7)
-        model.zero_grad(set_to_none=True)
-        loss = model(**batch).loss
-        loss.backward()
-        return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
-
-    expected = step()
+    expected = step(model, batch)
     planner = Planner(model, batch, optimizer="none", cost=Roofline(5e10, 1e10))
     assert any(block.endswith(".classifier") for block in planner.survey.chain.blocks)
     for plan in planner.plans([planner.min_peak_bytes(), None]):
         with rematree.apply(plan, model):
-            assert_same(expected, step())
+            assert_same(expected, step(model, batch))

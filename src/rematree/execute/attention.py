@@ -99,9 +99,9 @@ def _register(name: str) -> str:
 
     name = name.removeprefix(_PREFIX)
     alias = _Alias(_PREFIX + name)
-    AttentionInterface.register(alias, _Core(name))
+    AttentionInterface.register(str(alias), _Core(name))  # a plain key: dynamo goes through them all
     if name in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(alias, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        AttentionMaskInterface.register(str(alias), ALL_MASK_ATTENTION_FUNCTIONS[name])
     return alias
 
 

@@ -33,7 +33,7 @@ class Cacheless:
         by_position = len(args) > self._place
         if (args[self._place] if by_position else kwargs.get(_CACHE)) and not self._said:
             self._said = True
-            warnings.warn(f"{_CACHE}=True is set to False while training with recomputation", stacklevel=3)
+            warnings.warn(f"{_CACHE}=True is set to False while training with recomputation", stacklevel=4)
         if by_position:
             return inner(*args[: self._place], False, *args[self._place + 1 :], **kwargs)
         return inner(*args, **{**kwargs, _CACHE: False})

@@ -75,6 +75,7 @@ class Handle:
         self._own_switch: OwnSwitch | None = None
         self._layout: TrainingLayout | None = None
         self._compiler = compiler
+        self._cacheless: Cacheless | None = None
         self._check = AdapterCheck(model) if watcher is None else None
         try:
             self._install(check_loss)
@@ -113,7 +114,8 @@ class Handle:
             holder = decides_on_cache(self._model, next(iter((*plan.decisions, *plan.compiled, *grouped))))
             if holder is not None:
                 module, place = holder
-                self._override(module, Cacheless(place, self._trains), *cacheless)
+                self._cacheless = Cacheless(place, self._trains)
+                self._override(module, self._without_cache, *cacheless)
         self._overrides.append(ForwardOverride(self._model, self._outermost))
 
     def _override(self, module: nn.Module, around: Callable[..., Any], *numbers: int) -> None:
@@ -197,6 +199,11 @@ class Handle:
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and unwrap(self._model).training
+
+    def _without_cache(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """R7. A method of the handle, by which the model inside leads back to it (`in_effect.handle_on`)."""
+        assert self._cacheless is not None
+        return self._cacheless(inner, *args, **kwargs)
 
     def _outermost(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -37,6 +37,7 @@ from rematree.observation.attention_kernels import DEFAULT_CAPABILITY, Capabilit
 from rematree.observation.packing import one_sequence_a_row, visible_to_a_trace
 from rematree.pricing.cost import present_device
 from rematree.quantised import attributes_of, hidden_tensors
+from rematree.regions import unwrap
 
 LossFunction = Callable[[Any], torch.Tensor]
 
@@ -250,8 +251,10 @@ class Twin:
 
 def _other_losses(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     """What to do about a loss that looks at the values of labels, as DeBERTa's for classification does."""
-    config: Any = getattr(model, "config", None)
-    if "labels" in batch and getattr(config, "problem_type", "") is None and getattr(config, "num_labels", 1) > 1:
+    inner: Any = unwrap(model)
+    config = getattr(inner, "config", None)
+    classifies = type(inner).__name__.endswith("ForSequenceClassification") and getattr(config, "num_labels", 1) > 1
+    if "labels" in batch and classifies and getattr(config, "problem_type", "") is None:
         return ['model.config.problem_type = "single_label_classification"   (if it is the loss that looks)']
     return []
 
