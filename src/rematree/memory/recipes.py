@@ -10,11 +10,13 @@ tensors of one fake mode. What factories make is remembered where a step calls t
 own kernels call them for tensors of other kinds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from rematree.pricing.price import tensors_in
 
@@ -69,12 +71,16 @@ class Recipes:
         mode: The mode.
         told: Where code below Python believes tensors on `device` to be, if not there.
         device: That device.
+    Attributes:
+        has_value: Whether more than its layout is known of a tensor. Ops on such a one are not remembered, nor those
+            that make a tensor of none. None: nothing is known of any.
     """
 
     def __init__(self, mode: FakeTensorMode, told: torch.device | None, device: torch.device | None) -> None:
         self._mode = mode
         self._told = told
         self._device = device
+        self.has_value: Callable[[Any], bool] | None = None
         self._known: dict[Any, Any] = {}
         self.facts: dict[Any, Any] = {}  # what the ledger found out about an op, by key
         self._ops: dict[int, Any] = {}  # held, so that no other op is ever found under the number of one of them
@@ -83,7 +89,7 @@ class Recipes:
     def key(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]] | None:
         """What the op is remembered by, and its tensor arguments; None if it cannot be remembered."""
         name = id(func)  # an op's own hash is computed in Python
-        if name in _ABSOLUTE:
+        if name in _ABSOLUTE or (self.has_value is not None and self._depends_on_values(args, kwargs)):
             return None
         mode, strided = self._mode, torch.strided
         tensors: list[torch.Tensor] = []
@@ -122,6 +128,11 @@ class Recipes:
         if self._told is not None and kwargs and kwargs.get("device") == self._told:
             return {**kwargs, "device": self._device}
         return kwargs
+
+    def _depends_on_values(self, args: Any, kwargs: Any) -> bool:
+        assert self.has_value is not None
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        return not tensors or any(map(self.has_value, tensors))
 
     def known(self, key: Any) -> Any:
         """The recipe of `key`: None if the op has not been seen, False if it cannot be remembered."""

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rematree.engines import copy_without_engine, is_flattened, is_partitioned, is_shard, whole_on_meta
 from rematree.errors import UnsupportedModelError, UsageError
@@ -32,6 +32,7 @@ from rematree.execute.handle import forget_handle
 from rematree.execute.override import ForwardOverride, remove_overrides
 from rematree.execute.quantised import keep_trainable
 from rematree.memory.recipes import META, Recipes
+from rematree.observation import values
 from rematree.observation.absent import DeviceView, is_absent
 from rematree.observation.attention_kernels import DEFAULT_CAPABILITY, Capability
 from rematree.observation.packing import one_sequence_a_row, visible_to_a_trace
@@ -61,6 +62,7 @@ class TwinMode(FakeTensorMode):
     Attributes:
         engine_device: Where code below Python believes tensors of an absent device to be; None: where they are.
         recipes: What ops make of tensors of given layouts, remembered.
+        knows_values: Whether values that are known are asked (`values`), at twice the cost of an op.
     """
 
     def __init__(self, device: torch.device | None = None, capability: Capability | None = None) -> None:
@@ -71,6 +73,7 @@ class TwinMode(FakeTensorMode):
         self.engine_device: torch.device | None = META if absent else None
         self._view: DeviceView | None = None
         self._entered = 0
+        self.knows_values = False
         self.recipes = Recipes(self, self.engine_device, device)
         if device is not None and (absent or capability is not None):
             self._view = DeviceView(device, capability or DEFAULT_CAPABILITY)
@@ -116,6 +119,8 @@ class TwinMode(FakeTensorMode):
                 kwargs = self.recipes.device_seen(kwargs)
             found = self.recipes.key(func, args, kwargs)
             if found is None or not found[1]:
+                if self.knows_values:
+                    return self._by_values(func, types, args, kwargs or {})
                 return self.dispatch(func, types, args, kwargs or {})
             key, tensors = found
             recipe = self.recipes.known(key)
@@ -125,6 +130,27 @@ class TwinMode(FakeTensorMode):
             if recipe is None:
                 self.recipes.learn(key, func, tensors, out)
             return out
+
+    def _by_values(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        known = values.computed(func, args, kwargs)
+        if known is values.UNKNOWN:
+            return self.dispatch(func, types, values.with_places(func, args, self._like(args)), kwargs)
+        if not isinstance(known, torch.Tensor) and not isinstance(known, tuple | list):
+            return known  # a number
+        if values.needs_values(func):
+            return values.attach(tree_map_only(torch.Tensor, self._like(args), known), known)
+        return values.attach(self.dispatch(func, types, args, kwargs), known)
+
+    def _like(self, args: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Makes a fake tensor of a real one, where the first tensor of `args` is."""
+        device = next((t.device for t in tree_leaves(args) if isinstance(t, torch.Tensor)), torch.device("cpu"))
+
+        def fake(real: torch.Tensor) -> torch.Tensor:
+            with no_dispatch():
+                bare = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=META)
+            return self.recipes.wrap(bare, device)
+
+        return fake
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
@@ -213,6 +239,7 @@ class Twin:
         visible = visible_to_a_trace(batch)
         self._packs = visible.get("attention_mask") is not None or visible.get("position_ids") is not None
         self.batch = tree_map_only(torch.Tensor, lambda tensor: self.mode.fake(tensor, storages), visible)
+        self._values = {name: value for name, value in visible.items() if isinstance(value, torch.Tensor)}
 
     def with_batch(self, batch: Mapping[str, Any]) -> Self:
         """The same model, not a copy, with another batch of the same tensors in other shapes.
@@ -226,6 +253,10 @@ class Twin:
         storages: dict[int, torch.UntypedStorage] = {}
         visible = {name: batch[name] for name in self.batch}
         other.batch = tree_map_only(torch.Tensor, lambda tensor: self.mode.fake(tensor, storages), visible)
+        other._values = {name: value for name, value in visible.items() if isinstance(value, torch.Tensor)}
+        if self.mode.knows_values:
+            for name, value in other._values.items():
+                values.know(other.batch[name], value)
         return other
 
     def loss(self) -> torch.Tensor:
@@ -236,9 +267,12 @@ class Twin:
             UnsupportedModelError: what the model does depends on values of tensors.
         """
         try:
-            with contextlib.nullcontext() if self._packs else one_sequence_a_row():
-                output = self.model(**self.batch)
-            return self._loss(output)
+            try:
+                return self._run()
+            except RuntimeError as error:
+                if not values.asks_for_values(error) or not self._learn_values():
+                    raise
+                return self._run()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             frames = [entry for entry in traceback.walk_tb(error.__traceback__) if not is_plumbing(entry[0])]
             where = f" at {source_line(*frames[-1])}" if frames else ""
@@ -247,6 +281,23 @@ class Twin:
                 details=[f"{error.func}{where}"],
                 remedies=_other_losses(self.model, self.batch),
             ) from error
+
+    def _run(self) -> torch.Tensor:
+        with contextlib.ExitStack() as around:
+            if not self._packs:
+                around.enter_context(one_sequence_a_row())
+            if self.mode.knows_values:
+                around.enter_context(values.NumbersOfTensors())
+            return self._loss(self.model(**self.batch))
+
+    def _learn_values(self) -> bool:
+        """Know the values of the batch from now on. False where they are known already, or not there."""
+        if self.mode.knows_values or any(t.is_meta for t in self._values.values()):
+            return False
+        for name, value in self._values.items():
+            values.know(self.batch[name], value)
+        self.mode.knows_values, self.mode.recipes.has_value = True, values.has_value
+        return True
 
 
 def _other_losses(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:

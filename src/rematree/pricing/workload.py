@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rematree.pricing.price import num_bytes, tensors_in
 
+_CONVOLUTION_BACKWARD: Final = torch.ops.aten.convolution_backward.default
 _BITSANDBYTES: Final = "bitsandbytes"
 # Narrower than one tile of a matmul kernel in some dimension: most of the tile is idle.
 _TILE: Final = 128
@@ -151,8 +152,12 @@ def _registered(func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) 
     counter = flop_registry.get(func.overloadpacket)
     if counter is None:
         return 0
+    found: Any = outputs[0] if len(outputs) == 1 else tuple(outputs)
+    if func is _CONVOLUTION_BACKWARD:  # its last argument says which of the three gradients there are
+        left = iter(outputs)
+        found = tuple(next(left) if wanted else None for wanted in args[-1])
     try:
-        return int(counter(*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs)))
+        return int(counter(*args, **kwargs, out_val=found))
     except (TypeError, ValueError, AssertionError):  # an overload the counter does not know
         return 0
 
