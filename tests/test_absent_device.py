@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from models import batch_for, build, with_lora
 from rematree.errors import UsageError
 from rematree.observation.attention_kernels import choose_kernel
-from rematree.observation.observe import Twin, TwinMode
+from rematree.observation.mode import TwinMode
+from rematree.observation.observe import Twin
 from rematree.planning.planner import Planner
 from rematree.plans import Levers
 from rematree.pricing.cost import Roofline

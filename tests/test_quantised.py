@@ -22,7 +22,8 @@ from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter, storage_bytes
 from rematree.memory.ledger import Ledger
 from rematree.memory.optimizers import make_optimizer
-from rematree.observation.observe import Twin, TwinMode
+from rematree.observation.mode import TwinMode
+from rematree.observation.observe import Twin
 from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Plan
 from rematree.pricing.cost import Free, Measured, OpPrice, Roofline

@@ -81,7 +81,7 @@ def test_models_with_pictures_are_planned(make: Any, lora: bool) -> None:
     model, batch = make()
     if lora:
         model = with_lora(
-            model, target_modules=r".*language_model.*(q_proj|down_proj)|.*visual.*(qkv|proj)|.*tower.*fc1"
+            model, target_modules=r".*language_model.*(q_proj|down_proj)|.*visual.*(qkv|proj)|.*tower.encoder.*fc1"
         )
     expected = step(model, batch)
     planner = Planner(model, batch, optimizer="none", cost=COST, forbid=["chunked_loss"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from rematree.memory.ledger import Ledger
 from rematree.observation.absent import is_absent
-from rematree.observation.observe import TwinMode
+from rematree.observation.mode import TwinMode
 from rematree.pricing.price import Cost
 
 _NORM: Final = 1.0  # any: the scaling runs whether or not the gradients are longer
