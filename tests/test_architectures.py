@@ -36,7 +36,7 @@ def test_a_model_is_measured(architectures: ModuleType) -> None:
 
 
 def test_whatever_goes_wrong_is_a_row(architectures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert architectures.measure("CAUSAL_LM", "xlm")["outcome"] == "refused"
+    assert architectures.measure("CAUSAL_LM", "jetmoe")["outcome"] == "refused"  # how many tokens an expert gets
     assert architectures.measure("CAUSAL_LM", "dbrx")["outcome"] == "not built"
     step = architectures.step
     drawn = torch.Generator().manual_seed(0)

@@ -623,26 +623,43 @@ def test_a_loss_that_looks_at_its_labels() -> None:
     model = transformers.DebertaV2ForSequenceClassification(config).train()
     batch = {"input_ids": torch.arange(3, 35).reshape(2, 16), "labels": torch.tensor([0, 1])}
     expected = step(model, batch)
+    shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
     with pytest.raises(UnsupportedModelError, match="depends on values of tensors") as caught:
-        library.plan(model, batch, "1GiB", cost=COST)
+        library.plan(model, shapes, "1GiB", cost=COST)
     assert 'model.config.problem_type = "single_label_classification"' in str(caught.value)
-    model.config.problem_type = "single_label_classification"
     planner = library.Planner(model, batch, cost=COST)
     with library.apply(planner.plan(planner.min_peak_bytes()), model):
         assert_same(expected, step(model, batch))
 
 
-def test_a_forward_that_depends_on_values() -> None:
-    """XLM checks the lengths of its sequences in Python."""
+def test_a_model_that_goes_through_several_lists_side_by_side() -> None:
+    """XLM: none of them can be shortened alone. It also checks the lengths of its sequences in Python."""
     sizes: dict[str, Any] = {
         "vocab_size": 64,
         "emb_dim": 48,
-        "n_layers": 2,
+        "n_layers": 4,
         "n_heads": 4,
         "max_position_embeddings": 64,
         "n_langs": 1,
     }
     model = transformers.XLMWithLMHeadModel(transformers.XLMConfig(**sizes, use_lang_emb=False)).train()
+    batch = small_batch()
+    expected = step(model, batch)
+    planner = library.Planner(model, batch, cost=COST)
+    with library.apply(planner.plan(planner.min_peak_bytes()), model):
+        assert_same(expected, step(model, batch))
+
+
+class LooksAtWeights(Stages):
+    """How many of its features count is in a weight."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = super().forward(input_ids, labels)
+        return {"loss": found["loss"] * int(self.embed.weight.sum().abs().clamp(max=1))}
+
+
+def test_a_forward_that_depends_on_values() -> None:
+    model = LooksAtWeights().train()
     for act in (
         lambda: library.plan(model, small_batch(), "1GiB", cost=COST),
         lambda: library.saved_tensors(model, small_batch()),
@@ -653,7 +670,7 @@ def test_a_forward_that_depends_on_values() -> None:
             "the model's forward depends on values of tensors, and a plan is made without computing any"
         )
         (line,) = caught.value.details
-        assert re.fullmatch(r"aten\._local_scalar_dense\.default at modeling_xlm\.py:\d+", line)
+        assert re.fullmatch(r"aten\._local_scalar_dense\.default at test_bad_input\.py:\d+", line)
 
 
 def test_a_model_with_nothing_to_train() -> None:

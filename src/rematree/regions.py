@@ -67,7 +67,8 @@ def find_chain(model: nn.Module, without: Collection[str] = ()) -> Chain:
     lists = [item for item in lists if item[2] not in without]
     if lists:
         _, _, path, module = max(lists, key=lambda item: (item[0], item[1]))
-        return Chain(tuple(f"{path}.{i}" if path else str(i) for i in range(len(module))), path)
+        blocks = tuple(f"{path}.{i}" if path else str(i) for i in range(len(module)))
+        return Chain(blocks, path if stands_alone(model, path) else None)
     prefix, root = "", model
     children = _called_children(root)
     while len(children) == 1:
@@ -79,6 +80,14 @@ def find_chain(model: nn.Module, without: Collection[str] = ()) -> Chain:
         return Chain((prefix.rstrip("."),), None, note)
     note = f"no block list found: falling back to {len(children)} coarser regions, the children of {prefix or 'model'}"
     return Chain(tuple(prefix + name for name, _ in children), None, note.rstrip("."))
+
+
+def stands_alone(model: nn.Module, container: str) -> bool:
+    """Whether no list of as many modules is beside the one at `container`: XLM goes through four, place by place."""
+    parent = model.get_submodule(container.rpartition(".")[0])
+    length = len(model.get_submodule(container)._modules)
+    lists = [child for child in parent.children() if isinstance(child, nn.ModuleList) and len(child) == length]
+    return len(lists) == 1
 
 
 def _inside_block(path: str, lists: list[tuple[int, int, str, nn.ModuleList]]) -> bool:

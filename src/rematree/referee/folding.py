@@ -21,7 +21,7 @@ from torch import nn
 
 from rematree.memory.ledger import Ledger
 from rematree.plans import Levers
-from rematree.regions import POSITIONAL_ATTRIBUTES, block_kind, parent_path
+from rematree.regions import POSITIONAL_ATTRIBUTES, block_kind, parent_path, stands_alone
 from rematree.trace import OpRecord, Segment
 
 _OUTSIDE: Final = object()
@@ -128,6 +128,8 @@ def list_of(model: nn.Module, blocks: Sequence[str]) -> str | None:
         return None
     holder = model.get_submodule(container)
     if not isinstance(holder, nn.ModuleList) or list(holder._modules) != [path.rpartition(".")[2] for path in blocks]:
+        return None
+    if not stands_alone(model, container):
         return None
     inside = [id(p) for block in holder for p in block.parameters()]
     everything = sum(1 for _, _ in model.named_parameters(remove_duplicate=False))
