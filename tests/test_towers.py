@@ -12,6 +12,7 @@ from checkpointed_models import step
 from models import assert_same, batch_for, with_lora
 from rematree.planning.planner import Planner
 from rematree.pricing.cost import Roofline
+from test_values import TEXT
 
 COST = Roofline(5e10, 1e10)
 
@@ -61,20 +62,12 @@ def test_the_largest_tower_that_runs_is_planned() -> None:
 def test_a_cache_that_only_an_inner_tower_is_asked_for() -> None:
     """Qwen 3.5's outer forward does not name `use_cache`; its linear attention would write into one twice."""
     text: dict[str, Any] = {
-        "vocab_size": 151,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
+        **TEXT,
         "linear_num_value_heads": 4,
         "linear_num_key_heads": 2,
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
-        "max_position_embeddings": 64,
         "layer_types": ["linear_attention", "full_attention"] * 2,
-        "pad_token_id": 0,
     }
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """Models that look at values of their batch: image-text models, whose pictures stand among the words."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -97,9 +98,13 @@ def test_models_with_pictures_are_planned(make: Any, lora: bool) -> None:
 
 def test_values_are_asked_only_where_nothing_else_does() -> None:
     model = with_lora(build("llama"))
-    twin = Twin(model, batch_for(model))
+    batch = batch_for(model)
+    twin = Twin(model, batch)
     with twin.mode:
         twin.loss()
+    held = weakref.ref(batch["input_ids"])
+    del batch
+    assert held() is None, "a planner that is kept does not keep its batch"
     assert not twin.mode.knows_values
     assert twin.mode.recipes.has_value is None
 

@@ -33,7 +33,6 @@ class TwinMode(FakeTensorMode):
     Attributes:
         engine_device: Where code below Python believes tensors of an absent device to be; None: where they are.
         recipes: What ops make of tensors of given layouts, remembered.
-        knows_values: Whether values that are known are asked (`values`), at twice the cost of an op.
     """
 
     def __init__(self, device: torch.device | None = None, capability: Capability | None = None) -> None:
@@ -44,10 +43,18 @@ class TwinMode(FakeTensorMode):
         self.engine_device: torch.device | None = META if absent else None
         self._view: DeviceView | None = None
         self._entered = 0
-        self.knows_values = False
         self.recipes = Recipes(self, self.engine_device, device)
         if device is not None and (absent or capability is not None):
             self._view = DeviceView(device, capability or DEFAULT_CAPABILITY)
+
+    @property
+    def knows_values(self) -> bool:
+        """Whether values that are known are asked (`values`), at twice the cost of an op."""
+        return self.recipes.has_value is not None
+
+    def know_values(self) -> None:
+        """Ask them from now on."""
+        self.recipes.has_value = values.has_value
 
     def __enter__(self) -> Self:
         if self._view is not None and self._entered == 0:

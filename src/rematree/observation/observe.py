@@ -119,10 +119,11 @@ class Twin:
         storages: dict[int, torch.UntypedStorage] = {}
         visible = {name: batch[name] for name in self.batch}
         other.batch = tree_map_only(torch.Tensor, lambda tensor: self.mode.fake(tensor, storages), visible)
-        other._values = {name: value for name, value in visible.items() if isinstance(value, torch.Tensor)}
+        other._values = {}
         if self.mode.knows_values:
-            for name, value in other._values.items():
-                values.know(other.batch[name], value)
+            for name, fake in other.batch.items():
+                if isinstance(fake, torch.Tensor):
+                    values.know(fake, visible[name])
         return other
 
     def loss(self) -> torch.Tensor:
@@ -134,11 +135,11 @@ class Twin:
         """
         try:
             try:
-                return self._run()
+                loss = self._run()
             except RuntimeError as error:
                 if not values.asks_for_values(error) or not self._learn_values():
                     raise
-                return self._run()
+                loss = self._run()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             frames = [entry for entry in traceback.walk_tb(error.__traceback__) if not is_plumbing(entry[0])]
             where = f" at {source_line(*frames[-1])}" if frames else ""
@@ -147,6 +148,8 @@ class Twin:
                 details=[f"{error.func}{where}"],
                 remedies=_other_losses(self.model, self.batch),
             ) from error
+        self._values = {}  # asked for or not, and memory of the device
+        return loss
 
     def _run(self) -> torch.Tensor:
         with contextlib.ExitStack() as around:
@@ -162,7 +165,7 @@ class Twin:
             return False
         for name, value in self._values.items():
             values.know(self.batch[name], value)
-        self.mode.knows_values, self.mode.recipes.has_value = True, values.has_value
+        self.mode.know_values()
         return True
 
 
