@@ -14,8 +14,8 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 @pytest.fixture(autouse=True)
-def with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+def with_bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
 
 
 def made(heads: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
@@ -88,6 +88,6 @@ def test_what_is_left_to_the_kernel(tokens: int, dtype: torch.dtype, options: di
     assert replace_attention_backward(joint(inputs(tokens, dtype), **options).graph) == 0
 
 
-def test_without_amx_the_kernel_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+def test_without_products_of_bf16_the_kernel_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert replace_attention_backward(joint(inputs(64)).graph) == 0

@@ -160,8 +160,9 @@ class Plan:
         ledger: Where the bytes are at the peak; the sum is `predicted_peak_bytes`.
         rows: One line a block.
         fingerprint: What the plan was made for.
-        lean: Paths of the adapter layers that keep one input and the bits of their dropout masks, and of the norms
-            beside them that keep their input in its own dtype.
+        lean: Paths of the adapter layers that keep one input and the bits of their dropout masks, of the norms
+            beside them that keep their input in its own dtype, and of attention cores ("...#attention") that form the
+            scores of a slice of queries at a time; these change rounding.
         compiled: Path of a block -> share of its saved bytes, 0 to 1, that its compiler may keep. Changes rounding.
         groups: Runs of consecutive blocks, each recomputed as one from the input of its first; a group may hold
             smaller ones.
@@ -207,7 +208,12 @@ class Plan:
     @property
     def exact(self) -> bool:
         """True when every lever in use gives the plain model's gradients bit for bit."""
-        return self.loss_chunk_rows is None and not self.compiled
+        return self.loss_chunk_rows is None and not self.compiled and not self.sliced
+
+    @property
+    def sliced(self) -> tuple[str, ...]:
+        """Of `lean`, the attention cores: functions, which "#" sets apart from modules."""
+        return tuple(path for path in self.lean if "#" in path)
 
     @property
     def levers(self) -> Levers:

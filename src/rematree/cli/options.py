@@ -123,7 +123,10 @@ LoraTargets = Annotated[
 Full = Annotated[bool, typer.Option("--full", help="Train all parameters, without adapters.", rich_help_panel=_LORA)]
 Forbid = Annotated[
     list[str],
-    typer.Option(help="Lever the plan may not use; chunked_loss and compile change rounding.", show_default=False),
+    typer.Option(
+        help="Lever the plan may not use; chunked_loss, sliced_attention and compile change rounding.",
+        show_default=False,
+    ),
 ]
 Compile = Annotated[
     bool,

@@ -123,6 +123,14 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def eager_core(module: nn.Module) -> Callable[..., Any] | None:
+    """The function, of the file that defines `module`, which it calls as its attention; None if it calls another."""
+    config = _plain(module.__dict__.get("config"))
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return None
+    return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+
+
 class AttentionRegions:
     """Makes the attention core of some modules of one model a region; `remove()` restores their configs."""
 

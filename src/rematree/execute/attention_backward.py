@@ -2,8 +2,9 @@
 
 torch's kernel (`_scaled_dot_product_flash_attention_for_cpu_backward`, 2.13) does many products of 64 rows. Here they
 are batched over heads, for a slice of the queries and the keys that it sees, and what lies between them the compiler
-fuses: half the time on a processor with AMX. Probabilities are made from scores in fp32, as in the forward, so the
-result is as near to the true gradient as the kernel's, with other last bits.
+fuses: half the time on a processor with AMX, 0.65 to 0.83 of it on one with AVX512-BF16 alone. Probabilities are made
+from scores in fp32, as in the forward, so the result is as near to the true gradient as the kernel's, with other last
+bits.
 
 Letters: B batch, H heads, K heads of keys and values, G = H / K, T tokens, D width of a head.
 
@@ -48,7 +49,7 @@ def _faster(node: Any) -> bool:
     if dropout or not causal or node.kwargs.get("attn_mask") is not None:
         return False
     q, k = (node.args[place].meta["val"] for place in (1, 2))
-    if q.dtype is not torch.bfloat16 or not torch.cpu._is_amx_tile_supported():  # pyright: ignore[reportPrivateUsage]
+    if q.dtype is not torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported():  # pyright: ignore[reportPrivateUsage]
         return False
     if not all(isinstance(size, int) for size in (*q.shape, *k.shape)):
         return False

@@ -14,6 +14,7 @@ from rematree.engines import refuse_pipeline, without_engine
 from rematree.errors import PlanMismatchError, UsageError
 from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
+from rematree.execute.attention_slices import cores_to_slice, in_slices, within
 from rematree.execute.cacheless import Cacheless, decides_on_cache
 from rematree.execute.compiled import BlockCompiler, CompiledBlocks
 from rematree.execute.context import Captured
@@ -129,7 +130,9 @@ class Handle:
 
     def _install_plan(self, number: int, plan: Plan, attention: dict[nn.Module, dict[int, Callable[..., Any]]]) -> None:
         """What one plan does to the blocks; cores of attention are added to `attention`."""
-        lean = {path: find_module(self._model, path) for path in plan.lean}
+        for module in cores_to_slice(self._model, plan.lean, check=self._watcher is None):
+            attention.setdefault(module, {})[number] = in_slices
+        lean = {path: find_module(self._model, path) for path in plan.lean if not split_function(path)[1]}
         for path, layer in lean.items():
             self._override(layer, self._lean(plan, path, layer), number)
         self._install_compiled()  # before any recomputation of the block, which is around it
@@ -147,7 +150,8 @@ class Handle:
             else:
                 around = functools.partial(self._executor.save, path, decision.stash)
             if function == ATTENTION_SUFFIX:
-                attention.setdefault(module, {})[number] = around
+                arounds = attention.setdefault(module, {})
+                arounds[number] = within(around, arounds.get(number))
             else:
                 self._override(module, around, number)
         self._install_groups(number, plan)

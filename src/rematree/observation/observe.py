@@ -8,7 +8,7 @@ import copy
 import traceback
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import PurePath
 from types import FrameType
 from typing import Any, Final, Self
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from rematree.engines import copy_without_engine, is_flattened, is_partitioned, is_shard, whole_on_meta
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.attention import AttentionRegions, forget_attention
+from rematree.execute.attention_slices import in_slices, within
 from rematree.execute.dropout import draw, mask_can_be_kept, scale
 from rematree.execute.handle import forget_handle
 from rematree.execute.override import ForwardOverride, remove_overrides
@@ -217,13 +218,17 @@ class RegionStack:
         regions: Mapping[str, nn.Module],
         attention: Mapping[str, nn.Module] | None = None,
         dropouts: Mapping[str, nn.Module] | None = None,
+        sliced: Container[str] = (),
     ) -> None:
         self._stack: list[str] = [""]
         self._overrides = [ForwardOverride(module, self._around(path)) for path, module in regions.items()]
         self._overrides += [
             ForwardOverride(module, self._around_draw(path, module)) for path, module in (dropouts or {}).items()
         ]
-        self._attention = AttentionRegions((module, self._around(path)) for path, module in (attention or {}).items())
+        self._attention = AttentionRegions(
+            (module, within(self._around(path), in_slices if path in sliced else None))
+            for path, module in (attention or {}).items()
+        )
         self.calls: dict[str, int] = {}
         self.drawn: dict[str, int] = {}
 

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from rematree.execute.attention_slices import core_paths
 from rematree.execute.norms import is_norm
 from rematree.planning.survey import Survey
 from rematree.plans import Levers
@@ -31,11 +32,16 @@ def notes_on(known: Survey, levers: Levers, model: nn.Module, ranks: Ranks | Non
     released = len(frozen_int8_linears(model))
     if released:
         notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")
-    if levers.lean:
-        norms = sum(is_norm(model.get_submodule(path)) for path in levers.lean)
+    cores = core_paths(levers.lean)
+    layers = [path for path in levers.lean if path not in cores]
+    if layers:
+        norms = sum(is_norm(model.get_submodule(path)) for path in layers)
         beside = f", and {norms} norms" if norms else ""
-        lean = f"{len(levers.lean) - norms} LoRA layers{beside} are lean"
+        lean = f"{len(layers) - norms} LoRA layers{beside} are lean"
         notes.append(f"{lean}: one input, shared and in its own dtype; exact")
+    if cores:
+        said = f"{len(cores)} attentions in slices: changes rounding, and gives no weights"
+        notes.append(f"{said}; forbid with 'sliced_attention'")
     if levers.loss_chunk_rows is not None:
         said = f"chunked loss, {levers.loss_chunk_rows} rows at a time: changes rounding"
         notes.append(f"{said}; forbid with 'chunked_loss'")

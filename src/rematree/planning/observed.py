@@ -137,6 +137,7 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
         plain,
         chunk=settings.may("chunked_loss") and settings.loss is None,
         lean=settings.may("lean_adapters"),
+        slices=settings.may("sliced_attention"),
         # Their all-gathers are not priced, so a plan takes none but those of the step itself.
         groups=settings.may("groups") and not (ranks and ranks.gathers_for_groups),
         compiler=Profiler(model, settings.steps) if settings.compiles and not around_modules else None,

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rematree.execute.adapters import DrawBits, dropouts_of, is_part, lean_forward
 from rematree.execute.attention import attention_modules
+from rematree.execute.attention_slices import core_paths
 from rematree.execute.dropout import draw_bits, packed_bytes
 from rematree.execute.norms import is_norm, lean_norm
 from rematree.execute.override import ForwardOverride
@@ -32,10 +33,11 @@ class _SeenError(Exception):
 
 
 def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -> BlockTrace:
-    """Trace of one forward of the block at `path`, with the adapter layers at `lean`, inside it, run lean."""
+    """Trace of one forward of the block at `path`, with what is at `lean`, inside it, run lean."""
     block = twin.model.get_submodule(path)
     ledger = Ledger(cost, twin.device.type, twin.mode.recipes)
-    layers = {name.removeprefix(f"{path}."): twin.model.get_submodule(name) for name in lean}
+    cores = core_paths(lean)
+    layers = {name.removeprefix(f"{path}."): twin.model.get_submodule(name) for name in lean if name not in cores}
     inner = {name: m for name, m in inner_regions(block) if not any(is_part(name, layer) for layer in layers)}
     overrides: list[ForwardOverride] = []
     for name, layer in layers.items():  # innermost, and so before the regions
@@ -48,6 +50,7 @@ def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -
         inner,
         {f"{name}{ATTENTION_SUFFIX}": module for name, module in attention_modules(block)},
         {f"{name}{DRAW_SUFFIX}": module for name, module in inner.items() if type(module) is nn.Dropout},
+        sliced={core.removeprefix(f"{path}.") for core in cores},
     )
     ops: list[TraceOp] = []
     saves: list[TraceSave] = []
@@ -149,12 +152,25 @@ def describe_groups(groups: Sequence[tuple[int, int]], count: int) -> list[str]:
     return texts
 
 
-def describe_option(option: BlockOption, group: str = "") -> str:
-    """One phrase for the table: what is saved inside the recomputed block, and the group it is recomputed with."""
+def lean_words(layers: Sequence[str]) -> str:
+    """What is lean about a block in which `layers` are."""
+    cores = core_paths(layers)
+    words = ["lean adapters"] if len(cores) < len(layers) else []
+    return ", ".join([*words, *(["attention in slices"] if cores else [])])
+
+
+def describe_option(option: BlockOption, group: str = "", lean: str = "lean adapters") -> str:
+    """One phrase for the table: what is saved inside the recomputed block, and the group it is recomputed with.
+
+    Args:
+        option: Of the block.
+        group: As `describe_groups` says it.
+        lean: What a lean block is, in words.
+    """
     if group:
-        inside = "" if option.saves_all else f"; in it {describe_option(option)}"
+        inside = "" if option.saves_all else f"; in it {describe_option(option, lean=lean)}"
         return f"recompute with {group}{inside}"
-    start = "lean adapters, " if option.lean else ""
+    start = f"{lean}, " if option.lean else ""
     if option.compiled is not None:
         return f"compiled, memory budget {option.compiled:g}" + ("" if option.saves_all else ", recompute all")
     if option.saves_all:

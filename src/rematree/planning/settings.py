@@ -15,7 +15,7 @@ from rematree.pricing.cost import Cost
 from rematree.referee.ranks import Ranks
 from rematree.referee.simulate import Optimizer
 
-LEVERS: Final = frozenset({"chunked_loss", "lean_adapters", "compile", "groups"})
+LEVERS: Final = frozenset({"chunked_loss", "lean_adapters", "sliced_attention", "compile", "groups"})
 _WORTH_COMPILING: Final = 200  # steps from which it is worth a minute to find out
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -31,7 +31,8 @@ class Settings:
         accumulation_steps: More than one means gradients of earlier micro-batches are live during the step.
         clips: Whether the loop clips gradients (`clip_grad_norm_`) before the optimizer's step, as Trainers do unless
             told otherwise (`max_grad_norm`); its time counts, its bytes are a few scalars. False: it does not.
-        forbid: Levers not to use: "chunked_loss" and "compile" (they change rounding), "lean_adapters", "groups".
+        forbid: Levers not to use: "chunked_loss", "sliced_attention" and "compile" (they change rounding),
+            "lean_adapters", "groups".
         cost: Prices ops; default: measured on the model's device.
         loss: The scalar to differentiate, from the model's output; default: its `loss`.
         device: Where the step will run, if not where the model is; it need not be in this machine. Then `cost` says

@@ -13,17 +13,19 @@ from typing import Any, Final
 from torch import nn
 
 from rematree.execute.adapters import lean_layers
+from rematree.execute.attention_slices import sliced_cores
 from rematree.execute.norms import lean_norms
+from rematree.observation.observe import Twin
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.planning.head_pace import HeadClock
-from rematree.planning.heads import chunk_rows_of, measure_heads, trains_tied_head
+from rematree.planning.heads import chunk_rows_of, measure_heads, rows_and_tokens_of, trains_tied_head
 from rematree.planning.options import levers_of, merged, observe_block
 from rematree.planning.stages import length_for, measure_advances, measure_options
 from rematree.plans import Levers
 from rematree.referee.folding import shortened
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
-from rematree.regions import Chain, block_kind
+from rematree.regions import ATTENTION_SUFFIX, Chain, block_kind, join_path
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainChoice, ChainProblem
 from rematree.solve.groups import by_block
@@ -88,6 +90,7 @@ def survey(
     *,
     chunk: bool,
     lean: bool,
+    slices: bool,
     groups: bool,
     compiler: Profiler | None = None,
     live: nn.Module | None = None,
@@ -100,6 +103,7 @@ def survey(
         plain: What it says of a step without any lever.
         chunk: Whether chunked loss may be used.
         lean: Whether adapter layers, and norms beside them, may be lean.
+        slices: Whether attention may be computed in slices.
         groups: Whether blocks may be recomputed in groups.
         compiler: Compiles and measures blocks, if they may be compiled.
         live: The model itself, if its head may be run for its time.
@@ -113,7 +117,7 @@ def survey(
     if compiler is not None:
         compiled = compiler.measure(referee, plain, representatives)
         referee.profiles = compiled.profiles
-    layers = _lean_layers(twin.model, chain) if lean else {}
+    layers = _lean_layers(twin, chain, adapters=lean, cores=slices)
     chunks = chunk_rows_of(twin) if chunk else []
     gradients = tuple(0 if accumulate else referee.layout.gradients_left(k) for k in range(len(chain.blocks)))
 
@@ -183,14 +187,23 @@ def survey(
     )
 
 
-def _lean_layers(model: nn.Module, chain: Chain) -> dict[str, tuple[str, ...]]:
-    """Paths of the layers inside each block that can be lean, norms among them, for blocks with adapters that can."""
+def _lean_layers(twin: Twin, chain: Chain, *, adapters: bool, cores: bool) -> dict[str, tuple[str, ...]]:
+    """Paths of what can be lean inside each block, for blocks in which something can.
+
+    Adapter layers, norms in blocks that have these, and cores of attention that slices are worth it for.
+    """
     found: dict[str, tuple[str, ...]] = {}
+    rows, tokens = rows_and_tokens_of(twin.batch)
     for block in chain.blocks:
-        inside = model.get_submodule(block)
-        adapters = [(path, layer) for path, layer in lean_layers(inside) if path]  # a block that is one is run as it is
-        if adapters:
-            found[block] = tuple(f"{block}.{path}" for path, _ in (*adapters, *lean_norms(inside)))
+        inside = twin.model.get_submodule(block)
+        # A block that is an adapter layer is run as it is.
+        paths = [path for path, _ in lean_layers(inside) if path] if adapters else []
+        if paths:
+            paths += [path for path, _ in lean_norms(inside)]
+        if cores:
+            paths += [f"{path}{ATTENTION_SUFFIX}" for path, _ in sliced_cores(inside, rows, tokens)]
+        if paths:
+            found[block] = tuple(join_path(block, path) for path in paths)
     return found
 
 

@@ -148,7 +148,9 @@ def _levers(plan: Plan) -> list[str]:
     lost: list[str] = []
     if plan.groups:
         lost.append("layers that are recomputed together: each keeps its own input instead, which takes more memory")
-    if plan.lean:
+    if plan.sliced:
+        lost.append("attention in slices of queries: all scores of a layer are there at once instead")
+    if len(plan.lean) > len(plan.sliced):
         lost.append("lean layers, which share one input in its own dtype: each keeps its own instead, in fp32")
     if plan.compiled:
         lost.append(f"blocks that are compiled: {len(plan.compiled)}")

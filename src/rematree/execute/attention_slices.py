@@ -1,0 +1,228 @@
+"""Attention written in PyTorch, a slice of its queries at a time.
+
+Where no fused kernel computes what a model wants (a learned sink, a cap on scores), transformers forms all scores of a
+block at once, [B, H, T, T], several times over: softmax, its cast, their gradients. No recomputation of the block helps
+against that, for it is there again while the block runs backward. Here the model's own function is called for a few
+rows or queries at a time, each call under `torch.utils.checkpoint`: what is kept are queries, keys and values, and what
+is there at once are the scores of one slice.
+
+The function does for each query what it did before, but products of other shapes may sum in another order, and the
+gradients of keys and values are sums over slices: results differ in their last bits.
+
+Letters: B rows of the batch, H heads of queries, K heads of keys, T queries, S keys, D width of a head.
+
+Source of the idea: Rabe & Staats 2021, self-attention does not need O(n^2) memory.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rematree.errors import PlanMismatchError
+from rematree.execute.attention import AttentionAround, attention_modules, eager_core
+from rematree.regions import ATTENTION_SUFFIX, find_module, split_function
+
+_SCORES: Final = 1 << 26  # of one slice; 256 MiB of fp32
+_MOST: Final = 32  # slices, unless there are more rows: each is simulated, and expands keys and values anew
+_MASK: Final = "attention_mask"
+_DROPOUTS: Final = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+_SMALL: Final = 1 << 16  # numbers of a weight that a core may read: sinks, biases
+_NEAR: Final = 1e-4  # of two ways to compute the same in fp32
+
+
+def slice_shape(rows: int, heads: int, queries: int, keys: int) -> tuple[int, int]:
+    """(rows, queries) of a slice of scores [rows, heads, queries, keys]; all of them where they are few."""
+    count = min(_MOST, -(-rows * heads * queries * keys // _SCORES))
+    if count <= 1:
+        return rows, queries
+    at_once = -(-rows // count)
+    return at_once, -(-queries // max(1, count * at_once // rows))
+
+
+def sliced_cores(model: nn.Module, rows: int, tokens: int) -> list[tuple[str, nn.Module]]:
+    """Path and module of every attention of `model` that can be sliced and, at this size of batch, would be."""
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in attention_modules(model):
+        heads = getattr(module.__dict__["config"], "num_attention_heads", None)
+        large = type(heads) is int and slice_shape(rows, heads, tokens, tokens) != (rows, tokens)
+        if large and why_whole(module) is None:
+            found.append((path, module))
+    return found
+
+
+def why_whole(module: nn.Module) -> str | None:
+    """Why the core of the attention `module` cannot be sliced. None if it can."""
+    core = eager_core(module)
+    if core is None:
+        return "it is not attention written in PyTorch that transformers' interface leads to"
+    config: Any = module.__dict__["config"]
+    drops = any(getattr(holder, name, 0) for holder in (module, config) for name in _DROPOUTS)
+    if drops or any(isinstance(child, nn.Dropout) and child.p for child in module.children()):
+        return "it has dropout, whose masks would be others"
+    if not _agrees(core, module):
+        return "its slices give another result"
+    return None
+
+
+def in_slices(
+    inner: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What `inner` returns, from slices, but without the weights.
+
+    Args:
+        inner: Attention as transformers' interface calls it: (output [B, T, H, D], weights).
+        module: The attention that calls.
+        query: [B, H, T, D].
+        key: [B, K, S, D].
+        value: [B, K, S, D].
+        attention_mask: [B or 1, H or 1, T or 1, S], or None.
+        args: More of the same.
+        kwargs: More of the same.
+    Cost:
+        The forward once more in backward. Scores of one slice at a time.
+    """
+    rows, _, queries, _ = query.shape
+    few = slice_shape(rows, query.shape[1], queries, key.shape[2])
+    whole = few == (rows, queries) or kwargs.get("dropout") or _gives_weights(module, kwargs)
+    if whole or args or _others(inner, kwargs):
+        return inner(module, query, key, value, attention_mask, *args, **kwargs)
+    return _joined(inner, module, few, query, key, value, attention_mask, kwargs), None
+
+
+def within(around: AttentionAround, core: AttentionAround | None) -> AttentionAround:
+    """`around` what `core` is around, if there is any."""
+
+    def both(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert core is not None
+        return around(functools.partial(core, inner), *args, **kwargs)
+
+    return around if core is None else both
+
+
+def core_paths(lean: Iterable[str]) -> list[str]:
+    """Of what is lean, the cores of attention."""
+    return [path for path in lean if path.endswith(ATTENTION_SUFFIX)]
+
+
+def cores_to_slice(model: nn.Module, lean: Iterable[str], *, check: bool) -> list[nn.Module]:
+    """The attentions whose cores are among what is lean.
+
+    Raises:
+        PlanMismatchError: one cannot be sliced; only if `check`.
+    """
+    found: list[nn.Module] = []
+    for path in core_paths(lean):
+        found.append(find_module(model, split_function(path)[0]))
+        reason = why_whole(found[-1]) if check else None
+        if reason is not None:
+            raise PlanMismatchError(
+                f"the plan slices {path}, which cannot be sliced: {reason}",
+                remedies=["plan again with forbid=['sliced_attention']"],
+            )
+    return found
+
+
+def _joined(
+    inner: Callable[..., Any],
+    module: nn.Module,
+    few: tuple[int, int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The output, [B, T, H, D], from slices of (rows, queries)."""
+    # One split has one node, whose backward joins the gradients; a slice's own would fill each with zeros.
+    of_rows = [
+        torch.cat(
+            [
+                _once(inner, module, part, keys, values, _part(of_them, 2, part.shape[2], number * few[1]), kwargs)
+                for number, part in enumerate(queries.split(few[1], 2))
+            ],
+            1,
+        )
+        for queries, keys, values, of_them in _by_rows(few[0], query, key, value, mask)
+    ]
+    return of_rows[0] if len(of_rows) == 1 else torch.cat(of_rows)
+
+
+def _by_rows(
+    at_once: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    splits = (tensor.split(at_once) for tensor in (query, key, value))
+    for number, (q, k, v) in enumerate(zip(*splits, strict=True)):
+        yield q, k, v, _part(mask, 0, len(q), number * at_once)
+
+
+def _part(mask: Tensor | None, dim: int, length: int, start: int) -> Tensor | None:
+    return mask if mask is None or mask.shape[dim] == 1 else mask.narrow(dim, start, length)
+
+
+def _once(
+    inner: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Output of one slice, [rows, queries, H, D]."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return inner(module, query, key, value, mask, **kwargs)[0]
+
+    return checkpoint(run, query, key, value, mask, use_reentrant=False, preserve_rng_state=False)
+
+
+def _gives_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody asked for the weights."""
+    return bool(kwargs.get("output_attentions") or getattr(module.__dict__["config"], "output_attentions", False))
+
+
+def _others(inner: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether `inner` reads tensors beside the usual ones, of which nobody says how they belong to queries."""
+    tensors = {name for name, given in kwargs.items() if isinstance(given, Tensor)}
+    return not tensors.isdisjoint(inspect.signature(inner).parameters)
+
+
+def _agrees(core: Callable[..., Any], module: nn.Module) -> bool:
+    """Whether `core` gives a few made-up queries the same output in slices: it may ask how many there are."""
+    config: Any = module.__dict__["config"]
+    heads, rows, tokens, width = config.num_attention_heads, 2, 6, 8
+    pairs = heads // getattr(module, "num_key_value_groups", 1)
+    made = torch.Generator().manual_seed(0)
+    stand_in = copy.copy(module)
+    # Its weights may be fake, or sharded, and must not be asked; large ones, as of experts, are read by no core.
+    stand_in.__dict__["_parameters"] = {
+        name: torch.rand(weight.shape, generator=made)
+        for name, weight in module._parameters.items()
+        if weight is not None and weight.numel() <= _SMALL
+    }
+    query, key, value = (torch.randn(rows, count, tokens, width, generator=made) for count in (heads, pairs, pairs))
+    causal = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1).expand(rows, 1, -1, -1)
+    given = {"scaling": width**-0.5}
+    with torch.no_grad():
+        try:
+            for mask in (causal, None):
+                whole: Tensor = core(stand_in, query, key, value, mask, **given)[0]
+                sliced = _joined(core, stand_in, (1, 2), query, key, value, mask, given)
+                if whole.shape != (rows, tokens, heads, width) or not torch.allclose(sliced, whole, _NEAR, _NEAR):
+                    return False
+        except (RuntimeError, TypeError, AttributeError, IndexError, ValueError):
+            return False
+    return True
