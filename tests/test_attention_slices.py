@@ -296,3 +296,15 @@ def test_full_fine_tuning_is_sliced_too(monkeypatch: pytest.MonkeyPatch) -> None
     true = grads(model, batch)
     with rematree.apply(least, model, batch):
         assert distance(grads(model, batch), true) < 1e-4
+
+
+def test_a_survey_of_few_tokens_says_nothing_of_many() -> None:
+    model = made("gemma2")
+    short, long = batch_for(model, rows=1, tokens=16), batch_for(model, rows=1, tokens=64)
+    forbid = ["compile", "lean_adapters", "chunked_loss", "groups"]
+    of_few, of_many = (Planner(model, batch, cost=COST, forbid=forbid) for batch in (short, long))
+    assert of_few.scales_to(short)
+    assert not of_few.scales_to(long)
+    assert of_many.scales_to(batch_for(model, rows=1, tokens=72))
+    assert not of_many.scales_to(short)
+    assert Planner(model, short, cost=COST, forbid=[*forbid, "sliced_attention"]).scales_to(long)

@@ -122,6 +122,7 @@ def find_setting(
     shape = target.shape(replace(config, max_length=shortest), full=full)
     most, limit = _limit(quantity, shape)
     planners: dict[bool, Planner] = {}  # the last that fits, which is the answer's, and the last that does not
+    beside: list[Planner] = []  # made for an estimate
     probes: list[Probe] = []
 
     def run_with(value: int) -> tuple[TrainConfig, Shape]:
@@ -140,12 +141,16 @@ def find_setting(
         return probe
 
     def estimate(value: int) -> Probe:
-        """By the only planner there is yet, scaled."""
+        """By the planner of the first value, scaled, or by a new one where that has not the same levers."""
         (first,), (known,) = probes, planners.values()
         if value == first.value:
             return first
-        _, tried = run_with(value)
-        probe = Probe(value, known.for_batch(tried.batch).min_peak_bytes(), limit_bytes)
+        changed, tried = run_with(value)
+        same = next((planner for planner in (known, *beside) if planner.scales_to(tried.batch)), None)
+        if same is None:
+            beside.append(target.planner(tried, changed))
+        scaled = beside[-1] if same is None else same.for_batch(tried.batch)
+        probe = Probe(value, scaled.min_peak_bytes(), limit_bytes)
         say(f"{flag(field)} {value}: about {format_bytes(probe.least_bytes)}")
         return probe
 

@@ -83,6 +83,10 @@ class Planner:
         other._take(self.observed.for_batch(batch))
         return other
 
+    def scales_to(self, batch: Mapping[str, Any]) -> bool:
+        """Whether `for_batch` has the levers that a planner made for `batch` would have."""
+        return self.survey.holds_for(self.observed.twin.model, batch)
+
     def bytes_before(self) -> int:
         """What there is before the step begins, and what the device needs beside the tensors of any step."""
         return bytes_before(self.survey.plain) + self.observed.fixed_bytes

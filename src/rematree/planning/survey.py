@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import nn
 
 from rematree.execute.adapters import lean_layers
-from rematree.execute.attention_slices import sliced_cores
+from rematree.execute.attention_slices import core_paths, sliced_cores
 from rematree.execute.norms import lean_norms
 from rematree.observation.observe import Twin
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
@@ -54,6 +54,7 @@ class Survey:
         released: For each option of the first block, bytes of what that block was given that are gone by backward. Its
             numbers in `problem` are without them.
         compiled: What was measured of compiled blocks, and why others are not offered.
+        slices: Whether attention may be computed in slices.
     """
 
     chain: Chain
@@ -66,6 +67,19 @@ class Survey:
     lean: Mapping[str, tuple[str, ...]]
     released: tuple[int, ...]
     compiled: CompiledKinds = NOT_COMPILED
+    slices: bool = True
+
+    def holds_for(self, model: nn.Module, batch: Mapping[str, Any]) -> bool:
+        """Whether the same can be lean for `batch`: attention over a few tokens is not sliced.
+
+        Args:
+            model: That of the survey.
+            batch: Of the same tensors.
+        """
+        if not self.slices:
+            return True
+        known = {path for layers in self.lean.values() for path in core_paths(layers)}
+        return known == {path for block in self.chain.blocks for path in _cores_in(model, block, batch)}
 
     def left_by(self, choice: ChainChoice) -> list[tuple[int, float]]:
         """For each block, (bytes that its forward leaves until backward, extra seconds)."""
@@ -184,6 +198,7 @@ def survey(
         layers,
         released,
         compiled,
+        slices,
     )
 
 
@@ -193,18 +208,24 @@ def _lean_layers(twin: Twin, chain: Chain, *, adapters: bool, cores: bool) -> di
     Adapter layers, norms in blocks that have these, and cores of attention that slices are worth it for.
     """
     found: dict[str, tuple[str, ...]] = {}
-    rows, tokens = rows_and_tokens_of(twin.batch)
     for block in chain.blocks:
         inside = twin.model.get_submodule(block)
         # A block that is an adapter layer is run as it is.
         paths = [path for path, _ in lean_layers(inside) if path] if adapters else []
         if paths:
             paths += [path for path, _ in lean_norms(inside)]
+        lean = [f"{block}.{path}" for path in paths]
         if cores:
-            paths += [f"{path}{ATTENTION_SUFFIX}" for path, _ in sliced_cores(inside, rows, tokens)]
-        if paths:
-            found[block] = tuple(join_path(block, path) for path in paths)
+            lean += _cores_in(twin.model, block, twin.batch)
+        if lean:
+            found[block] = tuple(lean)
     return found
+
+
+def _cores_in(model: nn.Module, block: str, batch: Mapping[str, Any]) -> list[str]:
+    """Paths of the cores of attention inside `block` that slices are worth it for."""
+    found = sliced_cores(model.get_submodule(block), *rows_and_tokens_of(batch))
+    return [join_path(block, f"{path}{ATTENTION_SUFFIX}") for path, _ in found]
 
 
 def _beside_lean(
