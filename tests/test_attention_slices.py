@@ -112,7 +112,7 @@ def test_slices_are_few_and_hold_few_scores(scores: tuple[int, int, int, int]) -
     share = max(1 << 11, math.prod(scores) / 32)
     assert 1 <= few <= rows
     assert 1 <= some <= queries
-    assert count <= 64
+    assert count <= 32
     assert few * heads * some * keys <= 2 * share + heads * keys * few
 
 
@@ -135,17 +135,15 @@ def test_gradients_of_all_parameters_are_the_same_to_rounding(name: str, padded:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_in_bf16_they_are_as_near_to_the_true_ones(name: str, sliced: Any) -> None:
+def test_in_bf16_many_slices_are_as_near_to_the_true_gradients(name: str, sliced: Any) -> None:
     model = made(name, torch.bfloat16)
-    batch = batch_for(model, rows=3, tokens=40)
-    whole = grads(model, batch)
-    true = grads(_widened(name, model), batch)
+    batch = batch_for(model, rows=1, tokens=192)  # 32 slices
+    whole, true = grads(model, batch), grads(_widened(name, model), batch)
     sliced(model)
-    attention = {key for key in true if "self_attn" in key}
     found = grads(model, batch)
-    for key in attention:
+    for key in (key for key in true if "k_proj" in key or "v_proj" in key or "sinks" in key):
         near, far = (distance({key: g[key]}, {key: true[key]}) for g in (whole, found))
-        assert far < max(1.5 * near, 2e-2), key
+        assert far < 1.5 * near, key
 
 
 def _widened(name: str, model: nn.Module) -> nn.Module:
@@ -173,6 +171,28 @@ def test_who_asks_for_weights_gets_them(sliced: Any) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+def test_gradients_are_the_same_in_every_backward_of_a_graph(sliced: Any) -> None:
+    model = made("gpt_oss")
+    batch = batch_for(model, rows=2, tokens=40)
+    sliced(model)
+    loss = model(**batch).loss
+    first, second = (torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (1, 40, 40)])
+def test_a_mask_of_which_it_is_not_known_what_its_dimensions_are_leaves_attention_whole(shape: tuple[int, ...]) -> None:
+    model = made("llama")
+    (core, *_) = cores_of(model)
+    q, k, v = (torch.randn(3, heads, 40, 8) for heads in (4, 2, 2))
+    mask = torch.full((40, 40), -1e9).triu(1).reshape(shape)
+    eager = transformers.models.llama.modeling_llama.eager_attention_forward
+    output, weights = in_slices(eager, core, q, k, v, mask, scaling=1.0)
+    expected, _ = eager(core, q, k, v, mask, scaling=1.0)
+    assert torch.equal(output, expected)
+    assert weights is not None
+
+
 # -- where ------------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +206,27 @@ def test_what_is_not_sliced() -> None:
     fused = transformers.LlamaConfig(**dict[str, Any](SHAPE, attn_implementation="sdpa"), num_hidden_layers=1)
     (core, *_) = cores_of(transformers.AutoModelForCausalLM.from_config(fused))
     assert "PyTorch" in str(why_whole(core))
+    mlp = made("llama").get_submodule("model.layers.0.mlp")
+    assert "config" in vars(mlp)
+    assert "PyTorch" in str(why_whole(mlp))
+    silent = transformers.StableLmConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=48, vocab_size=99)
+    silent._attn_implementation = "eager"
+    core = transformers.StableLmForCausalLM(silent).get_submodule("model.layers.0.self_attn")
+    assert "asked for its weights" in str(why_whole(core))
+
+
+def test_weights_that_other_ranks_hold_are_made_up_whole() -> None:
+    (core, *_) = cores_of(made("gpt_oss"))
+    sinks: Any = core.sinks
+    sinks.ds_id, sinks.ds_shape = 0, sinks.shape
+    sinks.data = torch.empty(0)
+    assert why_whole(core) is None
+
+
+def test_where_tensors_are_made_by_default_does_not_matter() -> None:
+    (core, *_) = cores_of(made("gpt_oss"))
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        assert why_whole(core) is None
 
 
 def test_a_core_that_counts_its_queries_is_not_sliced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,18 @@ Falcon calls torch's function then. So the name is a string that is equal to <na
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from torch import nn
 
+from rematree.engines import own_class
+
 _PREFIX: Final = "rematree:"
 _ATTRIBUTE: Final = "_rematree_attention"
+_EAGER: Final = "eager_attention_forward"
 
 AttentionAround = Callable[..., Any]  # around(inner, *args, **kwargs), like ForwardOverride's
 
@@ -124,11 +128,17 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def eager_core(module: nn.Module) -> Callable[..., Any] | None:
-    """The function, of the file that defines `module`, which it calls as its attention; None if it calls another."""
-    config = _plain(module.__dict__.get("config"))
+    """The function, of the file that defines `module`, which it calls as its attention; None if it calls another.
+
+    Others than attentions hold a config, too; they do not name that function.
+    """
+    config, kind = _plain(module.__dict__.get("config")), own_class(module)
     if getattr(config, "_attn_implementation", None) != "eager":
         return None
-    return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if code is None or _EAGER not in code.co_names:
+        return None
+    return getattr(sys.modules.get(kind.__module__), _EAGER, None)
 
 
 class AttentionRegions:

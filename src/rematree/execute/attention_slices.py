@@ -7,7 +7,7 @@ rows or queries at a time, each call under `torch.utils.checkpoint`: what is kep
 is there at once are the scores of one slice.
 
 The function does for each query what it did before, but products of other shapes may sum in another order, and the
-gradients of keys and values are sums over slices: results differ in their last bits.
+gradients of keys and values are sums over slices, in fp32: results differ in their last bits.
 
 Letters: B rows of the batch, H heads of queries, K heads of keys, T queries, S keys, D width of a head.
 
@@ -17,20 +17,23 @@ Source of the idea: Rabe & Staats 2021, self-attention does not need O(n^2) memo
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from rematree.engines import own_class, whole_shape
 from rematree.errors import PlanMismatchError
 from rematree.execute.attention import AttentionAround, attention_modules, eager_core
 from rematree.regions import ATTENTION_SUFFIX, find_module, split_function
 
 _SCORES: Final = 1 << 26  # of one slice; 256 MiB of fp32
-_MOST: Final = 32  # slices, unless there are more rows: each is simulated, and expands keys and values anew
-_MASK: Final = "attention_mask"
+_MOST: Final = 32  # slices: each is simulated, and expands keys and values anew
+_WEIGHTS: Final = "output_attentions"
 _DROPOUTS: Final = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 _SMALL: Final = 1 << 16  # numbers of a weight that a core may read: sinks, biases
 _NEAR: Final = 1e-4  # of two ways to compute the same in fp32
@@ -61,13 +64,13 @@ def why_whole(module: nn.Module) -> str | None:
     core = eager_core(module)
     if core is None:
         return "it is not attention written in PyTorch that transformers' interface leads to"
+    if _WEIGHTS in inspect.signature(own_class(module).forward).parameters:
+        return "it may be asked for its weights, and does not say so to the function that makes them"
     config: Any = module.__dict__["config"]
     drops = any(getattr(holder, name, 0) for holder in (module, config) for name in _DROPOUTS)
     if drops or any(isinstance(child, nn.Dropout) and child.p for child in module.children()):
         return "it has dropout, whose masks would be others"
-    if not _agrees(core, module):
-        return "its slices give another result"
-    return None
+    return _trial(core, module)
 
 
 def in_slices(
@@ -94,10 +97,10 @@ def in_slices(
     Cost:
         The forward once more in backward. Scores of one slice at a time.
     """
-    rows, _, queries, _ = query.shape
-    few = slice_shape(rows, query.shape[1], queries, key.shape[2])
+    rows, heads, queries, _ = query.shape
+    few = slice_shape(rows, heads, queries, key.shape[2])
     whole = few == (rows, queries) or kwargs.get("dropout") or _gives_weights(module, kwargs)
-    if whole or args or _others(inner, kwargs):
+    if whole or args or _others(inner, kwargs) or not _usual(query, key, value, attention_mask):
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
     return _joined(inner, module, few, query, key, value, attention_mask, kwargs), None
 
@@ -135,6 +138,58 @@ def cores_to_slice(model: nn.Module, lean: Iterable[str], *, check: bool) -> lis
     return found
 
 
+class _Sum:
+    """A gradient that slices add up in fp32."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+
+class _Whole(torch.autograd.Function):
+    """A tensor that every slice reads: its gradient is what they have added up."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, summed: _Sum) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.summed, ctx.dtype = summed, tensor.dtype
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, None]:
+        total, ctx.summed.total = ctx.summed.total, None
+        return None if total is None else total.to(ctx.dtype), None
+
+
+class _InSlice(torch.autograd.Function):
+    """The same tensor, as one slice reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, summed: _Sum) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.summed = summed
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
+        (grad,) = grads
+        if grad is not None:
+            if ctx.summed.total is None:
+                ctx.summed.total = torch.zeros_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+            ctx.summed.total += grad
+        return None, None
+
+
+def _for_slices(tensor: Tensor, count: int) -> list[Tensor]:
+    """`tensor` for each of `count` slices; their gradients are summed without rounding to its dtype each time."""
+    if count == 1:
+        return [tensor]
+    summed = _Sum()
+    whole: Any = _Whole.apply(tensor, summed)
+    return [_InSlice.apply(whole, summed) for _ in range(count)]  # pyright: ignore[reportReturnType]
+
+
 def _joined(
     inner: Callable[..., Any],
     module: nn.Module,
@@ -147,29 +202,18 @@ def _joined(
 ) -> Tensor:
     """The output, [B, T, H, D], from slices of (rows, queries)."""
     # One split has one node, whose backward joins the gradients; a slice's own would fill each with zeros.
-    of_rows = [
-        torch.cat(
-            [
-                _once(inner, module, part, keys, values, _part(of_them, 2, part.shape[2], number * few[1]), kwargs)
-                for number, part in enumerate(queries.split(few[1], 2))
-            ],
-            1,
-        )
-        for queries, keys, values, of_them in _by_rows(few[0], query, key, value, mask)
-    ]
+    of_rows: list[Tensor] = []
+    queries, keys, values = (tensor.split(few[0]) for tensor in (query, key, value))
+    for q, k, v, of_them in zip(queries, keys, values, _parts(mask, few[0], 0, len(queries)), strict=True):
+        slices = q.split(few[1], 2)
+        count = len(slices)
+        given = (slices, _for_slices(k, count), _for_slices(v, count), _parts(of_them, few[1], 2, count))
+        of_rows.append(torch.cat([_once(inner, module, *each, kwargs) for each in zip(*given, strict=True)], 1))
     return of_rows[0] if len(of_rows) == 1 else torch.cat(of_rows)
 
 
-def _by_rows(
-    at_once: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    splits = (tensor.split(at_once) for tensor in (query, key, value))
-    for number, (q, k, v) in enumerate(zip(*splits, strict=True)):
-        yield q, k, v, _part(mask, 0, len(q), number * at_once)
-
-
-def _part(mask: Tensor | None, dim: int, length: int, start: int) -> Tensor | None:
-    return mask if mask is None or mask.shape[dim] == 1 else mask.narrow(dim, start, length)
+def _parts(mask: Tensor | None, size: int, dim: int, count: int) -> Sequence[Tensor | None]:
+    return [mask] * count if mask is None or mask.shape[dim] == 1 else mask.split(size, dim)
 
 
 def _once(
@@ -189,9 +233,17 @@ def _once(
     return checkpoint(run, query, key, value, mask, use_reentrant=False, preserve_rng_state=False)
 
 
+def _usual(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether it is known of all dimensions what they are."""
+    rows, _, queries, _ = query.shape
+    if len(key) != rows or len(value) != rows:
+        return False
+    return mask is None or (mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[2] in (1, queries))
+
+
 def _gives_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether somebody asked for the weights."""
-    return bool(kwargs.get("output_attentions") or getattr(module.__dict__["config"], "output_attentions", False))
+    return bool(kwargs.get(_WEIGHTS) or getattr(module.__dict__["config"], _WEIGHTS, False))
 
 
 def _others(inner: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
@@ -200,29 +252,39 @@ def _others(inner: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     return not tensors.isdisjoint(inspect.signature(inner).parameters)
 
 
-def _agrees(core: Callable[..., Any], module: nn.Module) -> bool:
-    """Whether `core` gives a few made-up queries the same output in slices: it may ask how many there are."""
+def _trial(core: Callable[..., Any], module: nn.Module) -> str | None:
+    """What is wrong when `core` runs on a few made-up queries, whole and in slices; None if nothing is."""
     config: Any = module.__dict__["config"]
     heads, rows, tokens, width = config.num_attention_heads, 2, 6, 8
     pairs = heads // getattr(module, "num_key_value_groups", 1)
-    made = torch.Generator().manual_seed(0)
+    made = torch.Generator("cpu").manual_seed(0)
     stand_in = copy.copy(module)
-    # Its weights may be fake, or sharded, and must not be asked; large ones, as of experts, are read by no core.
-    stand_in.__dict__["_parameters"] = {
-        name: torch.rand(weight.shape, generator=made)
-        for name, weight in module._parameters.items()
-        if weight is not None and weight.numel() <= _SMALL
-    }
-    query, key, value = (torch.randn(rows, count, tokens, width, generator=made) for count in (heads, pairs, pairs))
-    causal = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1).expand(rows, 1, -1, -1)
+    # What it holds may be fake, or sharded, and must not be asked; what is large, as of experts, is read by no core.
+    for kind in ("_parameters", "_buffers"):
+        stand_in.__dict__[kind] = {
+            name: _made_up(*whole_shape(held), made=made)
+            for name, held in module.__dict__[kind].items()
+            if held is not None and held.is_floating_point() and math.prod(whole_shape(held)) <= _SMALL
+        }
+    query, key, value = (_made_up(rows, count, tokens, width, made=made) for count in (heads, pairs, pairs))
+    causal = torch.full((tokens, tokens), -1e9, dtype=torch.float32, device="cpu").triu(1).expand(rows, 1, -1, -1)
     given = {"scaling": width**-0.5}
-    with torch.no_grad():
-        try:
-            for mask in (causal, None):
+    tried = False
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for mask in (causal, None):
+            try:
                 whole: Tensor = core(stand_in, query, key, value, mask, **given)[0]
+            except Exception:  # noqa: BLE001  another form of mask may be what it takes
+                continue
+            try:
                 sliced = _joined(core, stand_in, (1, 2), query, key, value, mask, given)
-                if whole.shape != (rows, tokens, heads, width) or not torch.allclose(sliced, whole, _NEAR, _NEAR):
-                    return False
-        except (RuntimeError, TypeError, AttributeError, IndexError, ValueError):
-            return False
-    return True
+            except Exception as error:  # noqa: BLE001  code of others
+                return f"a slice of it fails ({error})"
+            if whole.shape != (rows, tokens, heads, width) or not torch.allclose(sliced, whole, _NEAR, _NEAR):
+                return "its slices give another result"
+            tried = True
+    return None if tried else "it fails on made-up queries"
+
+
+def _made_up(*shape: int, made: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=made, dtype=torch.float32, device="cpu")

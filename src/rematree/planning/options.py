@@ -50,7 +50,7 @@ def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -
         inner,
         {f"{name}{ATTENTION_SUFFIX}": module for name, module in attention_modules(block)},
         {f"{name}{DRAW_SUFFIX}": module for name, module in inner.items() if type(module) is nn.Dropout},
-        sliced={core.removeprefix(f"{path}.") for core in cores},
+        sliced={core.removeprefix(path).removeprefix(".") for core in cores},
     )
     ops: list[TraceOp] = []
     saves: list[TraceSave] = []
