@@ -143,7 +143,7 @@ def test_in_bf16_many_slices_are_as_near_to_the_true_gradients(name: str, sliced
     found = grads(model, batch)
     for key in (key for key in true if "k_proj" in key or "v_proj" in key or "sinks" in key):
         near, far = (distance({key: g[key]}, {key: true[key]}) for g in (whole, found))
-        assert far < 1.5 * near, key
+        assert far < (4 if "sinks" in key else 1.5) * near, key  # a sum over slices in bf16, and in fp32
 
 
 def _widened(name: str, model: nn.Module) -> nn.Module:
@@ -334,6 +334,7 @@ def test_full_fine_tuning_is_sliced_too(monkeypatch: pytest.MonkeyPatch) -> None
     least = planner.plan(planner.min_peak_bytes())
     assert len(least.lean) == len(least.sliced) > 0
     assert not any("LoRA" in note for note in least.notes)
+    assert not any("adapters" in row.option for row in least.rows)
     true = grads(model, batch)
     with rematree.apply(least, model, batch):
         assert distance(grads(model, batch), true) < 1e-4

@@ -7,7 +7,8 @@ rows or queries at a time, each call under `torch.utils.checkpoint`: what is kep
 is there at once are the scores of one slice.
 
 The function does for each query what it did before, but products of other shapes may sum in another order, and the
-gradients of keys and values are sums over slices, in fp32: results differ in their last bits.
+gradients of keys and values are sums over slices, in fp32, and that of a weight the function reads, as a sink, one in
+its own dtype: results differ in their last bits.
 
 Letters: B rows of the batch, H heads of queries, K heads of keys, T queries, S keys, D width of a head.
 
@@ -115,9 +116,9 @@ def within(around: AttentionAround, core: AttentionAround | None) -> AttentionAr
     return around if core is None else both
 
 
-def core_paths(lean: Iterable[str]) -> list[str]:
-    """Of what is lean, the cores of attention."""
-    return [path for path in lean if path.endswith(ATTENTION_SUFFIX)]
+def is_core(path: str) -> bool:
+    """Whether what is lean at `path` is a core of attention."""
+    return path.endswith(ATTENTION_SUFFIX)
 
 
 def cores_to_slice(model: nn.Module, lean: Iterable[str], *, check: bool) -> list[nn.Module]:
@@ -127,7 +128,7 @@ def cores_to_slice(model: nn.Module, lean: Iterable[str], *, check: bool) -> lis
         PlanMismatchError: one cannot be sliced; only if `check`.
     """
     found: list[nn.Module] = []
-    for path in core_paths(lean):
+    for path in filter(is_core, lean):
         found.append(find_module(model, split_function(path)[0]))
         reason = why_whole(found[-1]) if check else None
         if reason is not None:
@@ -156,7 +157,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         total, ctx.summed.total = ctx.summed.total, None
         return None if total is None else total.to(ctx.dtype), None
 
@@ -172,8 +173,8 @@ class _InSlice(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
-        (grad,) = grads
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grad_outputs
         if grad is not None:
             if ctx.summed.total is None:
                 ctx.summed.total = torch.zeros_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))

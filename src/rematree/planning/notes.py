@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from rematree.execute.attention_slices import core_paths
+from rematree.execute.attention_slices import is_core
 from rematree.execute.norms import is_norm
 from rematree.planning.survey import Survey
 from rematree.plans import Levers
@@ -32,8 +32,8 @@ def notes_on(known: Survey, levers: Levers, model: nn.Module, ranks: Ranks | Non
     released = len(frozen_int8_linears(model))
     if released:
         notes.append(f"{released} Linear8bitLt layers keep no input for backward, which plain bitsandbytes would")
-    cores = core_paths(levers.lean)
-    layers = [path for path in levers.lean if path not in cores]
+    cores = [path for path in levers.lean if is_core(path)]
+    layers = [path for path in levers.lean if not is_core(path)]
     if layers:
         norms = sum(is_norm(model.get_submodule(path)) for path in layers)
         beside = f", and {norms} norms" if norms else ""

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rematree.execute.adapters import DrawBits, dropouts_of, is_part, lean_forward
 from rematree.execute.attention import attention_modules
-from rematree.execute.attention_slices import core_paths
+from rematree.execute.attention_slices import is_core
 from rematree.execute.dropout import draw_bits, packed_bytes
 from rematree.execute.norms import is_norm, lean_norm
 from rematree.execute.override import ForwardOverride
@@ -25,7 +25,7 @@ from rematree.regions import ATTENTION_SUFFIX, DRAW_SUFFIX, inner_regions, join_
 from rematree.solve.block import BlockOption
 from rematree.trace import BlockTrace, OpRecord, TraceOp, TraceSave
 
-_WORTH: Final = 0.99  # lean adapters must keep less than this share of what a block keeps
+_WORTH: Final = 0.99  # a lean variant must keep less than this share of what a block keeps
 
 
 class _SeenError(Exception):
@@ -36,8 +36,7 @@ def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -
     """Trace of one forward of the block at `path`, with what is at `lean`, inside it, run lean."""
     block = twin.model.get_submodule(path)
     ledger = Ledger(cost, twin.device.type, twin.mode.recipes)
-    cores = core_paths(lean)
-    layers = {name.removeprefix(f"{path}."): twin.model.get_submodule(name) for name in lean if name not in cores}
+    layers = {name.removeprefix(f"{path}."): twin.model.get_submodule(name) for name in lean if not is_core(name)}
     inner = {name: m for name, m in inner_regions(block) if not any(is_part(name, layer) for layer in layers)}
     overrides: list[ForwardOverride] = []
     for name, layer in layers.items():  # innermost, and so before the regions
@@ -50,7 +49,7 @@ def observe_block(twin: Twin, path: str, cost: Cost, lean: Sequence[str] = ()) -
         inner,
         {f"{name}{ATTENTION_SUFFIX}": module for name, module in attention_modules(block)},
         {f"{name}{DRAW_SUFFIX}": module for name, module in inner.items() if type(module) is nn.Dropout},
-        sliced={core.removeprefix(path).removeprefix(".") for core in cores},
+        sliced={core.removeprefix(path).removeprefix(".") for core in lean if is_core(core)},
     )
     ops: list[TraceOp] = []
     saves: list[TraceSave] = []
@@ -96,21 +95,26 @@ def _draws_in(region: str, stack: Callable[[], RegionStack]) -> DrawBits:
     return lambda like, p: stack().run(region, draw_bits, like, p)
 
 
-def merged(plain: Sequence[BlockOption], lean: Sequence[BlockOption], beside: float) -> list[BlockOption]:
-    """Options without and with lean adapters; the last one saves all and is not lean.
+def merged(plain: Sequence[BlockOption], *variants: tuple[Sequence[BlockOption], float]) -> list[BlockOption]:
+    """Options of a block as it is and of lean variants of it; the last one saves all and is not lean.
 
     Lean ones stay where they keep no less and take longer, as when everything is recomputed: they also need less while
     the block runs backward, which only the referee can say.
 
     Args:
         plain: Options without, as `enumerate_options` gives them.
-        lean: Options with.
-        beside: Seconds that lean adapters add to the step beside any rerun.
+        variants: Options of each variant, and seconds that it adds to the step beside any rerun.
     """
-    if lean[-1].kept_bytes > _WORTH * plain[-1].kept_bytes:
-        return list(plain)
-    priced = [replace(option, lean=True, rerun_seconds=option.rerun_seconds + max(0.0, beside)) for option in lean]
-    return [*plain[:-1], *priced, plain[-1]]
+    found = list(plain[:-1])
+    for options, beside in variants:
+        if options[-1].kept_bytes <= _WORTH * plain[-1].kept_bytes:
+            found += [replace(each, rerun_seconds=each.rerun_seconds + max(0.0, beside)) for each in options]
+    return [*found, plain[-1]]
+
+
+def lean_in(layers: Iterable[str], option: BlockOption) -> list[str]:
+    """Of `layers`, what can be lean inside a block, those that are under `option`."""
+    return [path for path in layers if (option.sliced if is_core(path) else option.lean)]
 
 
 def levers_of(
@@ -119,14 +123,14 @@ def levers_of(
     *,
     lean: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Levers:
-    """What realises an option for each of some blocks; `lean`: the adapter layers of each that can be lean."""
+    """What realises an option for each of some blocks; `lean`: what can be lean inside each."""
     decisions: dict[str, Decision] = {}
     layers: list[str] = []
     compiled: dict[str, float] = {}
     for path, option in chosen:
         decisions.update(_decide(path, option))
-        if option.lean:
-            layers += (lean or {})[path]
+        if option.lean or option.sliced:
+            layers += lean_in((lean or {})[path], option)
         if option.compiled is not None:
             compiled[path] = option.compiled
     return Levers(decisions, loss_chunk_rows, lean=tuple(layers), compiled=compiled)
@@ -152,25 +156,12 @@ def describe_groups(groups: Sequence[tuple[int, int]], count: int) -> list[str]:
     return texts
 
 
-def lean_words(layers: Sequence[str]) -> str:
-    """What is lean about a block in which `layers` are."""
-    cores = core_paths(layers)
-    words = ["lean adapters"] if len(cores) < len(layers) else []
-    return ", ".join([*words, *(["attention in slices"] if cores else [])])
-
-
-def describe_option(option: BlockOption, group: str = "", lean: str = "lean adapters") -> str:
-    """One phrase for the table: what is saved inside the recomputed block, and the group it is recomputed with.
-
-    Args:
-        option: Of the block.
-        group: As `describe_groups` says it.
-        lean: What a lean block is, in words.
-    """
+def describe_option(option: BlockOption, group: str = "") -> str:
+    """One phrase for the table: what is saved inside the recomputed block, and the group it is recomputed with."""
     if group:
-        inside = "" if option.saves_all else f"; in it {describe_option(option, lean=lean)}"
+        inside = "" if option.saves_all else f"; in it {describe_option(option)}"
         return f"recompute with {group}{inside}"
-    start = f"{lean}, " if option.lean else ""
+    start = ("lean adapters, " if option.lean else "") + ("attention in slices, " if option.sliced else "")
     if option.compiled is not None:
         return f"compiled, memory budget {option.compiled:g}" + ("" if option.saves_all else ", recompute all")
     if option.saves_all:

@@ -17,7 +17,7 @@ from rematree.fingerprint import versions
 from rematree.memory.accounts import CONTEXT, HOST, LIBRARY, SLACK, how_workspaces_are_known, ledger_lines
 from rematree.planning.notes import notes_on
 from rematree.planning.observed import HOST_BYTES, Observed, observe
-from rematree.planning.options import describe_groups, describe_option, lean_words
+from rematree.planning.options import describe_groups, describe_option
 from rematree.planning.scaling import bytes_before
 from rematree.planning.search import Confirmed, Search
 from rematree.planning.settings import Settings, Told, shows_settings
@@ -203,13 +203,12 @@ class Planner:
             known.chain.blocks,
             (known.options[kind][index] for kind, index in zip(known.kinds, entry.choice.blocks, strict=True)),
             describe_groups(entry.choice.groups, len(known.chain.blocks)),
-            (lean_words(known.lean.get(path, ())) for path in known.chain.blocks),
             known.left_by(entry.choice),
             strict=True,
         )
         rows = [
-            BlockRow(path, describe_option(option, group, lean), kept, max(0.0, seconds))
-            for path, option, group, lean, (kept, seconds) in told
+            BlockRow(path, describe_option(option, group), kept, max(0.0, seconds))
+            for path, option, group, (kept, seconds) in told
         ]
         levers, fixed = known.levers(entry.choice), known.fixed_seconds
         return Plan(

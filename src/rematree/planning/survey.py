@@ -13,13 +13,13 @@ from typing import Any, Final
 from torch import nn
 
 from rematree.execute.adapters import lean_layers
-from rematree.execute.attention_slices import core_paths, sliced_cores
+from rematree.execute.attention_slices import is_core, sliced_cores
 from rematree.execute.norms import lean_norms
 from rematree.observation.observe import Twin
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
 from rematree.planning.head_pace import HeadClock
 from rematree.planning.heads import chunk_rows_of, measure_heads, rows_and_tokens_of, trains_tied_head
-from rematree.planning.options import levers_of, merged, observe_block
+from rematree.planning.options import lean_in, levers_of, merged, observe_block
 from rematree.planning.stages import length_for, measure_advances, measure_options
 from rematree.plans import Levers
 from rematree.referee.folding import shortened
@@ -36,6 +36,7 @@ _OPTIONS_OF_MANY: Final = 9
 _OPTIONS_OF_FEW: Final = 8  # of a kind that is at most this share of the chain: the other blocks mix finely enough
 _FEW: Final = 1 / 24
 _SAVE_ALL: Final = BlockOption(("",), frozenset(), 0, 0.0)
+_LEAN: Final = (replace(_SAVE_ALL, lean=True), replace(_SAVE_ALL, lean=True, sliced=True))
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Survey:
         """
         if not self.slices:
             return True
-        known = {path for layers in self.lean.values() for path in core_paths(layers)}
+        known = {path for layers in self.lean.values() for path in layers if is_core(path)}
         return known == {path for block in self.chain.blocks for path in _cores_in(model, block, batch)}
 
     def left_by(self, choice: ChainChoice) -> list[tuple[int, float]]:
@@ -150,9 +151,15 @@ def survey(
 
     length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
     with _shortened(twin.model, chain, range(length)) as blocks:
-        beside = _beside_lean(referee_of(blocks), plain, representatives, layers)
+        beside = {each: _beside(each, referee_of(blocks), plain, representatives, layers) for each in _LEAN}
         options = [
-            _enumerate(referee, blocks[index], layers, beside.get(index), _limit(kinds, kind))
+            _enumerate(
+                referee,
+                blocks[index],
+                layers,
+                {each: found[index] for each, found in beside.items() if index in found},
+                _limit(kinds, kind),
+            )
             if plain.graph[index][1]
             else [_SAVE_ALL]
             for kind, index in enumerate(representatives)
@@ -228,31 +235,48 @@ def _cores_in(model: nn.Module, block: str, batch: Mapping[str, Any]) -> list[st
     return [join_path(block, f"{path}{ATTENTION_SUFFIX}") for path, _ in found]
 
 
-def _beside_lean(
-    short: Referee, plain: Simulation, representatives: Sequence[int], layers: Mapping[str, tuple[str, ...]]
+def _beside(
+    variant: BlockOption,
+    short: Referee,
+    plain: Simulation,
+    representatives: Sequence[int],
+    layers: Mapping[str, tuple[str, ...]],
 ) -> dict[int, float]:
-    """Seconds that lean adapters add to each block to be measured, which saves all otherwise."""
-    chosen = [short.blocks[index] for index in representatives if short.blocks[index] in layers]
+    """Seconds that `variant` adds to each block to be measured that has it, which saves all otherwise."""
+    having = [path for path in short.blocks if _has(variant, layers.get(path, ()))]
+    chosen = [index for index in representatives if short.blocks[index] in having]
     if not chosen:
         return {}
-    option = replace(_SAVE_ALL, lean=True)
-    lean = short.run(levers_of([(path, option) for path in short.blocks if path in layers], lean=layers))
-    return {
-        index: lean.block_seconds(index) - plain.block_seconds(index)
-        for index in representatives
-        if short.blocks[index] in layers
-    }
+    lean = short.run(levers_of([(path, variant) for path in having], lean=layers))
+    return {index: lean.block_seconds(index) - plain.block_seconds(index) for index in chosen}
+
+
+def _has(variant: BlockOption, layers: Sequence[str]) -> bool:
+    """Whether a block in which `layers` can be lean has this variant: with slices if there are cores, and without."""
+    cores = sum(map(is_core, layers))
+    return cores > 0 if variant.sliced else cores < len(layers)
 
 
 def _enumerate(
-    referee: Referee, path: str, layers: Mapping[str, tuple[str, ...]], beside: float | None, limit: int
+    referee: Referee,
+    path: str,
+    layers: Mapping[str, tuple[str, ...]],
+    beside: Mapping[BlockOption, float],
+    limit: int,
 ) -> list[BlockOption]:
-    """Options of the block at `path`: those without lean adapters, and those with, `beside` seconds dearer."""
-    if beside is None:
-        return enumerate_options(observe_block(referee.twin, path, referee.cost), limit)
-    plain = enumerate_options(observe_block(referee.twin, path, referee.cost), limit - limit // 4)
-    lean = enumerate_options(observe_block(referee.twin, path, referee.cost, layers[path]), limit // 2)
-    return merged(plain, lean, beside)
+    """Options of the block at `path` as it is, and of its lean variants, which are so many seconds dearer."""
+    few = (limit, limit - limit // 4, limit // 2)[len(beside)]
+    plain = enumerate_options(observe_block(referee.twin, path, referee.cost), few)
+    variants: list[tuple[list[BlockOption], float]] = []
+    for variant, seconds in beside.items():
+        inside = lean_in(layers[path], variant)
+        found = enumerate_options(
+            observe_block(referee.twin, path, referee.cost, inside),
+            limit // 3 if len(beside) > 1 and not variant.sliced else limit // 2,
+        )
+        lean = not all(map(is_core, inside))
+        variants.append(([replace(option, lean=lean, sliced=variant.sliced) for option in found], seconds))
+    return merged(plain, *variants)
 
 
 def _limit(kinds: Sequence[int], kind: int) -> int:

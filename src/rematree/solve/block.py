@@ -27,6 +27,7 @@ class BlockOption:
         kept_bytes: Predicted bytes kept between forward and backward, block input not counted.
         rerun_seconds: Predicted seconds of the rerun.
         lean: Whether the block's adapters, and norms, keep one input each.
+        sliced: Whether the block's attention is computed in slices of its queries.
         compiled: Share of its saved bytes that the compiler of the block may keep, or None when it is not compiled.
     """
 
@@ -35,6 +36,7 @@ class BlockOption:
     kept_bytes: int
     rerun_seconds: float
     lean: bool = False
+    sliced: bool = False
     compiled: float | None = None
 
     @property
