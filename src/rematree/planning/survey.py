@@ -151,7 +151,8 @@ def survey(
 
     length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
     with _shortened(twin.model, chain, range(length)) as blocks:
-        beside = {each: _beside(each, referee_of(blocks), plain, representatives, layers) for each in _LEAN}
+        aside = referee_of(blocks)
+        beside = {each: _beside(each, aside, plain, representatives, layers) for each in _LEAN}
         options = [
             _enumerate(
                 referee,
