@@ -103,7 +103,7 @@ def in_slices(
     whole = few == (rows, queries) or kwargs.get("dropout") or _gives_weights(module, kwargs)
     if whole or args or _others(inner, kwargs) or not _usual(query, key, value, attention_mask):
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
-    return _joined(inner, module, few, query, key, value, attention_mask, kwargs), None
+    return _joined(functools.partial(inner, module, **kwargs), few, query, key, value, attention_mask), None
 
 
 def within(around: AttentionAround, core: AttentionAround | None) -> AttentionAround:
@@ -192,14 +192,7 @@ def _for_slices(tensor: Tensor, count: int) -> list[Tensor]:
 
 
 def _joined(
-    inner: Callable[..., Any],
-    module: nn.Module,
-    few: tuple[int, int],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
+    core: Callable[..., Any], few: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The output, [B, T, H, D], from slices of (rows, queries)."""
     # One split has one node, whose backward joins the gradients; a slice's own would fill each with zeros.
@@ -209,7 +202,7 @@ def _joined(
         slices = q.split(few[1], 2)
         count = len(slices)
         given = (slices, _for_slices(k, count), _for_slices(v, count), _parts(of_them, few[1], 2, count))
-        of_rows.append(torch.cat([_once(inner, module, *each, kwargs) for each in zip(*given, strict=True)], 1))
+        of_rows.append(torch.cat([_once(core, *each) for each in zip(*given, strict=True)], 1))
     return of_rows[0] if len(of_rows) == 1 else torch.cat(of_rows)
 
 
@@ -217,21 +210,13 @@ def _parts(mask: Tensor | None, size: int, dim: int, count: int) -> Sequence[Ten
     return [mask] * count if mask is None or mask.shape[dim] == 1 else mask.split(size, dim)
 
 
-def _once(
-    inner: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """Output of one slice, [rows, queries, H, D]."""
+def _once(core: Callable[..., Any], *slice_: Tensor | None) -> Tensor:
+    """Output of one slice of query, key, value and mask, [rows, queries, H, D]."""
 
-    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return inner(module, query, key, value, mask, **kwargs)[0]
+    def run(*again: Tensor | None) -> Tensor:
+        return core(*again)[0]
 
-    return checkpoint(run, query, key, value, mask, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(run, *slice_, use_reentrant=False, preserve_rng_state=False)
 
 
 def _usual(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -269,16 +254,16 @@ def _trial(core: Callable[..., Any], module: nn.Module) -> str | None:
         }
     query, key, value = (_made_up(rows, count, tokens, width, made=made) for count in (heads, pairs, pairs))
     causal = torch.full((tokens, tokens), -1e9, dtype=torch.float32, device="cpu").triu(1).expand(rows, 1, -1, -1)
-    given = {"scaling": width**-0.5}
+    run = functools.partial(core, stand_in, scaling=width**-0.5)
     tried = False
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for mask in (causal, None):
             try:
-                whole: Tensor = core(stand_in, query, key, value, mask, **given)[0]
+                whole: Tensor = run(query, key, value, mask)[0]
             except Exception:  # noqa: BLE001  another form of mask may be what it takes
                 continue
             try:
-                sliced = _joined(core, stand_in, (1, 2), query, key, value, mask, given)
+                sliced = _joined(run, (1, 2), query, key, value, mask)
             except Exception as error:  # noqa: BLE001  code of others
                 return f"a slice of it fails ({error})"
             if whole.shape != (rows, tokens, heads, width) or not torch.allclose(sliced, whole, _NEAR, _NEAR):
