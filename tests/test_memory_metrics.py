@@ -58,7 +58,7 @@ class Planned:
 @pytest.fixture
 def callback(plan: rematree.Plan, monkeypatch: pytest.MonkeyPatch) -> rematree.BudgetCallback:
     monkeypatch.setattr("rematree.integrations.trainer.Planner", lambda *args, **options: Planned(plan))
-    monkeypatch.setattr("rematree.integrations.trainer.build_ladder", lambda planner, *_: Ladder((planner,)))
+    monkeypatch.setattr("rematree.integrations.job.build_ladder", lambda planner, *_: Ladder((planner,)))
     return rematree.BudgetCallback(plan.budget_bytes, say=lambda text: None)
 
 

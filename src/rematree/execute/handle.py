@@ -27,7 +27,7 @@ from rematree.execute.own_switch import OwnSwitch
 from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
 from rematree.execute.random_state import refuse_other_generators
 from rematree.execute.recompute import Executor
-from rematree.execute.selection import Selection
+from rematree.execute.selection import OnLarger, Selection
 from rematree.execute.self_check import AdapterCheck
 from rematree.execute.stash import Watcher
 from rematree.fingerprint import describe_batch, describe_model
@@ -52,6 +52,8 @@ class Handle:
     Attributes:
         plan: The plan in force; of several, that for the largest batch.
         plans: All of them, in the order in which they are tried; `plan` is the last.
+        forwards: Training forwards so far.
+        on_larger: Who is asked about a training batch that no plan covers.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Handle:
     ) -> None:
         self.plan = plan
         self.plans = (*smaller, plan)
+        self.forwards = 0
+        self.on_larger = OnLarger()
         self._chosen = Selection(self.plans, model)
         self._model = model
         self._watcher = watcher
@@ -216,11 +220,17 @@ class Handle:
         batch = self._chosen.by_name(args, kwargs)
         number = self._chosen.covering(batch)  # here and not further in, where PEFT has put a prompt before it
         if self._trains():
+            ask = self.on_larger.ask
+            if ask is not None and self._chosen.covering(batch, strictly=True) is None:
+                larger = ask(batch)
+                if larger is not None:
+                    return larger._outermost(inner, *args, **kwargs)
             if self._check is not None:
                 self._check.forward_begins()
             if number is None:
                 self._refuse(batch)
             self._chosen.latest = number
+            self.forwards += 1
         with self._chosen.during(len(self.plans) - 1 if number is None else number):
             return inner(*args, **kwargs)
 
@@ -242,9 +252,11 @@ class Handle:
         """Have `read()`'s value at forward time put back with `write` around every recomputation (R5)."""
         self._executor.captured.append(Captured(read, write))
 
-    def remove(self) -> None:
+    def remove(self, *, reports: bool = True) -> None:
         """Restore every attribute the plan changed. Does nothing the second time.
 
+        Args:
+            reports: Whether to warn; another handle that comes at once watches its own first step.
         Warns:
             UserWarning: the first training step left adapters without a gradient, and it was the only one so far.
         """
@@ -254,19 +266,14 @@ class Handle:
         for override in reversed(self._overrides):
             override.remove()
         self._overrides.clear()
-        if self._attention is not None:
-            self._attention.remove()
-            self._attention = None
-        if self._layout is not None:
-            self._layout.remove()
-            self._layout = None
-        if self._own_switch is not None:
-            self._own_switch.remove()
-            self._own_switch = None
+        for part in (self._attention, self._layout, self._own_switch):
+            if part is not None:
+                part.remove()
+        self._attention = self._layout = self._own_switch = None
         if self._model.__dict__.get(_ATTRIBUTE) is self:
             del self._model.__dict__[_ATTRIBUTE]
         if self._check is not None:
-            self._check.remove()
+            self._check.remove(reports=reports)
 
     def __enter__(self) -> Self:
         return self

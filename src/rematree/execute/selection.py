@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from rematree.fingerprint import describe_batch
-from rematree.plans import Plan
+from rematree.plans import Fingerprint, Plan
 from rematree.regions import unwrap
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -73,18 +73,17 @@ class Selection:
         """The batch that the model is called with; nothing is known of what its signature does not name."""
         return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
 
-    def covering(self, batch: Mapping[str, Any]) -> int | None:
+    def covering(self, batch: Mapping[str, Any], *, strictly: bool = False) -> int | None:
         """Number of the first plan that covers a batch; None if the last one does not either.
 
-        The last plan is refused only by a tensor that is larger than planned. Another one is taken only if all tensors
-        are known to it: one that the plan has never heard of may be of any size.
+        A plan is taken only if all tensors are known to it: one that it has never heard of may be of any size. Unless
+        `strictly`, the last plan is refused only by a tensor that is larger than planned.
         """
         here = {name: shape for name, shape, _ in describe_batch(batch)}
-        for number in range(self._last):
-            planned = self._shapes[number]
-            if here and here.keys() <= planned.keys() and all(fits(here[name], planned[name]) for name in here):
+        for number, planned in enumerate(self._shapes):
+            if here and fit(here, planned):
                 return number
-        return None if self.too_large(here) else self._last
+        return None if (strictly and here) or self.too_large(here) else self._last
 
     def too_large(self, here: Shapes) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
         """(name, shape, largest planned shape) of the tensors that no plan covers."""
@@ -96,10 +95,36 @@ class Selection:
         ]
 
 
+class OnLarger:
+    """Who is asked when a training batch comes that no plan covers, before anything of it has run.
+
+    Attributes:
+        ask: Given the batch by name, gives the handle that is in force then, under which the forward goes on; or None,
+            and the batch is refused, which it is without anybody to ask. A copy of a model has nobody.
+    """
+
+    def __init__(self) -> None:
+        self.ask: Callable[[Mapping[str, Any]], Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnLarger":
+        return OnLarger()
+
+
 def _positions(model: nn.Module) -> list[str]:
     """Names of what the forward of `model` takes by position."""
     parameters = inspect.signature(model.forward).parameters.values()
     return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+
+
+def covers(larger: Fingerprint, other: Fingerprint) -> bool:
+    """Whether a plan with the fingerprint `larger` covers every batch that one with `other` covers."""
+    planned, shapes = ({name: shape for name, shape, _ in each.batch} for each in (larger, other))
+    return fit(shapes, planned)
+
+
+def fit(shapes: Shapes, most: Shapes) -> bool:
+    """Whether tensors of `shapes` are all among `most`, and nowhere larger."""
+    return shapes.keys() <= most.keys() and all(fits(shape, most[name]) for name, shape in shapes.items())
 
 
 def fits(shape: tuple[int, ...], most: tuple[int, ...]) -> bool:

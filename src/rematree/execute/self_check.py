@@ -103,9 +103,9 @@ class AdapterCheck:
             self._ended_inside = False
             self._watch()
 
-    def remove(self) -> None:
+    def remove(self, *, reports: bool = True) -> None:
         """Report if a step has been seen, and stop watching. Does nothing the second time."""
-        if self._model is not None and self._complete():
+        if reports and self._model is not None and self._complete():
             self._report()
         self._stop()
 

@@ -2,6 +2,10 @@
 
 A batch of the longest examples needs at least as much as any batch of the run: padding goes to the longest. How long
 the batches of a run are follows from the lengths of the examples and the size of a batch.
+
+A stream has no lengths to read. If the trainer cuts its rows ("max_length"), the longest batch has rows of that many
+tokens; else the first batch is a beginning, and the ones that turn out larger are planned for as they come, with room
+for some more (`roomier`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +20,7 @@ from rematree.planning.ladder import batch_weights
 _LENGTH_COLUMNS: Final = ("input_ids", "tokens", "labels")
 # Of TRL's DPO and KTO, and of its rewards without a prompt of their own: a row is the prompt and the longest of these.
 _PROMPT_COLUMN: Final = "prompt_ids"
+_LENGTHS: Final = 8  # that are planned for where only a bound is known
 _ANSWER_COLUMNS: Final = (("chosen_ids", "rejected_ids"), ("completion_ids", "KL_completion_ids"), ("completion_ids",))
 
 
@@ -28,19 +33,22 @@ class Batches:
         note: How it was found ("the 4 longest of 812 examples").
         weights: Share of the batches whose longest example has each length; empty if lengths cannot be read.
         of: A batch of the longest examples that are not longer than a length.
+        otherwise: What is known where `longest` is a bound that no batch may ever reach, and nothing fits it.
     """
 
     longest: dict[str, Any]
     note: str
     weights: Mapping[int, float]
     of: Callable[[int], dict[str, Any]]
+    otherwise: "Batches | None" = None
 
 
-def read_batches(loader: Any) -> Batches:
+def read_batches(loader: Any, most: int | None = None) -> Batches:
     """The batches of `loader`, collated as it does it.
 
     Args:
         loader: A `torch.utils.data.DataLoader`, or accelerate's.
+        most: Tokens that rows are cut to, where that is known.
     Raises:
         UsageError: the data is empty, or batches are not mappings.
     Cost:
@@ -55,12 +63,58 @@ def read_batches(loader: Any) -> Batches:
             lengths = _lengths(data)
             if lengths is not None:
                 return _of_known_lengths(loader, lengths, size)
+    # accelerate's loader around it remembers an iterator that was begun and not ended
     with torch.random.fork_rng(devices=[]):
-        found = next(iter(loader), None)
+        found = next(iter(getattr(loader, "base_dataloader", loader)), None)
     if found is None:
         raise UsageError("the training data is empty: there is no batch to plan for")
-    first = _as_mapping(found)
-    return Batches(first, "the first batch; the lengths of the others cannot be read beforehand", {}, lambda _: first)
+    return _of_unknown_lengths(_padded(_as_mapping(found)), most)
+
+
+def _of_unknown_lengths(first: dict[str, Any], most: int | None) -> Batches:
+    note = "the first batch; the lengths of the others cannot be read beforehand"
+    alone = Batches(first, note, {}, lambda _: first)
+    tokens = _tokens(first)
+    if most is None or tokens is None or tokens > most:
+        return alone
+    lengths = [-(-most * part // _LENGTHS) for part in range(1, _LENGTHS + 1)]
+    note = f"rows of {most} tokens, to which they are cut; their lengths cannot be read beforehand"
+    weights = dict.fromkeys(lengths, 1 / len(lengths))
+    return Batches(stretched(first, most), note, weights, lambda length: stretched(first, length), alone)
+
+
+def roomier(batch: Mapping[str, Any], most: int | None) -> dict[str, Any]:
+    """`batch` with rows up to an eighth longer, at most `most` tokens: where one is larger, others will be.
+
+    Unchanged if it holds anything else than words: pictures cannot be made up.
+    """
+    tokens = _tokens(batch)
+    if tokens is None:
+        return dict(batch)
+    step = max(8, 1 << max(0, tokens.bit_length() - 4))
+    wished = -(-tokens // step) * step
+    return stretched(batch, wished if most is None else max(tokens, min(wished, most)))
+
+
+def stretched(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """`batch` with rows of so many tokens: its own, over and over, so that packed rows begin again, too."""
+    shape = batch["input_ids"].shape
+    times = -(-tokens // shape[1])
+    return _padded(
+        {
+            name: value.repeat(1, times)[:, :tokens] if getattr(value, "shape", None) == shape else value
+            for name, value in batch.items()
+        }
+    )
+
+
+def _tokens(batch: Mapping[str, Any]) -> int | None:
+    """Tokens of a row, if every tensor of the batch is [rows, tokens] or a number."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.numel() == 0:
+        return None
+    shapes = {value.shape for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() > 0}
+    return ids.shape[1] if shapes == {ids.shape} else None
 
 
 def _of_known_lengths(loader: Any, lengths: Sequence[int], size: int) -> Batches:

@@ -76,7 +76,7 @@ class StepGuard:
             before = _Before(model)
             try:
                 loss = self._inner(model, dict(inputs), *args, **kwargs)
-            except (RuntimeError, MemoryError, PlanMismatchError) as error:
+            except (RuntimeError, MemoryError, PlanMismatchError, InfeasibleBudgetError) as error:
                 before.restore()
                 reason = _reason(error)
                 if reason is None:
@@ -156,6 +156,8 @@ class _Before:
 
 def _reason(error: BaseException) -> str | None:
     """What ran out, in words; None if `error` is about something else."""
+    if isinstance(error, InfeasibleBudgetError):
+        return f"larger than planned ({error.message})"
     if isinstance(error, PlanMismatchError):
         return f"larger than planned ({error.message})" if "this batch has" in error.message else None
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -3,16 +3,16 @@
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[rematree.BudgetCallback("14GiB")])
 
 Before the first step the callback reads the lengths of the data, plans for the longest batch and for a few shorter ones
-(`planning.ladder`), and applies the plans; each batch runs under the one it fits. When training ends it takes them off.
+(`planning.ladder`), and applies the plans; each batch runs under the one it fits. Where lengths cannot be read, a batch
+that turns out larger than planned for is planned for before its forward. When training ends it takes the plans off.
 Checkpointing that the arguments or the model ask for is switched off meanwhile: the plan takes its place. What was in
 force before is in force again afterwards.
 """
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -20,34 +20,24 @@ from transformers import TrainerCallback
 
 from rematree.checkpointing import take_budget_from_transformers
 from rematree.engines import not_counted, without_engine
-from rematree.errors import UsageError
+from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.handle import Handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
 from rematree.execute.own_compile import compiled_elsewhere, refuse_compiled
-from rematree.in_effect import BUDGET_KEY, requested_budget
+from rematree.fingerprint import describe_batch
+from rematree.integrations.arguments import kind_of, most_tokens, wanted_budget, warn_of_what_has_no_effect
 from rematree.integrations.batches import read_batches
+from rematree.integrations.job import Job
 from rematree.integrations.trl import as_called, call_of, generated_batches
 from rematree.planning.agreement import agreed_plan
-from rematree.planning.ladder import Ladder, build_ladder, table
+from rematree.planning.ladder import table
 from rematree.planning.planner import Planner
 from rematree.plans import Plan
 from rematree.pricing.cost import Cost
-from rematree.referee.ranks import Ranks, base_optimizer, launched_ranks
-from rematree.referee.simulate import Optimizer
+from rematree.referee.ranks import Ranks, launched_ranks
 from rematree.units import format_bytes, format_seconds, parse_bytes
 
-_ADAM_LIKE: Final = ("adam", "lamb", "lion")
-_KINDS: Final = ("activation_checkpointing", "gradient_checkpointing")  # names of arguments, new and old
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is needed to plan again in mid-run: the planners in use, how to make others, and the bytes there are."""
-
-    model: Any
-    make_planner: Callable[[Mapping[str, Any]], Planner]
-    ladder: Ladder
-    limit: int
+_COUNT: Final = "num_items_in_batch"  # which the Trainer adds to a batch where gradients are accumulated
 
 
 class BudgetCallback(TrainerCallback):
@@ -76,9 +66,9 @@ class BudgetCallback(TrainerCallback):
 
     Not covered:
         Losses computed outside the model (`compute_loss_func`, label smoothing of the Trainer): the plan assumes
-        `model(**batch).loss`. The peak of evaluation and generation. Data that cannot be indexed is planned for its
-        first batch; a larger one later is refused by name. Under `torchrun` and `accelerate launch` all ranks take one
-        plan, and the budget is that of each rank; planning again in mid-run (`plan_again`) is not agreed on.
+        `model(**batch).loss`. The peak of evaluation and generation. Under `torchrun` and `accelerate launch` all ranks
+        take one plan, and the budget is that of each rank. They plan once: a batch that turns out larger is refused by
+        name there, as under `DataParallel`, and where a forward of the same step waits for its backward.
     """
 
     def __init__(
@@ -98,7 +88,8 @@ class BudgetCallback(TrainerCallback):
         self._cost = cost
         self.say = say or _to_stderr
         self._handle: Handle | None = None
-        self._job: _Job | None = None
+        self._over = 0  # training forwards whose backward is over
+        self._job: Job | None = None
         self._inputs: SuspendedInputGrads | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -116,7 +107,7 @@ class BudgetCallback(TrainerCallback):
         self._remove()  # what a training loop left that an error ended
         model: Any = without_engine(kwargs["model"])
         take_budget_from_transformers(model)
-        budget = self._wanted(args, model)
+        budget = wanted_budget(self._budget, args, model)
         if budget is None:
             self.plan, self.plans = None, ()
             self.say("no plan: the training arguments name a budget, and switch checkpointing off")
@@ -127,7 +118,7 @@ class BudgetCallback(TrainerCallback):
             raise not_counted("TrainingArguments(deepspeed=...) without an engine of ZeRO-2 or ZeRO-3")
         if getattr(args, "torch_compile", False):  # accelerate compiles a wrapper that the callback does not see
             raise compiled_elsewhere("TrainingArguments(torch_compile=True)")
-        _warn_of_what_has_no_effect(args)
+        warn_of_what_has_no_effect(args)
         self._inputs = SuspendedInputGrads(model)
         try:
             self._plan_and_apply(args, state.max_steps, model, budget, ranks, kwargs)
@@ -139,7 +130,8 @@ class BudgetCallback(TrainerCallback):
         self, args: Any, steps: int, model: Any, budget: int, ranks: Ranks | None, kwargs: dict[str, Any]
     ) -> None:
         loader = kwargs["train_dataloader"]
-        batches = generated_batches(args, loader, kwargs.get("processing_class")) or read_batches(loader)
+        most = most_tokens(args)
+        batches = generated_batches(args, loader, kwargs.get("processing_class")) or read_batches(loader, most)
         extra, loss = call_of(model, args)
 
         def called(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +143,7 @@ class BudgetCallback(TrainerCallback):
             return Planner(
                 model,
                 called(batch),
-                optimizer=_kind_of(kwargs.get("optimizer")),
+                optimizer=kind_of(kwargs.get("optimizer")),
                 accumulation_steps=args.gradient_accumulation_steps,
                 clips=args.max_grad_norm > 0,
                 forbid=self._forbid,
@@ -162,38 +154,69 @@ class BudgetCallback(TrainerCallback):
                 ranks=ranks,
             )
 
-        def lone() -> Plan:
-            self._job = _Job(model, planner, Ladder((planner(batches.longest),)), budget)
-            return self._job.ladder.plans(budget)[-1]
+        def planned() -> tuple[Plan, ...]:
+            # Ranks see batches of different lengths in one step, and what compiled blocks keep is known for one.
+            several = ranks is None and not self._allow_compile
+            self._job = Job.of(model, planner, called, batches, budget, most, several=several)
+            return self._job.plans()
 
         started = time.perf_counter()
-        if ranks is not None:  # they see batches of different lengths in one step, and take one plan
-            self._apply((agreed_plan(lone),))
-        elif self._allow_compile:
-            self._apply((lone(),))
-        else:
-            longest = planner(batches.longest)
-            ladder = build_ladder(longest, budget, batches.weights, lambda length: called(batches.of(length)))
-            self._job = _Job(model, planner, ladder, budget)
-            self._apply(ladder.plans(budget))
+        plans = planned() if ranks is None else (agreed_plan(lambda: planned()[-1]),)
+        self._apply(plans)
+        assert self._handle is not None
+        if ranks is None and getattr(args, "n_gpu", 1) <= 1:
+            self._handle.on_larger.ask = self._larger
         took = time.perf_counter() - started
         assert self.plan is not None
+        assert self._job is not None
         self.say(str(self.plan))
         if len(self.plans) > 1:
             self.say(table(self.plans))
         self.say(
             f"predicted: peak {format_bytes(self.plan.predicted_peak_bytes)} of {format_bytes(budget)}, "
             f"{format_seconds(self.plan.predicted_step_seconds)} for each of the longest batches; planned in "
-            f"{format_seconds(took)} for {batches.note}"
+            f"{format_seconds(took)} for {self._job.note}"
         )
 
     def _apply(self, plans: tuple[Plan, ...]) -> None:
         """Put `plans` in force, in place of what is."""
         assert self._job is not None
+        ask = None
         if self._handle is not None:
-            self._handle.remove()
+            ask = self._handle.on_larger.ask
+            self._handle.remove(reports=False)
         *smaller, self.plan = self.plans = plans
         self._handle = apply(self.plan, self._job.model, smaller=smaller)
+        self._handle.on_larger.ask = ask
+        self._over = 0
+
+    def _larger(self, batch: Mapping[str, Any]) -> Handle | None:
+        """A handle with a plan for `batch`, which none of now covers; None while a graph waits for its backward."""
+        assert self._handle is not None
+        if self._handle.forwards > self._over:
+            return None
+        words = {name: value for name, value in batch.items() if name != _COUNT}
+        shown = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape, _ in describe_batch(words))
+        started = time.perf_counter()
+        try:
+            plan = self.plan_again(words, None)
+        except InfeasibleBudgetError as error:
+            raise InfeasibleBudgetError(
+                f"a batch that is larger than planned for ({shown}) does not fit: {error.message}",
+                budget=error.budget,
+                min_peak=error.min_peak,
+                details=error.details,
+                remedies=[*error.remedies, "shorter rows or fewer, with the equivalent gradient accumulation"],
+            ) from None
+        took = time.perf_counter() - started
+        self.say(f"a larger batch ({shown}): planned again in {format_seconds(took)}, {plan.summary()}")
+        return self._handle
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No graph waits for its backward."""
+        self._over = 0 if self._handle is None else self._handle.forwards
+
+    on_substep_end = on_step_begin
 
     @property
     def in_force(self) -> Plan | None:
@@ -218,12 +241,12 @@ class BudgetCallback(TrainerCallback):
             raise UsageError("no training under a budget is going on")
         job = self._job
         if limit is None:
-            job = replace(job, ladder=job.ladder.extended(job.make_planner(batch)))
+            job = job.grown(batch)
             must = len(job.ladder.planners) - 1
         else:
             job = replace(job, limit=min(limit, job.limit))
             must = job.ladder.number_for(self.in_force)
-        plans = job.ladder.plans(job.limit, must)
+        plans = job.plans(must)
         self._job = job
         self._apply(plans)
         return next(plan for plan in plans if job.ladder.number_for(plan) >= must)
@@ -240,61 +263,6 @@ class BudgetCallback(TrainerCallback):
         if self._inputs is not None:
             self._inputs.resume()
             self._inputs = None
-
-    def _wanted(self, args: Any, model: Any) -> int | None:
-        """The one budget; None if only the arguments name one, and they switch checkpointing off."""
-        named = [parse_bytes(given[BUDGET_KEY]) for given in _arguments(args) if BUDGET_KEY in given]
-        found = named if _is_asked_for(args) else []
-        found += [size for size in (self._budget, requested_budget(model)) if size is not None]
-        if named and not found:
-            return None
-        if not found:
-            raise UsageError(
-                "no budget: neither BudgetCallback nor the training arguments nor the model name one",
-                remedies=[
-                    'rematree.BudgetCallback("14GiB")',
-                    'TrainingArguments(activation_checkpointing=True, activation_checkpointing_kwargs={"budget": '
-                    '"14GiB"}, ...)',
-                ],
-            )
-        if len(set(found)) > 1:
-            shown = " and ".join(format_bytes(size) for size in dict.fromkeys(found))
-            raise UsageError(f"two budgets: {shown}; name one, in one place")
-        return found[0]
-
-
-def _arguments(args: Any) -> list[dict[str, Any]]:
-    """Of checkpointing, among the training arguments; by either name, which transformers keeps equal."""
-    given = [getattr(args, f"{kind}_kwargs", None) for kind in _KINDS]
-    return [value for value in given if isinstance(value, dict)]
-
-
-def _is_asked_for(args: Any) -> bool:
-    return any(bool(getattr(args, kind, False)) for kind in _KINDS)
-
-
-def _warn_of_what_has_no_effect(args: Any) -> None:
-    if not _is_asked_for(args):
-        return
-    given = {name: value for kwargs in _arguments(args) for name, value in kwargs.items()}
-    plain = {"use_reentrant": False, "every_n_layers": 1, "offload": False}  # what a plan amounts to
-    idle = [name for name, value in given.items() if name != BUDGET_KEY and plain.get(name, ...) != value]
-    if idle:
-        shown = ", ".join(f"{name}={given[name]!r}" for name in idle)
-        warnings.warn(
-            f"{shown} among the arguments of checkpointing: no effect while a plan is in force, which decides what is "
-            "recomputed",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _kind_of(optimizer: Any) -> Optimizer:
-    """What the optimizer keeps for each trained parameter, in the planner's words."""
-    inner = base_optimizer(optimizer)
-    if inner is None or any(word in type(inner).__name__.lower() for word in _ADAM_LIKE):
-        return "adamw"
-    return "sgd" if type(inner) is torch.optim.SGD and not inner.defaults["momentum"] else "adamw"
 
 
 def _to_stderr(text: str) -> None:

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rematree.errors import InfeasibleBudgetError
+from rematree.execute.selection import covers
 from rematree.planning.planner import Planner
-from rematree.plans import Plan
+from rematree.plans import Fingerprint, Plan
 from rematree.table import render_table
 from rematree.units import format_bytes, format_seconds
 
 MOST_RUNGS: Final = 6
+MOST_GROWN: Final = 8  # with those for batches that came larger than planned
 _TRIED: Final = 2  # lengths for the longest that fits whole
 _CANDIDATES: Final = 48  # lengths that rungs are chosen among
 _WORTH_A_RUNG: Final = 0.005  # of the tokens computed in a run
@@ -31,7 +33,10 @@ HEADERS: Final = ("batches of up to", "recomputed blocks", "peak", "step", "of i
 
 @dataclass(frozen=True)
 class Ladder:
-    """Planners of one model for batches of a few lengths, shortest first; the last is for the longest batch."""
+    """Planners of one model for batches of a few lengths, shortest first; the last is for the longest batch.
+
+    Where batches differ in more than their length (pictures), a later one need not cover an earlier one.
+    """
 
     planners: tuple[Planner, ...]
 
@@ -54,8 +59,16 @@ class Ladder:
         )
 
     def extended(self, longer: Planner) -> "Ladder":
-        """With a planner for a batch that none of these covers, as the last."""
-        return Ladder((*self.planners, longer))
+        """With a planner for a batch that none of these covers, as the last.
+
+        Of more than `MOST_GROWN`, one goes whose batches the next one covers: the one that is nearest to it.
+        """
+        planners = [*self.planners, longer]
+        pairs = enumerate(itertools.pairwise(each.fingerprint for each in planners))
+        spared = [(_size(more) / _size(less), number) for number, (less, more) in pairs if covers(more, less)]
+        if len(planners) > MOST_GROWN and spared:
+            del planners[min(spared)[1]]
+        return Ladder(tuple(planners))
 
     def number_for(self, plan: Plan) -> int:
         """Number of the planner that made `plan`."""
@@ -66,6 +79,11 @@ class Ladder:
         )
 
 
+def _size(fingerprint: Fingerprint) -> int:
+    """Elements of all tensors of a batch."""
+    return sum(math.prod(shape) for _, shape, _ in fingerprint.batch)
+
+
 def _within_or_least(planner: Planner, limit: int) -> Plan:
     try:
         return planner.plan(limit)
@@ -74,7 +92,9 @@ def _within_or_least(planner: Planner, limit: int) -> Plan:
 
 
 def differ(plan: Plan, longer: Plan) -> bool:
-    """Whether `plan` does something else than `longer` does, which covers all its batches."""
+    """Whether `plan` does something else than `longer` does, or covers batches that it does not."""
+    if not covers(longer.fingerprint, plan.fingerprint):
+        return True
     return plan.levers != longer.levers and plan.fingerprint.batch != longer.fingerprint.batch
 
 

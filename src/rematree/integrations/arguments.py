@@ -1,0 +1,89 @@
+"""What the training arguments, the model and the optimizer of a trainer say about memory."""
+
+import warnings
+from typing import Any, Final
+
+import torch
+
+from rematree.errors import UsageError
+from rematree.in_effect import BUDGET_KEY, requested_budget
+from rematree.referee.ranks import base_optimizer
+from rematree.referee.simulate import Optimizer
+from rematree.units import format_bytes, parse_bytes
+
+_ADAM_LIKE: Final = ("adam", "lamb", "lion")
+_KINDS: Final = ("activation_checkpointing", "gradient_checkpointing")  # names of arguments, new and old
+
+
+def wanted_budget(own: int | None, args: Any, model: Any) -> int | None:
+    """The one budget; None if only the arguments name one, and they switch checkpointing off.
+
+    Args:
+        own: The callback's, in bytes.
+        args: Of the training.
+        model: What trains.
+    Raises:
+        UsageError: there is none, or there are two.
+    """
+    named = [parse_bytes(given[BUDGET_KEY]) for given in _arguments(args) if BUDGET_KEY in given]
+    found = named if _is_asked_for(args) else []
+    found += [size for size in (own, requested_budget(model)) if size is not None]
+    if named and not found:
+        return None
+    if not found:
+        raise UsageError(
+            "no budget: neither BudgetCallback nor the training arguments nor the model name one",
+            remedies=[
+                'rematree.BudgetCallback("14GiB")',
+                'TrainingArguments(activation_checkpointing=True, activation_checkpointing_kwargs={"budget": '
+                '"14GiB"}, ...)',
+            ],
+        )
+    if len(set(found)) > 1:
+        shown = " and ".join(format_bytes(size) for size in dict.fromkeys(found))
+        raise UsageError(f"two budgets: {shown}; name one, in one place")
+    return found[0]
+
+
+def warn_of_what_has_no_effect(args: Any) -> None:
+    """Warn if the arguments ask for checkpointing in a way that a plan does not follow."""
+    if not _is_asked_for(args):
+        return
+    given = {name: value for kwargs in _arguments(args) for name, value in kwargs.items()}
+    plain = {"use_reentrant": False, "every_n_layers": 1, "offload": False}  # what a plan amounts to
+    idle = [name for name, value in given.items() if name != BUDGET_KEY and plain.get(name, ...) != value]
+    if idle:
+        shown = ", ".join(f"{name}={given[name]!r}" for name in idle)
+        warnings.warn(
+            f"{shown} among the arguments of checkpointing: no effect while a plan is in force, which decides what is "
+            "recomputed",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _arguments(args: Any) -> list[dict[str, Any]]:
+    """Of checkpointing, among the training arguments; by either name, which transformers keeps equal."""
+    given = [getattr(args, f"{kind}_kwargs", None) for kind in _KINDS]
+    return [value for value in given if isinstance(value, dict)]
+
+
+def _is_asked_for(args: Any) -> bool:
+    return any(bool(getattr(args, kind, False)) for kind in _KINDS)
+
+
+def most_tokens(args: Any) -> int | None:
+    """Tokens that rows are cut to (TRL's `max_length`); None if they are not. A packed row is as long as a batch."""
+    most = getattr(args, "max_length", None)
+    if not isinstance(most, int):
+        return None
+    packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
+    return most * args.per_device_train_batch_size if packed else most
+
+
+def kind_of(optimizer: Any) -> Optimizer:
+    """What the optimizer keeps for each trained parameter, in the planner's words."""
+    inner = base_optimizer(optimizer)
+    if inner is None or any(word in type(inner).__name__.lower() for word in _ADAM_LIKE):
+        return "adamw"
+    return "sgd" if type(inner) is torch.optim.SGD and not inner.defaults["momentum"] else "adamw"
