@@ -168,7 +168,7 @@ def test_a_ladder_keeps_its_budget_and_recomputes_less_for_shorter_batches(plann
     assert table(plans).count("\n") == len(plans), "a line each, below the headers"
     # Tighter, for one rung: the others keep the limit too, or are as small as they can be.
     limit = plans[0].predicted_peak_bytes * 9 // 10
-    tighter = ladder.plans(limit, ladder.number_for(plans[0]))
+    tighter = ladder.plans(limit, ladder.number_for(plans[0].fingerprint))
     assert tighter[0].predicted_peak_bytes <= limit
     assert tighter[-1].predicted_peak_bytes <= max(limit, low)
     with pytest.raises(InfeasibleBudgetError):

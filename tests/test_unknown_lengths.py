@@ -1,28 +1,33 @@
 """Batches whose lengths nobody can read beforehand, in streams and among pictures: planned for as they come."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as Stream
 from transformers import Trainer
 
+import rematree
+from both_paths import AGAIN, plan_of
 from models import assert_same, with_lora
 from rematree import BudgetCallback
-from rematree.errors import InfeasibleBudgetError, OutOfMemoryError, PlanMismatchError
+from rematree.errors import InfeasibleBudgetError, OutOfMemoryError, PlanMismatchError, RecomputeMismatchError
 from rematree.execute.selection import covers
 from rematree.integrations.batches import read_batches, roomier, stretched
 from rematree.integrations.job import Job
 from rematree.integrations.survival import survive_out_of_memory
-from rematree.planning.ladder import MOST_GROWN, Ladder, differ
+from rematree.planning.ladder import MOST_APART, MOST_GROWN, Ladder, differ
 from rematree.planning.planner import Planner
+from rematree.regions import find_chain
 from rematree.units import format_bytes
 from test_budget_callback import COST, LastStepPeak, adapted
 from test_finetune_tiny import save_tiny_model
@@ -85,16 +90,26 @@ def budget() -> int:
     return (planner.min_peak_bytes() + planner.plan(None).predicted_peak_bytes) // 2
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_stream_is_trained_inside_the_budget(accumulate: int, tmp_path: Path, budget: int) -> None:
+@pytest.mark.parametrize(
+    ("accumulate", "lengths", "expected"),
+    [
+        (1, LENGTHS, ["2x31", "2x40"]),
+        # Here the larger batch comes second in a step.
+        (2, (8, 7, 9, 12, 11, 9, 20, 31, 30, 25, 33, 40, 12, 9, 40, 38), ["2x12", "2x31", "2x40"]),
+    ],
+)
+def test_a_stream_is_trained_inside_the_budget(
+    accumulate: int, lengths: tuple[int, ...], expected: list[str], tmp_path: Path, budget: int
+) -> None:
     options: dict[str, Any] = {"gradient_accumulation_steps": accumulate, "max_steps": 8 // accumulate}
+    options["data"] = Rows(lengths)
     plain = trained(tmp_path / "plain", **options)
     said: list[str] = []
     callback, peak = BudgetCallback(budget, cost=COST, forbid=QUICK, say=said.append), LastStepPeak()
     same(plain, trained(tmp_path / "ours", callback, peak, **options))
     assert any("for the first batch; the lengths" in line for line in said)
     larger = [line for line in said if line.startswith("a larger batch")]
-    assert [line.partition("input_ids ")[2].partition(",")[0] for line in larger] == ["2x31", "2x40"]
+    assert [line.partition("input_ids ")[2].partition(",")[0] for line in larger] == expected
     assert callback.plan is not None
     assert callback.plan.recomputes
     assert not callback.plans[0].recomputes, "short batches still run as the plain model does"
@@ -117,17 +132,90 @@ def test_a_batch_that_cannot_fit_is_named_before_it_runs(tmp_path: Path) -> None
 
 
 class TwoForwards(Trainer):
-    """Two forwards before one backward, the second one larger."""
+    """Two forwards before one backward, the second one larger or smaller."""
+
+    share: ClassVar = 2.0
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        more = stretched(inputs, 2 * inputs["input_ids"].shape[1])
-        return model(**inputs).loss + model(**more).loss
+        other = stretched(inputs, int(self.share * inputs["input_ids"].shape[1]))
+        return model(**inputs).loss + model(**other).loss
 
 
-def test_no_plan_changes_while_a_graph_waits_for_its_backward(tmp_path: Path) -> None:
-    callback = BudgetCallback("1GiB", cost=COST, forbid=QUICK, say=lambda text: None)
+class Halves(TwoForwards):
+    share: ClassVar = 0.5
+
+
+def test_no_plan_changes_while_a_graph_waits_for_its_backward(tmp_path: Path, budget: int) -> None:
+    callback = BudgetCallback(budget, cost=COST, forbid=QUICK, say=lambda text: None)
     with pytest.raises(PlanMismatchError, match="the plan was made for"):
         trained(tmp_path, callback, kind=TwoForwards)
+    plain = trained(tmp_path, kind=Halves)
+    same(plain, trained(tmp_path, callback, kind=Halves))
+    assert len(callback.plans) > 1
+
+
+def test_what_runs_again_under_other_overrides_is_refused() -> None:
+    model = adapted()
+    model.config.use_cache = False
+    blocks = find_chain(model).blocks
+    every, first = (plan_of(model, batch_of(12), dict.fromkeys(which, AGAIN)) for which in (blocks, blocks[:1]))
+    with rematree.apply(every, model):
+        alone, waiting = model(**batch_of(12)).loss, model(**batch_of(12)).loss
+    alone.backward()  # nothing inside a block was decided on, so none is as good
+    with rematree.apply(first, model), pytest.raises(RecomputeMismatchError, match="another plan"):
+        waiting.backward()
+
+
+class Adds(Trainer):
+    """Calls the model with more than the loader gives."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        places = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
+        return model(**inputs, position_ids=places).loss
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_trainer_that_adds_a_tensor_to_the_call(streamed: bool, tmp_path: Path, budget: int) -> None:
+    """Which is no larger than what the plans know of."""
+    options: dict[str, Any] = {"kind": Adds, "data": Rows() if streamed else rows_of(*LENGTHS)}
+    plain = trained(tmp_path / "plain", **options)
+    said: list[str] = []
+    callback = BudgetCallback(budget, cost=COST, forbid=QUICK, say=said.append)
+    same(plain, trained(tmp_path / "ours", callback, **options))
+    assert sum(line.startswith("a larger batch") for line in said) == (2 if streamed else 0)
+    assert callback.plan is not None
+    assert callback.plan.recomputes
+
+
+def test_a_bare_model_runs_its_first_larger_batch_under_the_new_plan(tmp_path: Path) -> None:
+    """Without PEFT the model that is called is the one whose loss and cache a plan is about."""
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        config = transformers.LlamaConfig(vocab_size=6000, pad_token_id=0, **sizes)
+        assert config.use_cache
+        return transformers.LlamaForCausalLM(config)
+
+    forbid = ("groups", "sliced_attention")
+    few = Planner(model(), batch_of(12), cost=COST, forbid=(*forbid, "chunked_loss")).plan(None).predicted_peak_bytes
+    whole = Planner(model(), batch_of(200), cost=COST, forbid=(*forbid, "chunked_loss")).min_peak_bytes()
+    limit = (whole + Planner(model(), batch_of(200), cost=COST, forbid=forbid).min_peak_bytes()) // 2
+    assert few < limit < whole
+    callback, peak = BudgetCallback(limit, cost=COST, forbid=forbid, say=lambda text: None), LastStepPeak()
+    data = Rows((12, 9, 12, 8, 200, 180))  # two steps, and a larger batch in the third and last
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(tmp_path, callback, peak, model=model(), data=data, max_steps=3)
+    assert callback.plan is not None
+    assert callback.plan.loss_chunk_rows is not None
+    assert callback.plans[0].loss_chunk_rows is None
+    assert peak.peak_bytes <= callback.plan.predicted_peak_bytes <= limit
 
 
 # -- pictures
@@ -248,9 +336,16 @@ def test_a_bound_that_does_not_fit_need_not_be_reached(several: bool) -> None:
     assert plan.predicted_peak_bytes <= limit
     with pytest.raises(InfeasibleBudgetError):
         Job.of(model, planner, dict, replace(batches, otherwise=None), limit, 64, several=several)
-    grown = job.grown(batch_of(13))
+    grown, number = job.grown(batch_of(13))
+    assert number == several
     assert len(grown.ladder.planners) == 1 + several
     assert grown.ladder.planners[-1].fingerprint.batch[0][1] in ((2, 13), (2, 16)), "as much room as fits"
+    shorter = batch_of(8, rows=3)
+    if several:
+        assert len(job.grown(shorter)[0].ladder.planners) == 2
+    else:
+        with pytest.raises(PlanMismatchError, match="none of those that came so far covers"):
+            job.grown(shorter)
 
 
 # -- pieces
@@ -264,14 +359,30 @@ def test_room_is_an_eighth_at_most(tokens: int, most: int | None) -> None:
     assert batch["input_ids"].shape == batch["labels"].shape
     length = batch["input_ids"].shape[1]
     assert tokens <= length <= max(tokens + 7, tokens * 9 // 8)
-    assert length <= max(tokens, most or length)
+    assert most is None or most < tokens or length <= most
     assert torch.equal(batch["input_ids"][:, :tokens], ids)
     assert batch["num_items_in_batch"] == 3
 
 
 def test_pictures_get_no_room() -> None:
     batch = with_pictures(16, 24)
-    assert all(roomier(batch, None)[name] is value for name, value in batch.items())
+    found = roomier(batch, None)
+    assert bool((found.pop("attention_mask") == 0).any()), "others of this shape may be padded"
+    assert all(found[name] is batch[name] for name in found)
+
+
+def test_what_is_made_longer_has_words_everywhere() -> None:
+    examples: list[Any] = list(rows_of(5, 12))
+    batch = {**pad(examples), "scores": torch.ones(2), "weights": torch.ones(2, 12)}
+    assert roomier(batch, None)["input_ids"].shape == (2, 12), "nobody knows what a number a token is"
+    del batch["weights"]
+    longer = roomier(batch, None)
+    assert longer["input_ids"].shape == (2, 16)
+    assert longer["attention_mask"].tolist() == [[1] * 16, [1] * 15 + [0]]
+    assert int((longer["labels"] == -100).sum()) == 0, "none of seven empty places is left"
+    assert longer["scores"] is batch["scores"]
+    assert torch.equal(stretched(batch, 12)["labels"], batch["labels"])
+    assert stretched(batch, 4)["labels"].shape == (2, 4)
 
 
 def test_what_a_plan_covers_that_another_does_not_is_not_dropped() -> None:
@@ -303,7 +414,12 @@ def test_a_ladder_grows_to_so_many_rungs() -> None:
     found = [each.fingerprint.batch[0][1][1] for each in ladder.planners]
     assert len(found) == MOST_GROWN
     assert found == [8, 32, 64, 128, 256, 512, 1024, 2048], "16 first, which 17 nearly is; then 17"
-    apart = Ladder((planner(1, 13),))
-    for number in range(2, 14):
-        apart = apart.extended(planner(number, 14 - number))
-    assert len(apart.planners) == 13, "none covers another"
+    assert Ladder((planner(2, 8),)).extended(planner(2, 8)).planners[0].fingerprint.batch[0][1] == (2, 8)
+    again = ladder.extended(planner(2, 64))
+    assert [each.fingerprint for each in again.planners] == [each.fingerprint for each in ladder.planners]
+    assert again.number_for(planner(2, 64).fingerprint) == 2
+    apart = Ladder((planner(1, 40),))
+    for number in range(2, 32):
+        apart = apart.extended(planner(number, 41 - number))
+    assert len(apart.planners) == MOST_APART, "none covers another"
+    assert apart.number_for(planner(31, 10).fingerprint) >= 0, "the latest is there"

@@ -5,13 +5,13 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
 
 from rematree.engines import refuse_pipeline, without_engine
-from rematree.errors import PlanMismatchError, UsageError
+from rematree.errors import PlanMismatchError, RecomputeMismatchError, UsageError
 from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
 from rematree.execute.attention import AttentionRegions
 from rematree.execute.attention_slices import cores_to_slice, in_slices, within
@@ -101,6 +101,7 @@ class Handle:
             if self.plan.levers.compiles(path):  # a hook on its output is none in a graph
                 continue
             self._overrides.append(ForwardOverride(layer, functools.partial(watch_weight, path, layer)))
+        self._executor.captured.append(Captured(lambda: None, self._check_in_force))
         if len(self.plans) > 1:  # R5: what runs again runs under the plan of its forward
             self._executor.captured.append(Captured(self._chosen.now, self._chosen.put))
         attention: dict[nn.Module, dict[int, Callable[..., Any]]] = {}
@@ -218,30 +219,32 @@ class Handle:
             return inner(*args, **kwargs)
         refuse_compiling(override.module for override in self._overrides)
         batch = self._chosen.by_name(args, kwargs)
-        number = self._chosen.covering(batch)  # here and not further in, where PEFT has put a prompt before it
+        # Here and not further in, where PEFT has put a prompt before it.
+        number = self._chosen.covering(batch, strictly=bool(self.on_larger))
         if self._trains():
-            ask = self.on_larger.ask
-            if ask is not None and self._chosen.covering(batch, strictly=True) is None:
-                larger = ask(batch)
-                if larger is not None:
-                    return larger._outermost(inner, *args, **kwargs)
+            if number is None and (other := self.on_larger(batch)) is not None:
+                return other._go_on(batch, args, kwargs)
             if self._check is not None:
                 self._check.forward_begins()
             if number is None:
-                self._refuse(batch)
+                number = self._chosen.refuse_larger(batch)
             self._chosen.latest = number
             self.forwards += 1
         with self._chosen.during(len(self.plans) - 1 if number is None else number):
             return inner(*args, **kwargs)
 
-    def _refuse(self, batch: Mapping[str, Any]) -> NoReturn:
-        """Raise about what the prediction does not cover; a smaller batch (the last of an epoch) only needs less."""
-        here = {name: shape for name, shape, _ in describe_batch(batch)}
-        name, shape, most = self._chosen.too_large(here)[0]
-        raise PlanMismatchError(
-            f"the plan was made for {name} of shape {most}, this batch has {shape}",
-            remedies=["plan again for the larger batch: rematree.plan(model, batch, budget=...)"],
-        )
+    def _go_on(self, batch: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of `batch`, which this handle was made for while another one's ran: through its own overrides."""
+        if self._chosen.covering(batch, strictly=True) is None:
+            self._chosen.refuse_larger(batch)
+            self.on_larger.ask(None)  # nobody can plan for what the model is called with
+        return self._outermost(self._overrides[-1].inner, *args, **kwargs)
+
+    def _check_in_force(self, _: None) -> None:
+        """What runs again must find the overrides of its forward, or none at all."""
+        other = self._model.__dict__.get(_ATTRIBUTE)
+        if isinstance(other, Handle) and other is not self:
+            raise RecomputeMismatchError("another plan was applied between a forward and its backward")
 
     @property
     def in_force(self) -> Plan:

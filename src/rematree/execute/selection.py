@@ -8,12 +8,15 @@ backward runs under the number of its forward: the number is one of the values t
 
 import contextlib
 import inspect
+import math
 import threading
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from rematree.errors import PlanMismatchError
 from rematree.fingerprint import describe_batch
 from rematree.plans import Fingerprint, Plan
 from rematree.regions import unwrap
@@ -25,8 +28,8 @@ class Selection:
     """The choice between `plans`, by thread: backward and data-parallel replicas run in threads of their own.
 
     Args:
-        plans: In the order in which they are tried; the last one is for the largest batch, and in force where nothing
-            was chosen.
+        plans: In the order in which they are tried; the last one, for the largest batch, is in force where nothing was
+            chosen.
         model: What they are for; its signature names what a batch gives by position.
     """
 
@@ -76,14 +79,27 @@ class Selection:
     def covering(self, batch: Mapping[str, Any], *, strictly: bool = False) -> int | None:
         """Number of the first plan that covers a batch; None if the last one does not either.
 
-        A plan is taken only if all tensors are known to it: one that it has never heard of may be of any size. Unless
-        `strictly`, the last plan is refused only by a tensor that is larger than planned.
+        A plan is not taken for a tensor that it has never heard of if that is larger than all it knows: it may be what
+        the batch is mostly made of. Unless `strictly`, the last plan is refused only by a tensor that it knows.
         """
         here = {name: shape for name, shape, _ in describe_batch(batch)}
         for number, planned in enumerate(self._shapes):
-            if here and fit(here, planned):
+            if here and fit(here, planned, unheard=max(map(math.prod, planned.values()), default=0)):
                 return number
         return None if (strictly and here) or self.too_large(here) else self._last
+
+    def refuse_larger(self, batch: Mapping[str, Any]) -> int:
+        """Number of the plan for the largest batch, which covers `batch`.
+
+        Raises:
+            PlanMismatchError: it does not; a smaller batch (the last of an epoch) only needs less.
+        """
+        for name, shape, most in self.too_large({name: shape for name, shape, _ in describe_batch(batch)}):
+            raise PlanMismatchError(
+                f"the plan was made for {name} of shape {most}, this batch has {shape}",
+                remedies=["plan again for the larger batch: rematree.plan(model, batch, budget=...)"],
+            )
+        return self._last
 
     def too_large(self, here: Shapes) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
         """(name, shape, largest planned shape) of the tensors that no plan covers."""
@@ -98,13 +114,23 @@ class Selection:
 class OnLarger:
     """Who is asked when a training batch comes that no plan covers, before anything of it has run.
 
-    Attributes:
-        ask: Given the batch by name, gives the handle that is in force then, under which the forward goes on; or None,
-            and the batch is refused, which it is without anybody to ask. A copy of a model has nobody.
+    A copy of a model has nobody to ask, and whoever is asked is not kept alive by the model.
     """
 
     def __init__(self) -> None:
-        self.ask: Callable[[Mapping[str, Any]], Any] | None = None
+        self._method: weakref.WeakMethod[Callable[[Mapping[str, Any]], Any]] | None = None
+
+    def ask(self, method: Callable[[Mapping[str, Any]], Any] | None) -> None:
+        """Ask `method`, a bound one: for the handle that is in force then; None, and the batch is refused."""
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __bool__(self) -> bool:
+        return self._method is not None
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        """What who is asked answers; None if there is nobody."""
+        method = None if self._method is None else self._method()
+        return None if method is None else method(batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnLarger":
         return OnLarger()
@@ -122,9 +148,11 @@ def covers(larger: Fingerprint, other: Fingerprint) -> bool:
     return fit(shapes, planned)
 
 
-def fit(shapes: Shapes, most: Shapes) -> bool:
-    """Whether tensors of `shapes` are all among `most`, and nowhere larger."""
-    return shapes.keys() <= most.keys() and all(fits(shape, most[name]) for name, shape in shapes.items())
+def fit(shapes: Shapes, most: Shapes, unheard: int = 0) -> bool:
+    """Whether tensors of `shapes` are nowhere larger than those of `most`; others may have `unheard` elements."""
+    return all(
+        fits(shape, most[name]) if name in most else math.prod(shape) <= unheard for name, shape in shapes.items()
+    )
 
 
 def fits(shape: tuple[int, ...], most: tuple[int, ...]) -> bool:

@@ -73,12 +73,12 @@ def _is_asked_for(args: Any) -> bool:
 
 
 def most_tokens(args: Any) -> int | None:
-    """Tokens that rows are cut to (TRL's `max_length`); None if they are not. A packed row is as long as a batch."""
+    """Tokens that rows are cut to, and then padded to a multiple (TRL's `max_length`); None if they are not."""
     most = getattr(args, "max_length", None)
     if not isinstance(most, int):
         return None
-    packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
-    return most * args.per_device_train_batch_size if packed else most
+    multiple = getattr(args, "pad_to_multiple_of", None) or 1
+    return -(-most // multiple) * multiple
 
 
 def kind_of(optimizer: Any) -> Optimizer:

@@ -84,37 +84,47 @@ def _of_unknown_lengths(first: dict[str, Any], most: int | None) -> Batches:
 
 
 def roomier(batch: Mapping[str, Any], most: int | None) -> dict[str, Any]:
-    """`batch` with rows up to an eighth longer, at most `most` tokens: where one is larger, others will be.
+    """`batch` with rows longer by an eighth or less, to steps of 8 tokens or more: where one is larger, others will be.
 
-    Unchanged if it holds anything else than words: pictures cannot be made up.
+    No longer than `most` tokens, and as it is if it holds anything else than words: pictures cannot be made up.
     """
     tokens = _tokens(batch)
     if tokens is None:
-        return dict(batch)
+        return _padded(dict(batch))
     step = max(8, 1 << max(0, tokens.bit_length() - 4))
     wished = -(-tokens // step) * step
-    return stretched(batch, wished if most is None else max(tokens, min(wished, most)))
+    return stretched(batch, wished if most is None or tokens > most else min(wished, most))
 
 
 def stretched(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """`batch` with rows of so many tokens: its own, over and over, so that packed rows begin again, too."""
-    shape = batch["input_ids"].shape
-    times = -(-tokens // shape[1])
-    return _padded(
-        {
-            name: value.repeat(1, times)[:, :tokens] if getattr(value, "shape", None) == shape else value
-            for name, value in batch.items()
-        }
-    )
+    """`batch` with rows of so many tokens: its own, over and over, so that packed rows begin again, too.
+
+    No row of a longer batch is padded but the last, by one token: others of that shape may have as many words.
+    """
+    ids = batch["input_ids"]
+    times = -(-tokens // ids.shape[1])
+    wide = {
+        name: value.repeat(1, times)[:, :tokens] if _goes_along(value, ids) else value for name, value in batch.items()
+    }
+    if tokens > ids.shape[1] and isinstance(mask := wide.get("attention_mask"), torch.Tensor):
+        wide["attention_mask"] = torch.ones_like(mask)
+        if isinstance(labels := wide.get("labels"), torch.Tensor) and labels.shape == mask.shape:
+            wide["labels"] = torch.where(mask == 0, wide["input_ids"], labels)
+    return _padded(wide)
 
 
 def _tokens(batch: Mapping[str, Any]) -> int | None:
-    """Tokens of a row, if every tensor of the batch is [rows, tokens] or a number."""
+    """Tokens of a row, if every tensor of the batch is made of [rows, tokens] integers, of a number a row, or one."""
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.numel() == 0:
         return None
-    shapes = {value.shape for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() > 0}
-    return ids.shape[1] if shapes == {ids.shape} else None
+    others = [value for value in batch.values() if isinstance(value, torch.Tensor) and not _goes_along(value, ids)]
+    return ids.shape[1] if all(value.shape in ((), ids.shape[:1]) for value in others) else None
+
+
+def _goes_along(value: Any, ids: torch.Tensor) -> bool:
+    """Whether `value` has an integer, or a truth, for every token."""
+    return isinstance(value, torch.Tensor) and value.shape == ids.shape and not value.dtype.is_floating_point
 
 
 def _of_known_lengths(loader: Any, lengths: Sequence[int], size: int) -> Batches:

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from rematree.errors import InfeasibleBudgetError
+from rematree.errors import InfeasibleBudgetError, PlanMismatchError, RematreeError
+from rematree.execute.selection import covers
 from rematree.integrations.batches import Batches, roomier
 from rematree.planning.ladder import Ladder, build_ladder
 from rematree.planning.planner import Planner
 from rematree.plans import Plan
+from rematree.pricing.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Job:
         *,
         several: bool,
     ) -> Self:
-        """The job for `batches`; for what is known otherwise if the longest is only a bound, and does not fit.
+        """The job for `batches`; for what is known otherwise if the longest is only a bound, and cannot be planned for.
 
         Args:
             model: What trains.
@@ -57,34 +59,48 @@ class Job:
             several: Whether there may be more than one plan.
         Raises:
             InfeasibleBudgetError: nothing fits.
+            RematreeError: as of `Planner`.
         """
-        longest = planner(batches.longest)
         try:
+            longest = planner(batches.longest)
             if several:
                 ladder = build_ladder(longest, limit, batches.weights, lambda length: called(batches.of(length)))
             else:
                 longest.plan(limit)
                 ladder = Ladder((longest,))
-        except InfeasibleBudgetError:
+        except RematreeError:
             if batches.otherwise is None:
                 raise
             return cls.of(model, planner, called, batches.otherwise, limit, most, several=several)
         return cls(model, planner, ladder, limit, most, several, batches.note)
 
+    @property
+    def cost(self) -> Cost:
+        """What prices ops."""
+        return self.ladder.planners[0].observed.cost
+
     def plans(self, must: int = -1) -> tuple[Plan, ...]:
         """As of `Ladder.plans`."""
         return self.ladder.plans(self.limit, must)
 
-    def grown(self, batch: Mapping[str, Any]) -> Self:
-        """With a planner for a batch that no plan covers, as the last, and for some larger ones if they fit.
+    def grown(self, batch: Mapping[str, Any]) -> tuple[Self, int]:
+        """With a planner for a batch that no plan covers, and for some larger ones if they fit; and its number.
 
         Raises:
             InfeasibleBudgetError: the batch does not fit.
+            PlanMismatchError: there may be one plan only, and one for this batch would not cover those before.
         """
         planner = self.planner(roomier(batch, self.most))
+        if not self.several and not covers(planner.fingerprint, self.ladder.planners[-1].fingerprint):
+            raise PlanMismatchError(
+                "there is one plan for all batches, and none of those that came so far covers all others",
+                details=[str(each.fingerprint.batch) for each in (self.ladder.planners[-1], planner)],
+                remedies=["BudgetCallback without allow_compile=True"],
+            )
         try:
             planner.plan(self.limit)
         except InfeasibleBudgetError:
             planner = self.planner(batch)
             planner.plan(self.limit)
-        return replace(self, ladder=self.ladder.extended(planner) if self.several else Ladder((planner,)))
+        ladder = self.ladder.extended(planner) if self.several else Ladder((planner,))
+        return replace(self, ladder=ladder), ladder.number_for(planner.fingerprint)

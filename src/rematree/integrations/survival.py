@@ -4,10 +4,10 @@
     rematree.survive_out_of_memory(trainer)
     trainer.train()
 
-A prediction can be wrong about a device: other programs use it, its allocator fragments, a batch is longer than any
-that the data promised. The step that fails has left nothing behind then: no gradient half added, and the random
-generators where they were. The budget shrinks to below what has just failed, the plan for it is taken, and the same
-batch runs again. With levers that are exact, the run goes on as if nothing had happened.
+A prediction can be wrong about a device: other programs use it, its allocator fragments. The step that fails has left
+nothing behind then: no gradient half added, and the random generators where they were. The budget shrinks to below what
+has just failed, the plan for it is taken, and the same batch runs again. With levers that are exact, the run goes on as
+if nothing had happened.
 """
 
 import contextlib
@@ -78,6 +78,8 @@ class StepGuard:
                 loss = self._inner(model, dict(inputs), *args, **kwargs)
             except (RuntimeError, MemoryError, PlanMismatchError, InfeasibleBudgetError) as error:
                 before.restore()
+                if isinstance(error, InfeasibleBudgetError):
+                    self._give_up(error.message, "a batch is larger than planned for")
                 reason = _reason(error)
                 if reason is None:
                     raise
@@ -156,8 +158,6 @@ class _Before:
 
 def _reason(error: BaseException) -> str | None:
     """What ran out, in words; None if `error` is about something else."""
-    if isinstance(error, InfeasibleBudgetError):
-        return f"larger than planned ({error.message})"
     if isinstance(error, PlanMismatchError):
         return f"larger than planned ({error.message})" if "this batch has" in error.message else None
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -12,15 +12,16 @@ force before is in force again afterwards.
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from transformers import TrainerCallback
 
 from rematree.checkpointing import take_budget_from_transformers
 from rematree.engines import not_counted, without_engine
-from rematree.errors import InfeasibleBudgetError, UsageError
+from rematree.errors import InfeasibleBudgetError, PlanMismatchError, RematreeError, UsageError
 from rematree.execute.handle import Handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
 from rematree.execute.own_compile import compiled_elsewhere, refuse_compiled
@@ -37,7 +38,8 @@ from rematree.pricing.cost import Cost
 from rematree.referee.ranks import Ranks, launched_ranks
 from rematree.units import format_bytes, format_seconds, parse_bytes
 
-_COUNT: Final = "num_items_in_batch"  # which the Trainer adds to a batch where gradients are accumulated
+_COUNT: Final = "num_items_in_batch"  # which the Trainer adds to a batch for models whose loss takes it
+_T = TypeVar("_T")
 
 
 class BudgetCallback(TrainerCallback):
@@ -139,15 +141,17 @@ class BudgetCallback(TrainerCallback):
             here = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
             return {**as_called(here), **extra}
 
+        kind = kind_of(kwargs.get("optimizer"))
+
         def planner(batch: Mapping[str, Any]) -> Planner:
             return Planner(
                 model,
                 called(batch),
-                optimizer=kind_of(kwargs.get("optimizer")),
+                optimizer=kind,
                 accumulation_steps=args.gradient_accumulation_steps,
                 clips=args.max_grad_norm > 0,
                 forbid=self._forbid,
-                cost=self._cost,
+                cost=self._cost if self._job is None else self._job.cost,  # what was measured is not measured again
                 loss=loss,
                 steps=steps * args.gradient_accumulation_steps,  # as often a block runs
                 allow_compile=self._allow_compile,
@@ -165,7 +169,7 @@ class BudgetCallback(TrainerCallback):
         self._apply(plans)
         assert self._handle is not None
         if ranks is None and getattr(args, "n_gpu", 1) <= 1:
-            self._handle.on_larger.ask = self._larger
+            self._handle.on_larger.ask(self._larger)
         took = time.perf_counter() - started
         assert self.plan is not None
         assert self._job is not None
@@ -181,13 +185,13 @@ class BudgetCallback(TrainerCallback):
     def _apply(self, plans: tuple[Plan, ...]) -> None:
         """Put `plans` in force, in place of what is."""
         assert self._job is not None
-        ask = None
-        if self._handle is not None:
-            ask = self._handle.on_larger.ask
-            self._handle.remove(reports=False)
+        before = self._handle
+        if before is not None:
+            before.remove(reports=False)
         *smaller, self.plan = self.plans = plans
         self._handle = apply(self.plan, self._job.model, smaller=smaller)
-        self._handle.on_larger.ask = ask
+        if before is not None:
+            self._handle.on_larger = before.on_larger
         self._over = 0
 
     def _larger(self, batch: Mapping[str, Any]) -> Handle | None:
@@ -195,11 +199,11 @@ class BudgetCallback(TrainerCallback):
         assert self._handle is not None
         if self._handle.forwards > self._over:
             return None
-        words = {name: value for name, value in batch.items() if name != _COUNT}
-        shown = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape, _ in describe_batch(words))
+        call = {name: value for name, value in batch.items() if name != _COUNT}
+        shown = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape, _ in describe_batch(call))
         started = time.perf_counter()
         try:
-            plan = self.plan_again(words, None)
+            plan = self.plan_again(call, None)
         except InfeasibleBudgetError as error:
             raise InfeasibleBudgetError(
                 f"a batch that is larger than planned for ({shown}) does not fit: {error.message}",
@@ -208,12 +212,17 @@ class BudgetCallback(TrainerCallback):
                 details=error.details,
                 remedies=[*error.remedies, "shorter rows or fewer, with the equivalent gradient accumulation"],
             ) from None
+        except PlanMismatchError:
+            raise
+        except RematreeError as error:
+            self.say(f"a larger batch ({shown}) cannot be planned for: {error.message}")
+            return None
         took = time.perf_counter() - started
         self.say(f"a larger batch ({shown}): planned again in {format_seconds(took)}, {plan.summary()}")
         return self._handle
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No graph waits for its backward."""
+        """Forwards so far have had their backwards; what a trainer keeps beyond that is refused when it runs again."""
         self._over = 0 if self._handle is None else self._handle.forwards
 
     on_substep_end = on_step_begin
@@ -230,26 +239,30 @@ class BudgetCallback(TrainerCallback):
 
         Args:
             batch: What the step runs that did not fit.
-            limit: Bytes; None: those of now, and a plan for the shape of `batch` too.
+            limit: Bytes; None: those of now, and plan for the shape of `batch`.
         Returns:
             The plan that batches of this shape run under.
         Raises:
             InfeasibleBudgetError: nothing fits; the plans of before stay in force.
+            PlanMismatchError: there may be one plan only, and one for this batch would not cover those before.
             UsageError: no training is going on.
         """
-        if self._job is None or self.in_force is None:
+        in_force, job = self.in_force, self._job
+        if job is None or in_force is None:
             raise UsageError("no training under a budget is going on")
-        job = self._job
-        if limit is None:
-            job = job.grown(batch)
-            must = len(job.ladder.planners) - 1
-        else:
-            job = replace(job, limit=min(limit, job.limit))
-            must = job.ladder.number_for(self.in_force)
-        plans = job.plans(must)
-        self._job = job
+
+        def planned() -> tuple[Job, int, tuple[Plan, ...]]:
+            if limit is None:
+                again, must = job.grown(batch)
+            else:
+                again = replace(job, limit=min(limit, job.limit))
+                must = job.ladder.number_for(in_force.fingerprint)
+            return again, must, again.plans(must)
+
+        self._job, must, plans = _by_itself(planned)
         self._apply(plans)
-        return next(plan for plan in plans if job.ladder.number_for(plan) >= must)
+        number_for = self._job.ladder.number_for
+        return next(plan for plan in plans if number_for(plan.fingerprint) >= must)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the plan off."""
@@ -263,6 +276,18 @@ class BudgetCallback(TrainerCallback):
         if self._inputs is not None:
             self._inputs.resume()
             self._inputs = None
+
+
+def _by_itself(run: Callable[[], _T]) -> _T:
+    """Call `run` as if no step were going on: hooks, modes and autocast of the caller's thread are not there."""
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    device = torch.cuda.current_device() if cuda else 0
+    with ThreadPoolExecutor(1) as alone:
+        try:
+            return alone.submit(lambda: (torch.cuda.set_device(device) if cuda else None, run())[1]).result()
+        finally:
+            if cuda:
+                torch.cuda.empty_cache()  # the step needs what was measured with
 
 
 def _to_stderr(text: str) -> None:

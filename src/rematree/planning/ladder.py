@@ -24,6 +24,7 @@ from rematree.units import format_bytes, format_seconds
 
 MOST_RUNGS: Final = 6
 MOST_GROWN: Final = 8  # with those for batches that came larger than planned
+MOST_APART: Final = 24  # of batches none of which covers another
 _TRIED: Final = 2  # lengths for the longest that fits whole
 _CANDIDATES: Final = 48  # lengths that rungs are chosen among
 _WORTH_A_RUNG: Final = 0.005  # of the tokens computed in a run
@@ -33,9 +34,9 @@ HEADERS: Final = ("batches of up to", "recomputed blocks", "peak", "step", "of i
 
 @dataclass(frozen=True)
 class Ladder:
-    """Planners of one model for batches of a few lengths, shortest first; the last is for the longest batch.
+    """Planners of one model for batches of a few sizes, the smallest first.
 
-    Where batches differ in more than their length (pictures), a later one need not cover an earlier one.
+    Where batches differ in more than their length (pictures), a larger one need not cover a smaller one.
     """
 
     planners: tuple[Planner, ...]
@@ -58,25 +59,29 @@ class Ladder:
             plan for plan, longer in itertools.zip_longest(plans, plans[1:]) if longer is None or differ(plan, longer)
         )
 
-    def extended(self, longer: Planner) -> "Ladder":
-        """With a planner for a batch that none of these covers, as the last.
+    def extended(self, planner: Planner) -> "Ladder":
+        """With a planner for another batch, in its place by size.
 
-        Of more than `MOST_GROWN`, one goes whose batches the next one covers: the one that is nearest to it.
+        Of more than `MOST_GROWN`, one goes whose batches the next one covers: the one that is nearest to it. Where none
+        covers another there are `MOST_APART`, and the smallest goes.
         """
-        planners = [*self.planners, longer]
+        same = planner.fingerprint.batch
+        planners = sorted(
+            [each for each in self.planners if each.fingerprint.batch != same] + [planner],
+            key=lambda each: _size(each.fingerprint),
+        )
         pairs = enumerate(itertools.pairwise(each.fingerprint for each in planners))
-        spared = [(_size(more) / _size(less), number) for number, (less, more) in pairs if covers(more, less)]
+        spared = [(_size(more) / _size(less), n) for n, (less, more) in pairs if covers(more, less)]
+        spared = [(ratio, n) for ratio, n in spared if planners[n] is not planner]
         if len(planners) > MOST_GROWN and spared:
             del planners[min(spared)[1]]
+        elif len(planners) > MOST_APART:
+            del planners[planners[0] is planner]
         return Ladder(tuple(planners))
 
-    def number_for(self, plan: Plan) -> int:
-        """Number of the planner that made `plan`."""
-        return next(
-            number
-            for number, planner in enumerate(self.planners)
-            if planner.fingerprint.batch == plan.fingerprint.batch
-        )
+    def number_for(self, made_for: Fingerprint) -> int:
+        """Number of the planner whose plans have this fingerprint."""
+        return next(n for n, planner in enumerate(self.planners) if planner.fingerprint.batch == made_for.batch)
 
 
 def _size(fingerprint: Fingerprint) -> int:

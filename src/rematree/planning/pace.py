@@ -48,7 +48,10 @@ def measure_pace(model: nn.Module, referee: Referee, plain: Simulation) -> dict[
     chosen = {kind: index for index, kind in enumerate(referee.kinds) if _small_enough(plain, index)}
     paths = {kind: referee.blocks[index] for kind, index in chosen.items()}
     device, found = referee.twin.device, dict[int, float]()
-    between = between_runs(plain, device)
+    try:
+        between = between_runs(plain, device)
+    except CANNOT_RUN:  # in mid-run there may be no memory for it
+        return {}
     for kind, (args, kwargs) in calls_of(referee.twin, paths).items():
         predicted = plain.block_seconds(chosen[kind])
         block = copy_of(model.get_submodule(paths[kind]))
