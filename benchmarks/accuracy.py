@@ -54,7 +54,7 @@ def parse(description: str | None, output: str) -> argparse.Namespace:
     parser.add_argument("--attempts", type=int, default=1, help="at most, while the machine is at another speed")
     parser.add_argument("--device", default=None, help="cpu or cuda")
     parser.add_argument(
-        "--malloc", choices=("keep", "default"), default="keep", help="what glibc does with freed memory"
+        "--malloc", choices=("keep", "default"), default="default", help="what glibc does with freed memory"
     )
     parser.add_argument("--family", choices=list(FAMILIES), help="only this one, in this process")
     return parser.parse_args()

@@ -287,3 +287,34 @@ def test_running_statistics_are_updated_once(ours: Ours) -> None:
     expected = normed_step(model)
     with ours(model, tensors(16)):
         assert_same(expected, normed_step(model))
+
+
+# ---------------------------------------------------------------------------------- states that a forward leaves behind
+
+
+def test_a_state_left_with_its_graph_is_planned_around() -> None:
+    """RecurrentGemma keeps the last state of each layer on the layer, grad_fn and all, which cannot be copied."""
+    torch.manual_seed(0)
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        lru_width=32,
+        attention_window_size=8,
+        use_cache=False,
+    )
+    model = with_lora(transformers.RecurrentGemmaForCausalLM(config).train(), target_modules="all-linear")
+    batch = {"input_ids": torch.randint(3, 99, (2, 24)), "labels": torch.randint(3, 99, (2, 24))}
+    expected = step(model, batch)
+    held = [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf]
+    assert held, "transformers leaves none any more"
+    planner = Planner(model, batch, optimizer="none", cost=Roofline(5e10, 1e10), forbid=["chunked_loss"])
+    plan = planner.plan(planner.min_peak_bytes())
+    assert plan.recomputes
+    with rematree.apply(plan, model):
+        assert_same(expected, step(model, batch))
+    assert_same(expected, step(model, batch))

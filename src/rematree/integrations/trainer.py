@@ -46,7 +46,9 @@ class BudgetCallback(TrainerCallback):
     """Trains inside a budget. For transformers' `Trainer`, and TRL's of SFT, DPO, KTO, GRPO, RLOO and rewards.
 
     Where batches differ in length there is a plan for each of a few lengths, all within the budget: a short batch that
-    fits recomputes nothing, a long one what it must. They come from one survey of the longest batch.
+    fits recomputes nothing, a long one what it must. They come from one survey of the longest batch. Where lengths
+    cannot be read (streams, pictures), rows are planned for as long as the trainer cuts them, or as in the first batch,
+    and a batch that no plan covers before its forward, which takes as long as planning took at the start.
 
     The budget is the peak of a training step: weights, gradients, optimizer state, saved tensors, workspaces. It is
     taken from here, from `gradient_checkpointing=True, gradient_checkpointing_kwargs={"budget": ...}` (or
@@ -62,8 +64,8 @@ class BudgetCallback(TrainerCallback):
         say: Receives the plan and the prediction as text; standard error by default.
 
     Attributes:
-        plan: The plan for the longest batch, of now or of the last training; None before the first `train()`.
-        plans: All plans, for the shortest batches first; `plan` is the last of them.
+        plan: The plan for the largest batch, of now or of the last training; None before the first `train()`.
+        plans: All plans, for the smallest batches first; `plan` is the last of them.
         say: As above.
 
     Not covered:
@@ -282,9 +284,15 @@ def _by_itself(run: Callable[[], _T]) -> _T:
     """Call `run` as if no step were going on: hooks, modes and autocast of the caller's thread are not there."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     device = torch.cuda.current_device() if cuda else 0
-    with ThreadPoolExecutor(1) as alone:
+
+    def there() -> _T:
+        if cuda:
+            torch.cuda.set_device(device)
+        return run()
+
+    with ThreadPoolExecutor(1) as thread:
         try:
-            return alone.submit(lambda: (torch.cuda.set_device(device) if cuda else None, run())[1]).result()
+            return thread.submit(there).result()
         finally:
             if cuda:
                 torch.cuda.empty_cache()  # the step needs what was measured with

@@ -81,6 +81,10 @@ class Twin:
                 elsewhere = is_shard(tensor) or is_flattened(tensor) or is_partitioned(tensor)
                 whole = whole_on_meta(tensor) if elsewhere else tensor
                 memo[id(tensor)] = self.mode.fake(whole, storages)
+        for module in model.modules():
+            for value in vars(module).values():  # a state that the last forward has left there, with its graph
+                if isinstance(value, torch.Tensor) and not value.is_leaf:
+                    memo[id(value)] = self.mode.fake(value.detach(), storages)
         for module in model.modules():  # each has ten dicts of hooks, empty, whose copies would take half of the time
             dicts = [value for value in vars(module).values() if type(value) is OrderedDict and not value]
             memo.update((id(each), OrderedDict()) for each in dicts)
