@@ -302,7 +302,6 @@ def test_a_state_left_with_its_graph_is_planned_around() -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         lru_width=32,
         attention_window_size=8,
         use_cache=False,
