@@ -215,6 +215,19 @@ def test_what_is_not_sliced() -> None:
     assert "asked for its weights" in str(why_whole(core))
 
 
+def test_heads_may_differ_by_layer() -> None:
+    """Then transformers' config raises where all layers are asked about."""
+    model = made("llama")
+    config: Any = model.config
+    config.per_layer_config = {1: {"num_attention_heads": 2, "attention_dropout": 0.1}}
+    assert config.is_heterogeneous
+    assert [path for path, _ in sliced_cores(model, 1, 64)] == [f"model.layers.{n}.self_attn" for n in (0, 2, 3)]
+    second: Any = cores_of(model)[1]
+    assert "dropout" in str(why_whole(second))
+    del second.layer_idx
+    assert sliced_cores(second, 1, 64) == []
+
+
 def test_weights_that_other_ranks_hold_are_made_up_whole() -> None:
     (core, *_) = cores_of(made("gpt_oss"))
     sinks: Any = core.sinks

@@ -20,6 +20,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -53,7 +54,7 @@ def sliced_cores(model: nn.Module, rows: int, tokens: int) -> list[tuple[str, nn
     """Path and module of every attention of `model` that can be sliced and, at this size of batch, would be."""
     found: list[tuple[str, nn.Module]] = []
     for path, module in attention_modules(model):
-        heads = getattr(module.__dict__["config"], "num_attention_heads", None)
+        heads = getattr(_config_of(module), "num_attention_heads", None)
         large = type(heads) is int and slice_shape(rows, heads, tokens, tokens) != (rows, tokens)
         if large and why_whole(module) is None:
             found.append((path, module))
@@ -67,7 +68,7 @@ def why_whole(module: nn.Module) -> str | None:
         return "it is not attention written in PyTorch that transformers' interface leads to"
     if _WEIGHTS in inspect.signature(own_class(module).forward).parameters:
         return "it may be asked for its weights, and does not say so to the function that makes them"
-    config: Any = module.__dict__["config"]
+    config = _config_of(module)
     drops = any(getattr(holder, name, 0) for holder in (module, config) for name in _DROPOUTS)
     if drops or any(isinstance(child, nn.Dropout) and child.p for child in module.children()):
         return "it has dropout, whose masks would be others"
@@ -227,6 +228,15 @@ def _usual(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bo
     return mask is None or (mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[2] in (1, queries))
 
 
+def _config_of(module: nn.Module) -> Any:
+    """What holds for the layer of `module`: a config that differs by layer may not be asked for all of them."""
+    config: Any = module.__dict__["config"]
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    index = getattr(module, "layer_idx", None)
+    return SimpleNamespace() if index is None else config.per_layer_config[index]
+
+
 def _gives_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether somebody asked for the weights."""
     return bool(kwargs.get(_WEIGHTS) or getattr(module.__dict__["config"], _WEIGHTS, False))
@@ -240,8 +250,7 @@ def _others(inner: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
 
 def _trial(core: Callable[..., Any], module: nn.Module) -> str | None:
     """What is wrong when `core` runs on a few made-up queries, whole and in slices; None if nothing is."""
-    config: Any = module.__dict__["config"]
-    heads, rows, tokens, width = config.num_attention_heads, 2, 6, 8
+    heads, rows, tokens, width = _config_of(module).num_attention_heads, 2, 6, 8
     pairs = heads // getattr(module, "num_key_value_groups", 1)
     made = torch.Generator("cpu").manual_seed(0)
     stand_in = copy.copy(module)
