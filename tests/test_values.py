@@ -168,3 +168,24 @@ def test_what_weights_or_chance_have_a_part_in_is_not(ask: Any) -> None:
     twin = Twin(Looks(ask), {"ids": IDS}, loss=lambda output: output)
     with pytest.raises(UnsupportedModelError, match="depends on values of tensors"), twin.mode:
         twin.loss()
+
+
+def test_layers_that_are_left_out_by_chance_are_named() -> None:
+    """And with the remedies of the message the model is planned, exactly."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    config = transformers.M2M100Config(
+        vocab_size=99, d_model=32, encoder_attention_heads=4, decoder_attention_heads=4, use_cache=False, **sizes
+    )
+    assert config.encoder_layerdrop > 0
+    model = transformers.M2M100ForConditionalGeneration(config).train()
+    batch = {"input_ids": torch.randint(3, 99, (2, 12)), "labels": torch.randint(3, 99, (2, 12))}
+    with pytest.raises(UnsupportedModelError, match=r"by chance.*model\.encoder\.layerdrop is 0\.05") as caught:
+        Planner(model, batch, optimizer="none", cost=COST)
+    for remedy in caught.value.remedies:
+        exec(remedy, {"model": model})
+    planner = Planner(model, batch, optimizer="none", cost=COST, forbid=["chunked_loss"])
+    plan = planner.plan(planner.min_peak_bytes())
+    expected = step(model, batch)
+    with rematree.apply(plan, model):
+        assert_same(expected, step(model, batch))

@@ -146,6 +146,7 @@ class Twin:
                     raise
                 loss = self._run()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            _refuse_dropped_layers(self.model, error)
             frames = [entry for entry in traceback.walk_tb(error.__traceback__) if not is_plumbing(entry[0])]
             where = f" at {source_line(*frames[-1])}" if frames else ""
             raise UnsupportedModelError(
@@ -172,6 +173,18 @@ class Twin:
             values.know(self.batch[name], value)
         self.mode.know_values()
         return True
+
+
+def _refuse_dropped_layers(model: nn.Module, error: BaseException) -> None:
+    """Raise if `model` leaves out layers by chance (wav2vec 2.0, M2M-100): `error` is most likely about that."""
+    found = {path: vars(module).get("layerdrop") for path, module in model.named_modules()}
+    rates = {path: rate for path, rate in found.items() if isinstance(rate, float) and rate > 0}
+    if model.training and rates:
+        shown = ", ".join(f"{path}.layerdrop is {rate:g}" for path, rate in rates.items())
+        raise UnsupportedModelError(
+            f"the model leaves out layers by chance, and a plan is for layers that run: {shown}",
+            remedies=[f"model.get_submodule({path!r}).layerdrop = 0.0" for path in rates],
+        ) from error
 
 
 def _other_losses(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
