@@ -14,6 +14,7 @@ Writes --output (one JSON a line) and --page. A killed run goes on where it was.
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -60,8 +61,21 @@ SMALL: Mapping[str, int] = (
     | dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "mamba_n_groups"), 1)
     | {"num_key_value_heads": 2, "encoder_layers": 2, "num_experts_per_tok": 2, "linear_num_key_heads": 2}
     | {"linear_num_value_heads": 4, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2}
+    | {"num_kv_shared_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_logits_to_keep": 0}
     | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_size": 28, "patch_size": 14}
 )
+# What the rule above does not say of one type.
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [6, 8]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
 PLACEHOLDERS = ("image_token_id", "video_token_id", "image_token_index", "audio_token_id")
 
 
@@ -69,12 +83,14 @@ class TimeUpError(BaseException):
     """An architecture took too long. No `Exception`: nobody may take it for what a model cannot do."""
 
 
-def shrunk(config: Any) -> Any:
+def shrunk(config: Any, own: Mapping[str, Any] | None = None) -> Any:
     """A small config of the same class, and of the same kinds of layers; configs inside it are shrunk as well."""
-    known = {*config.to_dict(), *getattr(config, "attribute_map", {})}
+    known = {name for name in (*config.to_dict(), *getattr(config, "attribute_map", {})) if takes(config, name)}
     given: dict[str, Any] = {name: value for name, value in SMALL.items() if name in known}
+    if "kv_lora_rank" in known:  # keys and values are made for every head
+        given["num_key_value_heads"] = SMALL["num_attention_heads"]
     kinds = getattr(config, "layer_types", None)
-    if kinds:
+    if kinds and "layer_types" in known:
         different = list(dict.fromkeys(kinds))
         given["layer_types"] = [different[place % len(different)] for place in range(SMALL["num_hidden_layers"])]
     for name, value in vars(config).items():
@@ -82,7 +98,20 @@ def shrunk(config: Any) -> Any:
             given[name] = shrunk(value)
         elif name in PLACEHOLDERS:
             given[name] = SMALL["vocab_size"] - 1
-    return type(config)(**given)
+    return type(config)(**{**given, **(own or {})})
+
+
+def takes(config: Any, name: str) -> bool:
+    """Whether `name` can be given to a config of this class, and is not made of what else is given."""
+    made = inspect.getattr_static(type(config), getattr(config, "attribute_map", {}).get(name, name), None)
+    return not isinstance(made, property) or made.fset is not None
+
+
+def own_config(kind: str, model_class: Any) -> Any:
+    """The default config of `kind` that `model_class` takes: the one for its words, where it has several."""
+    config = transformers.AutoConfig.for_model(kind)
+    inside = [value for value in vars(config).values() if isinstance(value, model_class.config_class)]
+    return config if isinstance(config, model_class.config_class) or not inside else inside[0]
 
 
 def batch_for(task: str) -> dict[str, torch.Tensor]:
@@ -96,10 +125,11 @@ def build(task: str, kind: str) -> Any:
     """The model that `kind` names for `task`, trained as a whole, without a key-value cache in training."""
     names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")[kind]
     torch.manual_seed(0)
-    config = shrunk(transformers.AutoConfig.for_model(kind))
+    model_class = getattr(transformers, names if isinstance(names, str) else names[0])
+    config = shrunk(own_config(kind, model_class), OWN.get(kind))
     if task == "SEQ_TO_SEQ_CAUSAL_LM":
         config.decoder_start_token_id = 1
-    model = getattr(transformers, names if isinstance(names, str) else names[0])(config).train()
+    model = model_class(config).train()
     for module in model.modules():
         inner = getattr(module, "config", None)
         if hasattr(inner, "use_cache"):

@@ -10,11 +10,12 @@ from torch import nn
 
 import rematree
 from both_paths import plan_of
-from models import with_lora
+from models import batch_for, build, with_lora
 from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter, storage_bytes
 from rematree.memory.optimizers import Optimizer, make_optimizer
 from rematree.observation.observe import Twin
+from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers, Plan
 from rematree.pricing.cost import Measured
 from rematree.pricing.roofline import Roofline
@@ -236,3 +237,17 @@ def test_the_smallest_plan_of_a_tied_head_counts_on_that() -> None:
     everything = {path: Decision(Action.RECOMPUTE) for path in planner.survey.chain.blocks}
     by_hand = planner.observed.referee.run(Levers(everything, loss_chunk_rows=32)).peak_bytes
     assert planner.min_peak_bytes() - PEAK_SLACK <= by_hand
+
+
+@pytest.mark.parametrize("forbid", [(), ("chunked_loss",)])
+def test_a_model_of_which_only_the_head_is_trained(forbid: tuple[str, ...]) -> None:
+    """Its blocks keep nothing, and the first one leaves less than it found: there is a plan, to do nothing."""
+    model = build("llama").requires_grad_(False)
+    model.get_submodule("lm_head").requires_grad_(True)
+    batch = batch_for(model)
+    planner = Planner(model, batch, optimizer="none", cost=Roofline(5e10, 1e10), forbid=forbid)
+    plan = planner.plan(planner.min_peak_bytes())
+    assert not plan.recomputes
+    with rematree.apply(plan, model), PeakMeter(model, None, batch) as meter:
+        model(**batch).loss.backward()
+    assert 0 <= plan.predicted_peak_bytes - meter.peak_bytes <= PEAK_SLACK + (64 << 10)

@@ -187,7 +187,8 @@ def survey(
         # Its head is the one that was run. Its price is not quite that of the short chain: in the first simulated step
         # no weight is in a cache yet.
         plain = plain.with_head(heads[0].seconds / plain.head.seconds)
-    first = tuple(replace(o, kept=o.kept - gone) for o, gone in zip(stages[kinds[0]], released, strict=True))
+    # Where blocks train nothing the first one leaves less than it found; no solver is made for that, and few bytes are.
+    first = tuple(replace(o, kept=max(0, o.kept - gone)) for o, gone in zip(stages[kinds[0]], released, strict=True))
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
         stages=(first, *(tuple(stages[kind]) for kind in kinds[1:])),
