@@ -1,5 +1,7 @@
 """Batches whose lengths nobody can read beforehand, in streams and among pictures: planned for as they come."""
 
+import copy
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +23,7 @@ from both_paths import AGAIN, plan_of
 from models import assert_same, with_lora
 from rematree import BudgetCallback
 from rematree.errors import InfeasibleBudgetError, OutOfMemoryError, PlanMismatchError, RecomputeMismatchError
-from rematree.execute.selection import covers
+from rematree.execute.selection import OnLarger, covers
 from rematree.integrations.batches import read_batches, roomier, stretched
 from rematree.integrations.job import Job
 from rematree.integrations.survival import survive_out_of_memory
@@ -164,6 +166,14 @@ def test_what_runs_again_under_other_overrides_is_refused() -> None:
     alone.backward()  # nothing inside a block was decided on, so none is as good
     with rematree.apply(first, model), pytest.raises(RecomputeMismatchError, match="another plan"):
         waiting.backward()
+
+
+def test_copies_have_nobody_to_ask() -> None:
+    asked = OnLarger()
+    asked.ask(asked.__call__)
+    assert asked
+    assert not copy.deepcopy(asked)
+    assert not pickle.loads(pickle.dumps(asked))
 
 
 class Adds(Trainer):

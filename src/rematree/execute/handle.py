@@ -101,7 +101,7 @@ class Handle:
             if self.plan.levers.compiles(path):  # a hook on its output is none in a graph
                 continue
             self._overrides.append(ForwardOverride(layer, functools.partial(watch_weight, path, layer)))
-        self._executor.captured.append(Captured(lambda: None, self._check_in_force))
+        self._executor.captured.append(Captured(bool, self._check_in_force))
         if len(self.plans) > 1:  # R5: what runs again runs under the plan of its forward
             self._executor.captured.append(Captured(self._chosen.now, self._chosen.put))
         attention: dict[nn.Module, dict[int, Callable[..., Any]]] = {}
@@ -240,7 +240,7 @@ class Handle:
             self.on_larger.ask(None)  # nobody can plan for what the model is called with
         return self._outermost(self._overrides[-1].inner, *args, **kwargs)
 
-    def _check_in_force(self, _: None) -> None:
+    def _check_in_force(self, _: bool) -> None:
         """What runs again must find the overrides of its forward, or none at all."""
         other = self._model.__dict__.get(_ATTRIBUTE)
         if isinstance(other, Handle) and other is not self:

@@ -132,8 +132,8 @@ class OnLarger:
         method = None if self._method is None else self._method()
         return None if method is None else method(batch)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OnLarger":
-        return OnLarger()
+    def __reduce__(self) -> tuple[type["OnLarger"], tuple[()]]:
+        return OnLarger, ()
 
 
 def _positions(model: nn.Module) -> list[str]:
