@@ -128,9 +128,10 @@ def main(description: str | None, output: str, device: torch.device, where: Path
     log["conditions"] = conditions(device)
     if device.type == "cpu":
         kept = " ".join(f"{name}={value}" for name, value in KEPT.items())
-        log["conditions"]["memory"] = f"glibc keeps what is freed, as a GPU's allocator does ({kept})"
-        if options.malloc == "default":
-            log["conditions"]["memory"] = "glibc gives back what is freed as it does by default"
+        log["conditions"]["memory"] = {
+            "keep": f"glibc keeps what is freed, as a GPU's allocator does ({kept})",
+            "default": "glibc gives back what is freed as it does by default",
+        }[options.malloc]
     log["seconds"] = log.get("seconds", 0.0) + time.perf_counter() - start
     options.output.write_text(json.dumps(log, indent=1))
     for what, found, limit, holds in verdicts(log["rows"]):

@@ -11,7 +11,7 @@ import inspect
 import math
 import threading
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,7 +34,8 @@ class Selection:
     """
 
     def __init__(self, plans: Sequence[Plan], model: nn.Module) -> None:
-        self._shapes: list[Shapes] = [{name: shape for name, shape, _ in plan.fingerprint.batch} for plan in plans]
+        self._shapes = [_shapes_of(plan.fingerprint.batch) for plan in plans]
+        self._largest = [max(map(math.prod, shapes.values()), default=0) for shapes in self._shapes]
         self._names = _positions(model) or _positions(unwrap(model))  # PEFT's may hand on `*args`
         self._last = len(plans) - 1
         self._numbers: dict[int, int] = {}
@@ -82,9 +83,9 @@ class Selection:
         A plan is not taken for a tensor that it has never heard of if that is larger than all it knows: it may be what
         the batch is mostly made of. Unless `strictly`, the last plan is refused only by a tensor that it knows.
         """
-        here = {name: shape for name, shape, _ in describe_batch(batch)}
-        for number, planned in enumerate(self._shapes):
-            if here and fit(here, planned, unheard=max(map(math.prod, planned.values()), default=0)):
+        here = _shapes_of(describe_batch(batch))
+        for number, (planned, largest) in enumerate(zip(self._shapes, self._largest, strict=True)):
+            if here and fit(here, planned, unheard=largest):
                 return number
         return None if (strictly and here) or self.too_large(here) else self._last
 
@@ -94,7 +95,7 @@ class Selection:
         Raises:
             PlanMismatchError: it does not; a smaller batch (the last of an epoch) only needs less.
         """
-        for name, shape, most in self.too_large({name: shape for name, shape, _ in describe_batch(batch)}):
+        for name, shape, most in self.too_large(_shapes_of(describe_batch(batch))):
             raise PlanMismatchError(
                 f"the plan was made for {name} of shape {most}, this batch has {shape}",
                 remedies=["plan again for the larger batch: rematree.plan(model, batch, budget=...)"],
@@ -144,8 +145,12 @@ def _positions(model: nn.Module) -> list[str]:
 
 def covers(larger: Fingerprint, other: Fingerprint) -> bool:
     """Whether a plan with the fingerprint `larger` covers every batch that one with `other` covers."""
-    planned, shapes = ({name: shape for name, shape, _ in each.batch} for each in (larger, other))
-    return fit(shapes, planned)
+    return fit(_shapes_of(other.batch), _shapes_of(larger.batch))
+
+
+def _shapes_of(batch: Iterable[tuple[str, tuple[int, ...], str]]) -> Shapes:
+    """Of tensors as a fingerprint has them."""
+    return {name: shape for name, shape, _ in batch}
 
 
 def fit(shapes: Shapes, most: Shapes, unheard: int = 0) -> bool:

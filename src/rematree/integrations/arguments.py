@@ -7,6 +7,7 @@ import torch
 
 from rematree.errors import UsageError
 from rematree.in_effect import BUDGET_KEY, requested_budget
+from rematree.integrations.batches import rounded_up
 from rematree.referee.ranks import base_optimizer
 from rematree.referee.simulate import Optimizer
 from rematree.units import format_bytes, parse_bytes
@@ -75,10 +76,7 @@ def _is_asked_for(args: Any) -> bool:
 def most_tokens(args: Any) -> int | None:
     """Tokens that rows are cut to, and then padded to a multiple (TRL's `max_length`); None if they are not."""
     most = getattr(args, "max_length", None)
-    if not isinstance(most, int):
-        return None
-    multiple = getattr(args, "pad_to_multiple_of", None) or 1
-    return -(-most // multiple) * multiple
+    return rounded_up(most, getattr(args, "pad_to_multiple_of", None)) if isinstance(most, int) else None
 
 
 def kind_of(optimizer: Any) -> Optimizer:

@@ -17,10 +17,10 @@ import torch
 from rematree.errors import UsageError
 from rematree.planning.ladder import batch_weights
 
+_LENGTHS: Final = 8  # that are planned for where only a bound is known
 _LENGTH_COLUMNS: Final = ("input_ids", "tokens", "labels")
 # Of TRL's DPO and KTO, and of its rewards without a prompt of their own: a row is the prompt and the longest of these.
 _PROMPT_COLUMN: Final = "prompt_ids"
-_LENGTHS: Final = 8  # that are planned for where only a bound is known
 _ANSWER_COLUMNS: Final = (("chosen_ids", "rejected_ids"), ("completion_ids", "KL_completion_ids"), ("completion_ids",))
 
 
@@ -77,10 +77,19 @@ def _of_unknown_lengths(first: dict[str, Any], most: int | None) -> Batches:
     tokens = _tokens(first)
     if most is None or tokens is None or tokens > most:
         return alone
-    lengths = [-(-most * part // _LENGTHS) for part in range(1, _LENGTHS + 1)]
     note = f"rows of {most} tokens, to which they are cut; their lengths cannot be read beforehand"
-    weights = dict.fromkeys(lengths, 1 / len(lengths))
-    return Batches(stretched(first, most), note, weights, lambda length: stretched(first, length), alone)
+    return Batches(stretched(first, most), note, evenly(most), lambda length: stretched(first, length), alone)
+
+
+def evenly(most: int, before: int = 0) -> dict[int, float]:
+    """Weights of a few lengths up to `before` tokens, which every row has, and `most` more, of which any share is."""
+    lengths = [before + -(-most * part // _LENGTHS) for part in range(1, _LENGTHS + 1)]
+    return dict.fromkeys(lengths, 1 / len(lengths))
+
+
+def rounded_up(count: int, multiple: int | None) -> int:
+    """The least multiple that is no smaller than `count`; `count` where there is none to keep to."""
+    return -(-count // multiple) * multiple if multiple else count
 
 
 def roomier(batch: Mapping[str, Any], most: int | None) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def roomier(batch: Mapping[str, Any], most: int | None) -> dict[str, Any]:
     if tokens is None:
         return _padded(dict(batch))
     step = max(8, 1 << max(0, tokens.bit_length() - 4))
-    wished = -(-tokens // step) * step
+    wished = rounded_up(tokens, step)
     return stretched(batch, wished if most is None or tokens > most else min(wished, most))
 
 

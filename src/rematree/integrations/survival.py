@@ -76,10 +76,11 @@ class StepGuard:
             before = _Before(model)
             try:
                 loss = self._inner(model, dict(inputs), *args, **kwargs)
-            except (RuntimeError, MemoryError, PlanMismatchError, InfeasibleBudgetError) as error:
+            except InfeasibleBudgetError as error:  # of a batch that came larger; nothing tighter is left
                 before.restore()
-                if isinstance(error, InfeasibleBudgetError):
-                    self._give_up(error.message, "a batch is larger than planned for")
+                self._give_up(error.message, "a batch is larger than planned for")
+            except (RuntimeError, MemoryError, PlanMismatchError) as error:
+                before.restore()
                 reason = _reason(error)
                 if reason is None:
                     raise

@@ -19,7 +19,7 @@ import torch
 
 from rematree.errors import UsageError
 from rematree.execute.override import ForwardOverride
-from rematree.integrations.batches import Batches
+from rematree.integrations.batches import Batches, evenly, rounded_up
 from rematree.observation.observe import LossFunction
 from rematree.regions import unwrap
 
@@ -30,7 +30,6 @@ _OTHER_COMPLETIONS: Final = "KL_"  # KTO runs them without a graph
 _DESIRED: Final = "label"  # whether a completion of KTO is
 _PROMPT: Final = "prompt"
 _IMAGES: Final = frozenset({"image", "images"})
-_LENGTHS: Final = 8  # of completions that are planned for: nobody knows beforehand how long they will be
 
 
 def call_of(model: Any, arguments: Any) -> tuple[dict[str, Any], LossFunction | None]:
@@ -97,11 +96,10 @@ def generated_batches(arguments: Any, loader: Any, processing: Any) -> Batches |
             f"{type(arguments).__name__}: the longest batch cannot be known: {unknown}",
             remedies=["rematree.apply(rematree.plan(model, longest, budget=..., loss=...), model) before training"],
         )
-    multiple = getattr(arguments, "pad_to_multiple_of", None) or 1
-    prompt = _up(max(map(len, _tokenized(loader.dataset[_PROMPT], arguments, processing)), default=1), multiple)
-    most = _up(most, multiple)
+    multiple = getattr(arguments, "pad_to_multiple_of", None)
+    prompt = rounded_up(max(map(len, _tokenized(loader.dataset[_PROMPT], arguments, processing)), default=1), multiple)
+    most = rounded_up(most, multiple)
     rows = arguments.per_device_train_batch_size
-    lengths = [prompt + -(-most * part // _LENGTHS) for part in range(1, _LENGTHS + 1)]
 
     def of(length: int) -> dict[str, Any]:
         ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -112,7 +110,8 @@ def generated_batches(arguments: Any, loader: Any, processing: Any) -> Batches |
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     note = f"{rows} rows of the longest prompt, {prompt} tokens, and {most} tokens of completion"
-    return Batches(of(lengths[-1]), note, dict.fromkeys(lengths, 1 / len(lengths)), of)
+    # Nobody knows beforehand how long completions will be.
+    return Batches(of(prompt + most), note, evenly(most, before=prompt), of)
 
 
 def _why_unknown(most: int | None, columns: Collection[str]) -> str | None:
@@ -121,10 +120,6 @@ def _why_unknown(most: int | None, columns: Collection[str]) -> str | None:
     if _PROMPT not in columns:
         return "the data has no column of prompts that can be read beforehand"
     return "there are images among the prompts" if _IMAGES.intersection(columns) else None
-
-
-def _up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
 
 
 def _tokenized(prompts: Sequence[Any], arguments: Any, processing: Any) -> Sequence[Sequence[int]]:

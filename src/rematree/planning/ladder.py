@@ -70,9 +70,12 @@ class Ladder:
             [each for each in self.planners if each.fingerprint.batch != same] + [planner],
             key=lambda each: _size(each.fingerprint),
         )
-        pairs = enumerate(itertools.pairwise(each.fingerprint for each in planners))
-        spared = [(_size(more) / _size(less), n) for n, (less, more) in pairs if covers(more, less)]
-        spared = [(ratio, n) for ratio, n in spared if planners[n] is not planner]
+        made_for = [each.fingerprint for each in planners]
+        spared = [
+            (_size(more) / _size(less), n)
+            for n, (less, more) in enumerate(itertools.pairwise(made_for))
+            if covers(more, less) and planners[n] is not planner
+        ]
         if len(planners) > MOST_GROWN and spared:
             del planners[min(spared)[1]]
         elif len(planners) > MOST_APART:
