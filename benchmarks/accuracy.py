@@ -35,13 +35,21 @@ QUICK = ("llama", "mixtral")
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 INTRO = """Every row is one way of stepping one model, predicted before anything ran and then run: the plain step,
 Hugging Face's flag, and plans at three budgets (the smallest, a third and two thirds of the way to the largest useful).
-Measured peaks are allocated bytes of a whole training step, summed from the profiler's allocation events: the larger of
-the first step's, in which the optimizer's state is born, and the second one's. Times are medians of later steps,
-without the profiler. A fixed piece of work, which no plan has a part in, is timed before and after ops are priced and
-before and after a way is timed: the column "machine" is what it took then over what it took when ops were priced. With
-`--attempts` above 1, ways timed while the machine was more than 10 % faster or slower are timed again, then priced
-again. Models are small ones of the architectures named, with random weights; the batch is rows x tokens. LoRA is on
-all linear layers, with dropout 0.05; QLoRA is NF4 with double quantisation."""
+Measured peaks are allocated bytes of a whole training step, {counted}: the larger of the first step's, in which the
+optimizer's state is born, and the second one's. Times are medians of later steps, {timed}. A fixed piece of work,
+which no plan has a part in, is timed before and after ops are priced and before and after a way is timed: the column
+"machine" is what it took then over what it took when ops were priced. With `--attempts` above 1, ways timed while the
+machine was more than 10 % faster or slower are timed again, then priced again. Models are small ones of the
+architectures named, with random weights; the batch is rows x tokens. LoRA is on all linear layers, with dropout 0.05;
+QLoRA is NF4 with double quantisation."""
+COUNTED = {
+    "cpu": ("summed from the profiler's allocation events", "without the profiler"),
+    "cuda": ("counted by torch's allocator, cuBLAS's workspaces included", "with their optimizer's step"),
+}
+WHOLE = """
+
+"Budget's peak" is what a budget is compared with: the same with the rest of the allocator's segments in use, and with
+the CUDA context. "Reserved" are the segments that the allocator held at most, in use or not, without the context."""
 
 
 def parse(description: str | None, output: str) -> argparse.Namespace:
@@ -82,9 +90,9 @@ def run_family(family: str, options: argparse.Namespace, device: torch.device) -
             fresh.write_text(json.dumps(log, indent=1))
             fresh.replace(options.output)
             print(
-                f"{row.cell:36} {row.way:8}  peak {format_bytes(row.predicted_peak_bytes)} predicted, "
+                f"{row.cell:36} {row.way:8}  peak {format_bytes(row.predicted_allocated_bytes)} predicted, "
                 f"{format_bytes(row.measured_peak_bytes)} measured ({row.peak_error:+.2%})  time "
-                f"{row.predicted_seconds:.2f} s, {row.measured_seconds:.2f} s ({row.time_error:+.1%})",
+                f"{1e3 * row.predicted_seconds:.1f} ms, {1e3 * row.measured_seconds:.1f} ms ({row.time_error:+.1%})",
                 file=sys.stderr,
                 flush=True,
             )
@@ -140,7 +148,9 @@ def main(description: str | None, output: str, device: torch.device, where: Path
         target = options.page or where
         target.parent.mkdir(parents=True, exist_ok=True)
         took = {**log["conditions"], "took": f"{log['seconds'] / 60:.0f} minutes"}
-        target.write_text(page(title, INTRO, took, log["rows"]))
+        counted, timed = COUNTED[device.type]
+        intro = INTRO.format(counted=counted, timed=timed) + (WHOLE if device.type == "cuda" else "")
+        target.write_text(page(title, intro, took, log["rows"]))
     sys.exit(0 if peaks_hold(log["rows"]) else 1)
 
 

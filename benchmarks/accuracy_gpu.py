@@ -18,4 +18,4 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "accuracy_gpu.md"
 if __name__ == "__main__":
     if not torch.cuda.is_available() and "--device" not in sys.argv:
         sys.exit("no CUDA device; --device cpu runs the same code without one")
-    main(__doc__, "runs/accuracy_gpu.json", torch.device("cuda"), PAGE, "Accuracy on a GPU")
+    main(__doc__, "runs/accuracy_gpu.json", torch.device("cuda", 0), PAGE, "Accuracy on a GPU")

@@ -90,9 +90,20 @@ def _groups(rows: Rows) -> list[str]:
     return lines
 
 
+def format_time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
 def _table(rows: Rows) -> list[str]:
     reserved = any(row["reserved_bytes"] for row in rows)
-    head = ["model", "step", "predicted peak", "measured", *(["reserved"] if reserved else []), "off by"]
+    head = [
+        "model",
+        "step",
+        "predicted peak",
+        "measured",
+        "off by",
+        *(["budget's peak", "reserved"] if reserved else []),
+    ]
     head += ["first step's", "predicted time", "measured", "off by", "machine", ""]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 3) + "---|"]
     for row in rows:
@@ -104,10 +115,13 @@ def _table(rows: Rows) -> list[str]:
             )
             if misses
         ]
-        cells = [row["cell"], row["way"], *map(format_bytes, (row["predicted_peak_bytes"], row["measured_peak_bytes"]))]
-        cells += [format_bytes(row["reserved_bytes"] or 0)] if reserved else []
-        cells += [f"{row['peak_error']:+.2%}", format_bytes(row["first_step_peak_bytes"])]
-        cells += [f"{row['predicted_seconds']:.2f} s", f"{row['measured_seconds']:.2f} s", f"{row['time_error']:+.1%}"]
+        peaks = (row["predicted_allocated_bytes"], row["measured_peak_bytes"])
+        cells = [row["cell"], row["way"], *map(format_bytes, peaks), f"{row['peak_error']:+.2%}"]
+        whole = (row["predicted_peak_bytes"], row["reserved_bytes"] or 0)
+        cells += [*map(format_bytes, whole)] if reserved else []
+        cells += [format_bytes(row["first_step_peak_bytes"])]
+        cells += [format_time(row["predicted_seconds"]), format_time(row["measured_seconds"])]
+        cells += [f"{row['time_error']:+.1%}"]
         cells += [f"{row['machine'] - 1:+.0%}"]
         lines.append("| " + " | ".join([*cells, f"missed: {' and '.join(missed)}" if missed else ""]) + " |")
     return lines

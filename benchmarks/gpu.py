@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU")
     options = parser.parse_args()
     known = gpu_workloads()
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     if options.dry_run:
         device, known = torch.device("cpu"), gpu_workloads("tiny", 32, 64)
         options.layers, options.no_compile, options.points = 2, True, 2

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from allocated import allocated_bytes, every_layer
 from speed import WITHIN, Speed
 from torch import nn
 
@@ -201,12 +202,18 @@ def build_batch(cell: Cell, model: Any, device: torch.device) -> Batch:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of stepping one cell. Bytes are allocated bytes; `reserved_bytes` are None on a CPU."""
+    """One way of stepping one cell.
+
+    `predicted_peak_bytes` is what a budget is compared with. On a GPU that is the segments in use and the CUDA context;
+    `predicted_allocated_bytes`, which leaves these two out, and `measured_peak_bytes` are what its allocator hands out.
+    On a CPU both predictions are one, and `reserved_bytes` are None.
+    """
 
     cell: str
     way: str
     budget_bytes: int | None
     predicted_peak_bytes: int
+    predicted_allocated_bytes: int
     measured_peak_bytes: int
     first_step_peak_bytes: int
     reserved_bytes: int | None
@@ -218,30 +225,50 @@ class Row:
 
     @property
     def peak_error(self) -> float:
-        return self.predicted_peak_bytes / self.measured_peak_bytes - 1
+        return self.predicted_allocated_bytes / self.measured_peak_bytes - 1
 
     @property
     def time_error(self) -> float:
         return self.predicted_seconds / self.measured_seconds - 1
 
 
-Way = tuple[str, int | None, int, float, int | None, Callable[[], AbstractContextManager[Any]]]
+@dataclass(frozen=True)
+class Way:
+    """One way of stepping, predicted; `around` brings it about."""
+
+    name: str
+    budget_bytes: int | None
+    peak_bytes: int
+    allocated_bytes: int
+    seconds: float
+    loss_chunk_rows: int | None
+    around: Callable[[], AbstractContextManager[Any]]
 
 
 def ways(model: Any, batch: Batch, planner: Planner) -> list[Way]:
-    """(name, budget, predicted bytes, predicted seconds, rows of a chunk, context) of each way of stepping."""
-    found: list[Way] = [
-        ("plain", None, *planner.plain_step(), None, nullcontext),
-        ("hf flag", None, *planner.every_layer_step(), None, lambda: hf_checkpointing(model)),
+    """Every way of stepping that is compared."""
+    plain, flag = planner.survey.plain, every_layer(planner)
+    found = [
+        Way("plain", None, planner.plain_step()[0], allocated_bytes(planner, plain), plain.seconds, None, nullcontext),
+        Way(
+            "hf flag",
+            None,
+            planner.every_layer_step()[0],
+            allocated_bytes(planner, flag),
+            flag.seconds,
+            None,
+            lambda: hf_checkpointing(model),
+        ),
     ]
     low, high = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
     budgets = [int(low + share * (high - low)) for share in SHARES]
     for share, budget, plan in zip(SHARES, budgets, planner.plans(budgets), strict=True):
         found.append(
-            (
+            Way(
                 f"plan {share:.0%}",
                 budget,
                 plan.predicted_peak_bytes,
+                allocated_bytes(planner, planner.simulation(plan)),
                 plan.predicted_step_seconds,
                 plan.loss_chunk_rows,
                 lambda plan=plan: rematree.apply(plan, model, batch),
@@ -274,19 +301,21 @@ def measure(
         if abs(trial.machine - 1) > WITHIN and attempts > 1:  # it does not come back to that speed
             priced = _priced(model, batch, speed)
             trial = _step(model, batch, priced.ways[name], speed, priced.speed, timed_steps, attempts)
-        _, budget, predicted, seconds, rows, _ = priced.ways[name]
+        way = priced.ways[name]
+        beside = 0 if device.type == "cpu" else speed.num_bytes
         yield Row(
             cell.name,
             name,
-            budget,
-            predicted,
-            max(trial.peaks),
-            trial.peaks[0],
-            max(trial.reserved, default=None),
-            seconds,
+            way.budget_bytes,
+            way.peak_bytes,
+            way.allocated_bytes,
+            max(trial.peaks) - beside,
+            trial.peaks[0] - beside,
+            max(trial.reserved) - beside if trial.reserved else None,
+            way.seconds,
             statistics.median(trial.times),
             trial.times,
-            rows,
+            way.loss_chunk_rows,
             trial.machine,
         )
 
@@ -302,7 +331,7 @@ class _Priced:
 def _priced(model: Any, batch: Batch, speed: Speed) -> _Priced:
     """Predict every way; the speed is the mean of before and after."""
     before = speed.seconds()
-    found = {way[0]: way for way in ways(model, batch, Planner(model, batch))}
+    found = {way.name: way for way in ways(model, batch, Planner(model, batch))}
     return _Priced(found, (before + speed.seconds()) / 2)
 
 
@@ -321,7 +350,7 @@ def _step(
 ) -> _Trial:
     """Step one way, its timed steps again while the machine is at another speed than when they were priced."""
     trial = _Trial([], [], [], math.inf)
-    with weights_kept(model, 1e-4) as optimizer, way[-1]():
+    with weights_kept(model, 1e-4) as optimizer, way.around():
         for _ in range(2):
             with PeakMeter(model, optimizer, batch) as meter:
                 train_step(model, optimizer, batch, 1.0)

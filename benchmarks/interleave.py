@@ -127,6 +127,9 @@ class Interleaved:
         return point
 
     def _first(self, way: Way, point: Point, loss: Loss) -> None:
+        if self._device.type == "cuda" and self._reference is None:
+            self._step(loss, self._few)  # cuBLAS allocates what it keeps, in both threads
+            self._clear()
         if way.compiles:
             started = time.perf_counter()
             self._step(loss)

@@ -4,19 +4,20 @@ Two series: without compilation, and with it where the planner has it. The same 
 made of nothing but recomputed blocks.
 """
 
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Generator, Iterable, Mapping
+from contextlib import contextmanager
 
+from allocated import allocated_bytes, every_layer, recomputed
 from dominance import GONE
 from interleave import Point
 from peers import Way
 from workloads import Built, Loss, plain_loss
 
 import rematree
-from rematree.execute.input_grads import as_leaves
 from rematree.planning.planner import Planner
 from rematree.planning.settings import LEVERS
-from rematree.plans import Action, Decision, Levers, Plan
+from rematree.plans import Plan
+from rematree.referee.simulation import Simulation
 from rematree.units import MIB
 
 _ALIKE = 0.03
@@ -35,20 +36,20 @@ def applied(built: Built, plan: Plan) -> Generator[Loss]:
 
 
 def predictions(planner: Planner) -> dict[str, tuple[int, float]]:
-    """(peak bytes, seconds) of the ways by hand and by flag that the referee can run."""
-    blocks = planner.survey.chain.blocks
-    return {
-        "plain": planner.plain_step(),
-        "HF flag": planner.every_layer_step(),
-        "HF every 2": _recomputed(planner, blocks[::2], as_leaves(planner.observed.twin.model)),
-        "torch_remat": _recomputed(planner, blocks, nullcontext()),
+    """(allocated bytes, seconds) of the ways by hand and by flag that the referee can run."""
+    blocks = list(planner.survey.chain.blocks)
+    simulated = {
+        "plain": planner.survey.plain,
+        "HF flag": every_layer(planner),
+        "HF every 2": recomputed(planner, blocks[::2], hooked=True),
+        "torch_remat": recomputed(planner, blocks),
     }
+    return {name: (_allocated(planner, result), result.seconds) for name, result in simulated.items()}
 
 
-def _recomputed(planner: Planner, blocks: Sequence[str], around: AbstractContextManager[object]) -> tuple[int, float]:
-    with around:
-        result = planner.observed.referee.run(Levers({path: Decision(Action.RECOMPUTE) for path in blocks}))
-    return planner._search.peak(result), result.seconds
+def _allocated(planner: Planner, simulation: Simulation) -> int:
+    """Without what cuBLAS keeps, which is there before any way is measured."""
+    return allocated_bytes(planner, simulation, libraries=False)
 
 
 def describe(plan: Plan) -> str:
@@ -66,9 +67,9 @@ def describe(plan: Plan) -> str:
     return "; ".join(parts)
 
 
-def _way(built: Built, plan: Plan, series: str, what: str) -> Way:
+def _way(built: Built, planner: Planner, plan: Plan, series: str, what: str) -> Way:
     name = f"{series}, {what}"
-    predicted = (plan.predicted_peak_bytes, plan.predicted_step_seconds)
+    predicted = (_allocated(planner, planner.simulation(plan)), plan.predicted_step_seconds)
     return Way(name, series, describe(plan), lambda: applied(built, plan), bool(plan.compiled), predicted)
 
 
@@ -115,7 +116,9 @@ def our_ways(built: Built, planner: Planner, points: int, beside: Mapping[str, i
     # Closer together near the smallest peak, where the frontier is steep and peers are many.
     shares = [(index / max(1, points - 1)) ** 2 for index in range(points)]
     budgets = {f"budget {budget / MIB:.1f} MiB": budget for budget in (int(low + s * (high - low)) for s in shares)}
-    budgets |= {f"budget {name}": budget for name, budget in beside.items() if budget >= low}
+    overhead = planner.observed.overhead  # is in a budget, not in what is measured
+    more = overhead.library_bytes + overhead.context_bytes
+    budgets |= {f"budget {name}": budget + more for name, budget in beside.items() if budget + more >= low}
     kept: dict[tuple[object, ...], tuple[str, Plan]] = {}
     for what, plan in zip(budgets, planner.plans([*budgets.values()]), strict=True):
         if compiled and not plan.compiled:
@@ -123,4 +126,4 @@ def our_ways(built: Built, planner: Planner, points: int, beside: Mapping[str, i
         levers = plan.levers
         key = (str(levers.decisions), levers.loss_chunk_rows, levers.lean, str(levers.compiled), levers.groups)
         kept.setdefault(key, (what, plan))
-    return [_way(built, plan, series, what) for what, plan in kept.values()]
+    return [_way(built, planner, plan, series, what) for what, plan in kept.values()]

@@ -9,6 +9,7 @@ import statistics
 
 import torch
 
+from rematree.measure import storage_bytes
 from rematree.planning.pace import now
 from rematree.units import MIB
 
@@ -20,6 +21,8 @@ WITHIN = 0.1  # of the speed at which ops were priced
 class Speed:
     """A mix of what a training step is made of: matmuls of both kinds, memory passed over, masks drawn.
 
+    Attributes:
+        num_bytes: Held on the device.
     Cost:
         About a second for one answer, and 140 MiB.
     """
@@ -32,6 +35,7 @@ class Speed:
         ]
         self._memory = torch.zeros(64 * MIB // 4, device=device)
         self._out = torch.empty_like(self._memory)
+        self.num_bytes = storage_bytes([*(t for pair in self._factors for t in pair), self._memory, self._out])
         self.seconds()  # whatever is done once
 
     def seconds(self) -> float:

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from models import batch_for, build, with_lora
 from rematree.errors import UsageError
+from rematree.observation.absent import DeviceView
 from rematree.observation.attention_kernels import choose_kernel
 from rematree.observation.mode import TwinMode
 from rematree.observation.observe import Twin
@@ -28,6 +29,17 @@ sdpa = torch.nn.functional.scaled_dot_product_attention
 
 def heads(size: int = 64, *, dtype: torch.dtype = torch.bfloat16, count: int = 8, rows: int = 40) -> torch.Tensor:
     return torch.empty(2, count, rows, size, dtype=dtype, device="meta", requires_grad=True)
+
+
+def test_a_device_that_is_here_is_not_taken_for_absent() -> None:
+    """Planning for an H100 on a machine with another card: tensors stay on it, only the capability is another one's."""
+    for absent in (True, False):
+        with DeviceView(CUDA, (9, 0), absent=absent) as view:
+            assert torch.cuda.get_device_capability() == (9, 0)
+            told = [view._told(value) for value in (CUDA, "cuda", "cpu", torch.float16)]
+        there = torch.device("meta") if absent else torch.device("cuda")
+        assert [value.type for value in told[:2]] == [there.type] * 2
+        assert told[2:] == [torch.device("cpu"), torch.float16]
 
 
 # -- the choice -------------------------------------------------------------------------------------------------------

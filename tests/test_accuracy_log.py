@@ -66,6 +66,7 @@ def row(peak: int, predicted: int, seconds: float = 1.0) -> dict[str, Any]:
         "way": "plain",
         "measured_peak_bytes": peak,
         "predicted_peak_bytes": predicted,
+        "predicted_allocated_bytes": predicted,
         "first_step_peak_bytes": peak,
         "reserved_bytes": None,
         "peak_error": predicted / peak - 1,

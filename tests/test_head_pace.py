@@ -1,19 +1,23 @@
 """The head, run for its time: what it scales, and that nobody notices it."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from models import batch_for, build, gradients, with_lora
 from rematree.execute.loss.head import find_head
 from rematree.observation.observe import Twin
+from rematree.planning import head_pace
 from rematree.planning.head_pace import HeadClock
 from rematree.planning.heads import _worth_their_memory, chunk_rows_for
-from rematree.planning.pace import LARGEST
 from rematree.planning.planner import Planner
 from rematree.plans import Levers
-from rematree.pricing.cost import Roofline
+from rematree.pricing.cost import Roofline, probe_bytes
 from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
 from rematree.solve.chain import HeadOption
@@ -60,7 +64,33 @@ def test_a_head_too_large_to_be_run_gets_no_answer() -> None:
     model = with_lora(build("llama"))
     twin, blocks = Twin(model, batch_for(model)), find_chain(model).blocks
     clock = HeadClock(model, twin, blocks, Referee(twin, blocks, COST).run(Levers()))
-    assert clock.seconds({None: LARGEST + 1, 32: LARGEST}).keys() == {32}
+    room = probe_bytes(torch.device("cpu"))
+    assert clock.seconds({None: room + 1, 32: room}).keys() == {32}
+
+
+def test_what_the_head_was_run_with_is_given_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 256 MiB and a batch's hidden states: the step needs them, and garbage is collected some time later."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    own = head_pace.between_runs
+
+    def spy(*args: Any) -> torch.Tensor:
+        made = own(*args)
+        held.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(head_pace, "between_runs", spy)
+    model = with_lora(build("llama"))
+    twin, blocks = Twin(model, batch_for(model)), find_chain(model).blocks
+    clock = HeadClock(model, twin, blocks, Referee(twin, blocks, COST).run(Levers()))
+    gc.disable()
+    try:
+        assert clock.seconds({None: 0})
+        assert held
+        assert held[0]() is None
+        real = [v for v in vars(clock).values() if isinstance(v, nn.Module | torch.Tensor)]
+        assert all(isinstance(value, FakeTensor) for value in real)
+    finally:
+        gc.enable()
 
 
 def test_a_ratio_scales_the_head_with_that_loss_and_nothing_else() -> None:

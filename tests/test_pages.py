@@ -80,7 +80,7 @@ def test_an_op_is_priced_with_the_pages_of_its_output_and_of_what_it_allocates_i
 
 
 def test_an_op_too_large_to_run_is_priced_with_pages_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_LARGEST_PROBE", 0)
+    monkeypatch.setattr(cost, "_LARGEST_CPU_PROBE", 0)
     x = torch.ones(64 * KIB)
     assert priced(CLONE, x, monkeypatch=monkeypatch, threshold=256 * KIB) == 256 * KIB
     assert priced(ADD_, x, x, monkeypatch=monkeypatch, threshold=256 * KIB) == 0

@@ -1,9 +1,13 @@
 """What `Measured` adds to an op that ran alone: exact where it is a model, only its sign where it is a measurement."""
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 
 from rematree.planning.pace import made_up
+from rematree.pricing.contents import with_values
 from rematree.pricing.cost import Measured, Roofline, _layout
 from rematree.pricing.surroundings import Recency, cache_bytes, measure_cold_rate, measure_overhead
 from rematree.units import KIB, MIB
@@ -80,19 +84,37 @@ def test_a_grouped_matmul_is_priced_on_groups_of_one_size(
     a: tuple[int, ...], b: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    import rematree.pricing.cost
 
-    balance = rematree.pricing.cost._balance_groups
-
-    def spy(*args: torch.Tensor) -> None:
-        balance(*args)
+    def spy(func: Any, args: Any) -> Any:
+        args = with_values(func, args)
         seen.append(args[2].tolist())
+        return args
 
-    monkeypatch.setattr(rematree.pricing.cost, "_balance_groups", spy)
+    monkeypatch.setattr("rematree.pricing.cost.with_values", spy)
     args = (torch.ones(a), torch.ones(b), torch.tensor([16, 32, 48, 64], dtype=torch.int32))
     out = torch.ops.aten._grouped_mm.default(*args)
     Measured(torch.device("cpu")).price(torch.ops.aten._grouped_mm.default, args, {}, [out])
     assert seen == [[16, 32, 48, 64]]
+
+
+def test_rows_that_are_added_up_are_priced_as_spread() -> None:
+    aten = torch.ops.aten
+    zeros = functools.partial(torch.zeros, 64, dtype=torch.int64)
+    for func, args in (
+        (aten.embedding_dense_backward.default, (torch.ones(64, 4), zeros(), 1000, -1, False)),
+        (aten.index_add.default, (torch.ones(1000, 4), 0, zeros(), torch.ones(64, 4))),
+        (aten.scatter_add.default, (torch.ones(1000), 0, zeros(), torch.ones(64))),
+    ):
+        with_values(func, args)
+        index = next(a for a in args if isinstance(a, torch.Tensor) and a.dtype is torch.int64)
+        assert len(index.unique()) > 32
+        func(*args)  # none of them is out of range
+    rows, columns = zeros(), zeros()
+    target, values = torch.ones(1000, 3), torch.ones(64)
+    with_values(aten.index_put.default, (target, [rows, columns], values, True))
+    assert len(rows.unique()) > 32
+    assert len(columns.unique()) == 3
+    aten.index_put.default(target, [rows, columns], values, True)
 
 
 def test_an_op_is_priced_on_tensors_laid_out_as_in_the_step() -> None:

@@ -12,7 +12,7 @@ import rematree
 from models import build, with_lora
 from rematree import BudgetCallback
 from rematree.errors import OutOfMemoryError, UsageError
-from rematree.integrations.survival import StepGuard, survive_out_of_memory
+from rematree.integrations.survival import StepGuard, _reason, survive_out_of_memory
 from rematree.pricing.cost import Roofline
 from trainers import QUICK, pad, quiet_arguments, rows_of
 
@@ -116,6 +116,21 @@ def test_repeated_failure_ends_with_the_ledger_advice_and_a_checkpoint(tmp_path:
     assert "rematree fit" in text
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     assert (checkpoint / "optimizer.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_every_library_says_in_its_own_words_that_memory_is_out(error: Exception) -> None:
+    assert _reason(error) == "out of memory"
 
 
 def test_another_error_is_not_swallowed_and_leaves_gradients_as_they_were(tmp_path: Path) -> None:

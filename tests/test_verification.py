@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import random
 import re
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from rematree.fingerprint import describe_batch, describe_model
 from rematree.plans import Action, Decision, Plan
 from rematree.pricing.cost import Roofline
 from rematree.units import KIB, format_bytes
+from rematree.verification import _equal, _judge_gradients, _largest_difference
 
 COST = Roofline(5e10, 1e10)
 Batch = dict[str, torch.Tensor]
@@ -200,6 +203,25 @@ def test_gradients_that_differ_in_a_model_that_does_not_repeat_itself_fail_and_s
     )
     assert_difference_is_large(caught.value.message, pattern)
     assert caught.value.details[0].startswith("the plain model, run twice, differs from itself by up to ")
+
+
+@pytest.mark.parametrize(
+    ("itself", "off", "passes"), [(0.0, 1e-5, False), (0.001, 0.003, True), (0.001, 0.005, False), (0.5, 0.06, False)]
+)
+def test_what_differs_from_itself_is_held_to_that_within_limits(itself: float, off: float, passes: bool) -> None:
+    """As attention's backward on a GPU; fp32, whose rounding explains 7.6e-6."""
+    one, plan = torch.ones(8), SimpleNamespace(exact=False)
+    expected, control, found = {"": one}, {"": one + itself}, {"": one + off}
+    result: Any = SimpleNamespace(
+        largest_difference=_largest_difference(expected, found), gradients_equal=_equal(expected, found)
+    )
+    judged = functools.partial(_judge_gradients, cast("Any", plan), result, control, expected)
+    if passes:
+        judged(0.0)
+    else:
+        with pytest.raises(VerificationError):
+            judged(0.0)
+    judged(off / 2)  # fp32 gradients of what is computed in a coarser dtype
 
 
 def test_a_recomputation_that_takes_another_way_fails() -> None:

@@ -22,6 +22,7 @@ from rematree.pricing.devices import (
     cublas_workspace_bytes,
     default_efficiency,
 )
+from rematree.pricing.on_cuda import seconds_of
 from rematree.pricing.workload import Kind, attention_flops
 from rematree.units import MIB
 
@@ -37,17 +38,19 @@ _RUNS: Final = 5
 _ENOUGH_SECONDS: Final = 0.5
 _HOPELESS_SECONDS: Final = 1.0  # emulated: larger matmuls would say the same, later
 _LAUNCHES: Final = 200
-_ATTENTION: Final = (1, 8, 1024, 64)
+_ATTENTION: Final = {"cpu": (1, 8, 1024, 64), "cuda": (4, 32, 4096, 128)}
 
 
 class _Clock:
     """Best time of a few runs on one device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
 
     def best(self, run: Callable[[], Any]) -> float:
         """Shortest of a few runs; the first loads kernels and fills caches, and counts only if it was a long one."""
+        if self._device.type == "cuda":
+            return max(seconds_of(run, self._device), 1e-9)
         first = self._time(run)
         times = [first] if first > _ENOUGH_SECONDS else []
         while len(times) < _RUNS and sum(times) < _ENOUGH_SECONDS:
@@ -55,15 +58,9 @@ class _Clock:
         return max(min(times), 1e-9)
 
     def _time(self, run: Callable[[], Any]) -> float:
-        self._wait()
         start = time.perf_counter()
         run()
-        self._wait()
         return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
 
 
 def calibrate(
@@ -119,6 +116,7 @@ def calibrate(
         context_bytes=CONTEXT_BYTES if kind == "cuda" else 0,
         workspace_bytes=cublas_workspace_bytes(torch.cuda.get_device_capability(device)[0]) if kind == "cuda" else 0,
         sources={"specification": "measured by rematree calibrate"},
+        capability=torch.cuda.get_device_capability(device)[0] if kind == "cuda" else 0,
     )
     return Profile(measured, torch.__version__, datetime.datetime.now(tz=datetime.UTC).date().isoformat(), figures)
 
@@ -198,14 +196,14 @@ def _attention(
     device: torch.device, clock: _Clock, rates: dict[str, float], figures: dict[str, float]
 ) -> dict[str, float]:
     name = "bf16" if device.type == "cuda" and "bf16" in rates else "fp32"
-    make = torch.ones(_ATTENTION, dtype=_DTYPES[name], device=device)
+    shape = _ATTENTION[device.type]
+    make = torch.ones(shape, dtype=_DTYPES[name], device=device)
     q, k, v = (make.clone().requires_grad_() for _ in range(3))
     with torch.no_grad():
         forward = clock.best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     grad = torch.ones_like(out)
     backward = clock.best(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
-    shape = _ATTENTION
     figures[f"attention {name}"] = attention_flops(shape, shape, shape, causal=True) / forward
     work = attention_flops(shape, shape, shape, causal=True, backward=True)
     figures[f"attention backward {name}"] = work / backward

@@ -15,9 +15,10 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from rematree.execute.dropout import byte_table, look_up, packed_bytes
+from rematree.execute.dropout import byte_table, generator_state, look_up, packed_bytes, set_generator_state
 from rematree.execute.loss.running_sum import added_in_place, as_rows
 
 _unsafe_view: Final = torch.ops.aten._unsafe_view.default
@@ -33,12 +34,10 @@ class Branch:
     Attributes:
         scaling: Factor of its output.
         p: Probability of its dropout, 0.0 without.
-        random: On CUDA, state of the generator before its mask was drawn.
     """
 
     scaling: float
     p: float
-    random: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +89,20 @@ class _AddAdapters(torch.autograd.Function):
         ctx.how, ctx.result_dtype = how, result.dtype
         if how.unread and not any(branch.p and mask is None for branch, mask in zip(how.branches, masks, strict=True)):
             ctx.save_for_backward(x, *tensors)
+            ctx.states = [None] * len(how.branches)
             masks.clear()
             summed = result.dtype if how.rounds_each else torch.promote_types(result.dtype, how.compute)
             return result.to(how.out or summed, copy=True).contiguous()  # a placeholder of its own
-        out = result
+        out, states = result, list[Tensor | None]()
         for index, branch in enumerate(how.branches):
             first, second, _ = tensors[index * _PER_BRANCH : (index + 1) * _PER_BRANCH]
             assert first is not None
             assert second is not None
-            dropped, _ = _dropped(x, how, branch, masks.pop(0))
+            mask = masks.pop(0)
+            draws = branch.p and mask is None and not isinstance(x, FakeTensor)
+            states.append(generator_state(x.device) if draws else None)
+            dropped, _ = _dropped(x, how, branch, mask)
+            del mask
             delta = dropped.mm(first.t())
             del dropped
             # No view to autograd, as behind a linear layer: whoever gets the output may write to it.
@@ -109,6 +113,7 @@ class _AddAdapters(torch.autograd.Function):
             in_place = torch.promote_types(out.dtype, delta.dtype) == delta.dtype
             out = added_in_place(delta, out) if in_place else out + delta
         ctx.save_for_backward(x, *tensors)
+        ctx.states = states  # of the generator, before each branch drew its mask
         return out if how.out is None else out.to(how.out)
 
     @staticmethod
@@ -128,7 +133,8 @@ class _AddAdapters(torch.autograd.Function):
             first, second, bits = kept[place : place + _PER_BRANCH]
             wanted = (needs[3], needs[4 + place], needs[5 + place])
             if any(wanted):
-                own, of_first, of_second = _branch_grads(how, how.branches[index], grad, x, first, second, bits, wanted)
+                mask, branch = (bits, ctx.states[index]), how.branches[index]
+                own, of_first, of_second = _branch_grads(how, branch, grad, x, first, second, mask, wanted)
                 of_tensors[place : place + 2] = of_first, of_second
                 if own is not None:
                     of_input = own if of_input is None else of_input.add_(own)
@@ -156,9 +162,9 @@ def _dropped(x: Tensor, how: Branches, branch: Branch, mask: Tensor | None) -> t
 
 
 def _dropped_again(
-    x: Tensor, how: Branches, branch: Branch, bits: Tensor | None, table: Tensor | None
+    x: Tensor, how: Branches, branch: Branch, bits: Tensor | None, state: Tensor | None, table: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`_dropped` in backward: the mask of then from its bits, or drawn again."""
+    """`_dropped` in backward: the mask of then from its bits, or drawn again from the generator's state of then."""
     if bits is not None and table is not None:
         wide = as_rows(x)
         pieces = _pieces(wide)
@@ -170,14 +176,14 @@ def _dropped_again(
             rows[part].copy_(dropped)
         assert rows is not None
         return rows.to(how.compute), None
-    if branch.random is None:
+    if state is None:
         return _dropped(x, how, branch, None)
-    present = torch.cuda.get_rng_state(x.device)
-    torch.cuda.set_rng_state(branch.random, x.device)
+    present = generator_state(x.device)
+    set_generator_state(state, x.device)
     try:
         return _dropped(x, how, branch, None)
     finally:
-        torch.cuda.set_rng_state(present, x.device)
+        set_generator_state(present, x.device)
 
 
 def _mask(shape: torch.Size, start: int, bits: Tensor, table: Tensor) -> Tensor:
@@ -201,14 +207,18 @@ def _branch_grads(
     x: Tensor,
     first: Tensor,
     second: Tensor,
-    bits: Tensor | None,
+    mask: tuple[Tensor | None, Tensor | None],
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of one adapter's branch: of the input [..., I] in dtype `how.cast`, of A, of B; None if unwanted."""
+    """Gradients of one adapter's branch: of the input [..., I] in dtype `how.cast`, of A, of B; None if unwanted.
+
+    Of `mask` its bits, or the state of the generator that draws it again.
+    """
+    bits, state = mask
     needs_input, needs_first, needs_second = wanted
     of_input = of_first = of_second = None
     table = None if bits is None else byte_table(how.cast, branch.p, bits.device)
-    dropped, drawn = _dropped_again(x, how, branch, bits, table)
+    dropped, drawn = _dropped_again(x, how, branch, bits, state, table)
     product = dropped.mm(first.t())  # again
     scaled = grad.to(how.compute)
     scaled = as_rows(scaled * branch.scaling if scaled is grad else scaled.mul_(branch.scaling))

@@ -22,12 +22,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as modules
 
 from rematree.execute.adapter_branch import Branch, Branches, add_adapters
-from rematree.execute.dropout import draw_bits
+from rematree.execute.dropout import draw_bits, drawn_apart
 from rematree.execute.override import runs_bare
 from rematree.execute.stash import is_placeholder
 from rematree.regions import DRAW_SUFFIX
@@ -192,16 +191,14 @@ def lean_forward(
         if autocast:
             weights = [_as_autocast_casts(weight, compute) for weight in weights]
         p = _probability(layer.lora_dropout[name])
-        bits = random = None
-        if p and x.device.type == "cpu":
+        bits = None
+        if p and drawn_apart(x):
             bits, mask = draws.get(name, draw_bits)(torch.empty_like(x, dtype=cast), p)
             masks.append(mask)
             del mask  # the node's alone
         else:
             masks.append(None)
-            if p and detect_fake_mode() is None:
-                random = torch.cuda.get_rng_state(x.device)
-        branches.append(Branch(layer.scaling[name], p, random))
+        branches.append(Branch(layer.scaling[name], p))
         tensors += [*weights, bits]
         # Adapters behind one cast share its gradient, so they are one node. Without a cast each adds its own to that
         # of the input, as the layers around this one do.

@@ -11,6 +11,7 @@ Random numbers do not: dropout draws from torch's own generator in the order of 
 import contextlib
 import functools
 import os
+import shutil
 import time
 import types
 import warnings
@@ -55,7 +56,12 @@ def why_no_compiler(device: torch.device) -> str | None:
     except RuntimeError as error:
         return str(error).strip().partition("\n")[0]
     if device.type == "cuda":
-        return None if has_triton() else "torch.compile needs triton on a GPU"
+        if not has_triton():
+            return "torch.compile needs triton on a GPU"
+        # Triton builds a few lines of C when it is first used.
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
+        found = any(shutil.which(name.split()[0]) for name in compilers)
+        return None if found else f"no C compiler found, which triton needs ({', '.join(compilers)})"
     if device.type != "cpu":
         return f"not tried on a device of type {device.type}"
     try:

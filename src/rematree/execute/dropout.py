@@ -20,10 +20,28 @@ def mask_can_be_kept(module: nn.Module, x: torch.Tensor) -> bool:
         and module.training
         and not module.inplace
         and 0.0 < module.p < 1.0
-        and x.device.type == "cpu"
+        and drawn_apart(x)
         and x.is_contiguous()
         and x.numel() > 0
     )
+
+
+def drawn_apart(x: torch.Tensor) -> bool:
+    """Whether dropout of `x` draws a mask, then multiplies by it; on a GPU both are one kernel."""
+    return x.device.type == "cpu"
+
+
+def generator_state(device: torch.device) -> torch.Tensor:
+    """Of the generator that dropout on `device` draws from; on the host, and read without waiting for the device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_generator_state(state: torch.Tensor, device: torch.device) -> None:
+    """Have dropout on `device` draw again what it drew from `state` on."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def draw(x: torch.Tensor, p: float) -> torch.Tensor:

@@ -36,7 +36,8 @@ class _FrozenInt8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Any, inner: Callable[..., torch.Tensor]) -> torch.Tensor:
-        out = inner(x)  # grad mode is off here: the library's node, and what it keeps, is dropped at once
+        # A placeholder has the memory of one element, and the library's kernel reads rows x columns.
+        out = inner(x.contiguous())  # grad mode is off here: the library's node, and what it keeps, is dropped at once
         ctx.state, ctx.dtype, ctx.shape = layer.state, x.dtype, x.shape
         return out
 

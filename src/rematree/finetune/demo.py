@@ -16,6 +16,7 @@ from rematree.finetune.job import run
 from rematree.finetune.result import TrainResult
 from rematree.finetune.run_folder import RunFolder
 from rematree.finetune.setup import Engine, prepare
+from rematree.pricing.devices import overhead_of
 from rematree.units import format_bytes
 
 # Sized for two CPU cores and ten minutes in all. float32, because a CPU may have no bfloat16 instructions.
@@ -71,8 +72,10 @@ def run_demo(
         learning_rate=config.learning_rate,
         max_grad_norm=config.max_grad_norm,
     )
-    budget = peak // 2
-    out.print(f"{format_bytes(peak)}; the budget is half of it, {format_bytes(budget)}", highlight=False)
+    beside = overhead_of(None, next(setup.model.parameters()).device.type)  # a budget is also for a GPU's context
+    budget = peak // 2 + beside.context_bytes + beside.library_bytes
+    more = ", and what the device takes beside it" if beside.context_bytes else ""
+    out.print(f"{format_bytes(peak)}; the budget is half of it{more}, {format_bytes(budget)}", highlight=False)
     return run(dataclasses.replace(config, budget=budget), out, engine=engine, setup=setup, hf_peak_bytes=peak)
 
 

@@ -93,7 +93,7 @@ def run(
         measured = folder.read("measured.json") or {}
         result = TrainResult(
             budget_bytes=config.budget,
-            predicted_peak_bytes=plan.predicted_peak_bytes,
+            predicted_peak_bytes=plan.predicted_allocated_bytes,
             measured_peak_bytes=measured["peak_bytes"],
             predicted_step_seconds=plan.predicted_step_seconds * config.gradient_accumulation_steps,
             measured_step_seconds=measured["step_seconds"],

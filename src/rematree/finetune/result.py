@@ -21,7 +21,7 @@ class TrainResult:
 
     Attributes:
         budget_bytes: The budget.
-        predicted_peak_bytes: Of the plan.
+        predicted_peak_bytes: Of the plan, without what a GPU takes beside tensors (context, unused parts of segments).
         measured_peak_bytes: Of the last step, optimizer state included.
         predicted_step_seconds: Of the plan, times the passes that are accumulated.
         measured_step_seconds: Median over the steps but the first and the last, which is slowed by its measurement.

@@ -140,6 +140,7 @@ class Target:
             UsageError: the device cannot be planned for.
         """
         from rematree.finetune.base import training_device
+        from rematree.observation.attention_kernels import DEFAULT_CAPABILITY
         from rematree.planning.planner import Planner
 
         options: dict[str, Any] = {
@@ -151,8 +152,8 @@ class Target:
         }
         if self.device is not None:
             options |= {"device": self._torch_device(), "cost": self.device.roofline()}
-            if self.device.capability:
-                options["capability"] = (self.device.capability, 0)
+            if self.device.backend == "cuda":  # not that of another device that may be here
+                options["capability"] = (self.device.capability or DEFAULT_CAPABILITY[0], 0)
         elif next(shape.model.parameters()).is_meta:
             options["device"] = training_device()
         return Planner(shape.model, shape.batch, **options)

@@ -25,7 +25,8 @@ from rematree.units import format_bytes
 
 _SHARE: Final = 0.9  # of a peak that did not fit, what is tried next
 _ATTEMPTS: Final = 5
-_SAID_ON_CPU: Final = ("not enough memory", "can't allocate memory", "cannot allocate memory")
+# By the allocators of a CPU; by CUDA, cuBLAS, cuDNN and Triton, which do not raise torch's own error.
+_SAID: Final = ("not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def survive_out_of_memory(trainer: Any, *, attempts: int = _ATTEMPTS) -> "StepGuard":
@@ -106,6 +107,8 @@ class StepGuard:
             now = self._callback.plan_again(inputs, limit)
         except InfeasibleBudgetError as error:
             self._give_up(error.message, reason)
+        except torch.OutOfMemoryError:  # of what it takes to plan
+            self._give_up("there is no memory left to plan with", reason)
         self._callback.say(
             f"step {self._trainer.state.global_step + 1}: {reason}; undone, and run again under a plan of "
             f"{format_bytes(now.predicted_peak_bytes)} (it was {format_bytes(plan.predicted_peak_bytes)})"
@@ -164,7 +167,7 @@ def _reason(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out of memory"
     text = str(error)
-    return "out of memory" if any(said in text for said in _SAID_ON_CPU) else None
+    return "out of memory" if any(said in text for said in _SAID) else None
 
 
 def _forget_frames(error: BaseException | None) -> None:

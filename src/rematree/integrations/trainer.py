@@ -295,6 +295,8 @@ def _by_itself(run: Callable[[], _T]) -> _T:
             return thread.submit(there).result()
         finally:
             if cuda:
+                torch.cuda.synchronize(device)
+                torch._C._cuda_clearCublasWorkspaces()  # that thread's is no step's; those of a step come again
                 torch.cuda.empty_cache()  # the step needs what was measured with
 
 

@@ -51,10 +51,12 @@ class DeviceView:
     Args:
         device: The device.
         capability: Its compute capability, which decides between attention kernels.
+        absent: It is not there. If it is, only `capability` is another one's.
     """
 
-    def __init__(self, device: torch.device, capability: Capability) -> None:
+    def __init__(self, device: torch.device, capability: Capability, *, absent: bool = True) -> None:
         self._device = device
+        self._absent = absent
         self._capability = capability
         handlers = ((_ATTENTION, self._attention), (_DROPOUT, self._dropout), (_TORCH_DROPOUT, self._dropout))
         answers = {id(own): _answer(own, handler) for own, handler in handlers}
@@ -112,7 +114,7 @@ class DeviceView:
         if isinstance(value, str):
             value = torch.device(value)
         if isinstance(value, torch.device):
-            return META if value.type == self._device.type else value
+            return META if self._absent and value.type == self._device.type else value
         return value
 
     def _dropout(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -45,7 +45,7 @@ class TwinMode(FakeTensorMode):
         self._entered = 0
         self.recipes = Recipes(self, self.engine_device, device)
         if device is not None and (absent or capability is not None):
-            self._view = DeviceView(device, capability or DEFAULT_CAPABILITY)
+            self._view = DeviceView(device, capability or DEFAULT_CAPABILITY, absent=absent)
 
     @property
     def knows_values(self) -> bool:

@@ -22,7 +22,8 @@ from rematree.execute.handle import forget_handle
 from rematree.execute.loss.attach import attach_chunked_loss
 from rematree.execute.override import ForwardOverride
 from rematree.observation.observe import Twin, loss_of
-from rematree.planning.pace import CANNOT_RUN, LARGEST, between_runs, cleared, made_up, now
+from rematree.planning.pace import CANNOT_RUN, between_runs, cleared, made_up, now
+from rematree.pricing.cost import probe_bytes
 from rematree.quantised import hidden_tensors
 from rematree.referee.simulate import Simulation
 
@@ -60,17 +61,25 @@ class HeadClock:
             return
 
     def seconds(self, workspaces: Mapping[int | None, int]) -> dict[int | None, float]:
-        """Of the head with every loss asked for; without those that cannot be run.
+        """Of the head with every loss asked for; without those that cannot be run. To be called once.
 
         All of them take turns, so that a slow second of the machine is not one loss's alone.
 
         Args:
             workspaces: Rows of a chunk (None is the whole loss), with the bytes that the head needs beside all that is
-                there when it begins. More than 1 GiB is not run.
+                there when it begins. More than `probe_bytes` is not run.
         """
         if self._model is None:
             return {}
-        times: dict[int | None, list[float]] = {rows: [] for rows, size in workspaces.items() if size <= LARGEST}
+        try:
+            return self._seconds(workspaces)
+        finally:  # not when garbage is collected next: it is memory that the step needs
+            self._model = self._hidden = None
+            vars(self).pop("_between", None)
+
+    def _seconds(self, workspaces: Mapping[int | None, int]) -> dict[int | None, float]:
+        room = probe_bytes(self._device)
+        times: dict[int | None, list[float]] = {rows: [] for rows, size in workspaces.items() if size <= room}
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             for rows in list(times)[:1]:
                 self._run(rows)  # whatever is done once

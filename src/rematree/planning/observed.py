@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from rematree.engines import any_partitioned, any_sharded, without_engine
@@ -143,4 +144,6 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
         compiler=Profiler(model, settings.steps) if settings.compiles and not around_modules else None,
         live=model if runs and settings.loss is None else None,
     )
+    if runs and twin.device.type == "cuda":
+        torch.cuda.empty_cache()  # what was measured with, which the step needs
     return Observed(twin, cost, overhead_of(cost, twin.device.type), referee, options, fingerprint, ranks)

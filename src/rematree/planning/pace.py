@@ -21,12 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from rematree.execute.attention import forget_attention
 from rematree.execute.override import ForwardOverride, remove_overrides
 from rematree.observation.observe import Twin
-from rematree.pricing.cost import Cost, Measured, unexpanded
+from rematree.pricing.cost import Cost, Measured, probe_bytes, unexpanded
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
 from rematree.units import MIB
 
-LARGEST: Final = 1024 * MIB  # saved by the block; a larger one is not run for its time
 _MOST_CACHED: Final = 256 * MIB  # bytes: more than the caches of a processor's core or of a GPU hold
 _ENOUGH_SECONDS: Final = 1.0
 _MOST_RUNS: Final = 6
@@ -45,9 +44,10 @@ def measure_pace(model: nn.Module, referee: Referee, plain: Simulation) -> dict[
     Cost:
         The time of two to six runs of each block, and a copy of its weights.
     """
-    chosen = {kind: index for index, kind in enumerate(referee.kinds) if _small_enough(plain, index)}
-    paths = {kind: referee.blocks[index] for kind, index in chosen.items()}
     device, found = referee.twin.device, dict[int, float]()
+    room = probe_bytes(device)
+    chosen = {kind: index for index, kind in enumerate(referee.kinds) if _saved_bytes(plain, index) <= room}
+    paths = {kind: referee.blocks[index] for kind, index in chosen.items()}
     try:
         between = between_runs(plain, device)
     except CANNOT_RUN:  # in mid-run there may be no memory for it
@@ -76,9 +76,9 @@ def is_live(model: nn.Module, device: torch.device) -> bool:
     return all(t.device.type == device.type and not isinstance(t, FakeTensor) for t in tensors)
 
 
-def _small_enough(plain: Simulation, block: int) -> bool:
-    """Whether block number `block` keeps so little that running it for its time cannot be what runs out of memory."""
-    return plain.forward(block).peak_bytes - plain.forward(block).live_bytes <= LARGEST
+def _saved_bytes(plain: Simulation, block: int) -> int:
+    """What block number `block` needs beside all that is there when it begins."""
+    return plain.forward(block).peak_bytes - plain.forward(block).live_bytes
 
 
 def calls_of(twin: Twin, blocks: Mapping[int, str]) -> dict[int, tuple[Any, Any]]:

@@ -288,7 +288,7 @@ def cublas_workspace_bytes(major: int) -> int:
     return _LARGE_WORKSPACE_BYTES if major >= _LARGE_SINCE else _WORKSPACE_BYTES
 
 
-def overhead_of(cost: "Cost", device_type: str) -> "Overhead":
+def overhead_of(cost: "Cost | None", device_type: str) -> "Overhead":
     """What a step takes beside its tensors: on the device that `cost` stands for, or on the one that is here."""
     from rematree.pricing.price import Overhead
 
