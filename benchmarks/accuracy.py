@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_page import page, peaks_hold, verdicts
+from accuracy_page import format_time, page, peaks_hold, verdicts
 from grid import FAMILIES, as_json, cells, measure
 
 from rematree.finetune.result import device_name, library_versions
@@ -92,7 +92,7 @@ def run_family(family: str, options: argparse.Namespace, device: torch.device) -
             print(
                 f"{row.cell:36} {row.way:8}  peak {format_bytes(row.predicted_allocated_bytes)} predicted, "
                 f"{format_bytes(row.measured_peak_bytes)} measured ({row.peak_error:+.2%})  time "
-                f"{1e3 * row.predicted_seconds:.1f} ms, {1e3 * row.measured_seconds:.1f} ms ({row.time_error:+.1%})",
+                f"{format_time(row.predicted_seconds)}, {format_time(row.measured_seconds)} ({row.time_error:+.1%})",
                 file=sys.stderr,
                 flush=True,
             )

@@ -115,7 +115,7 @@ def _table(rows: Rows) -> list[str]:
             )
             if misses
         ]
-        peaks = (row["predicted_allocated_bytes"], row["measured_peak_bytes"])
+        peaks = (row.get("predicted_allocated_bytes", row["predicted_peak_bytes"]), row["measured_peak_bytes"])
         cells = [row["cell"], row["way"], *map(format_bytes, peaks), f"{row['peak_error']:+.2%}"]
         whole = (row["predicted_peak_bytes"], row["reserved_bytes"] or 0)
         cells += [*map(format_bytes, whole)] if reserved else []

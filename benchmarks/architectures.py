@@ -93,6 +93,11 @@ def shrunk(config: Any, own: Mapping[str, Any] | None = None) -> Any:
     if kinds and "layer_types" in known:
         different = list(dict.fromkeys(kinds))
         given["layer_types"] = [different[place % len(different)] for place in range(SMALL["num_hidden_layers"])]
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, Mapping) and "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+        half = int(SMALL["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
+        # Of time, height and width.
+        given["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
     for name, value in vars(config).items():
         if type(value).__name__.endswith("Config"):
             given[name] = shrunk(value)

@@ -268,7 +268,7 @@ def ways(model: Any, batch: Batch, planner: Planner) -> list[Way]:
                 f"plan {share:.0%}",
                 budget,
                 plan.predicted_peak_bytes,
-                allocated_bytes(planner, planner.simulation(plan)),
+                plan.predicted_allocated_bytes,
                 plan.predicted_step_seconds,
                 plan.loss_chunk_rows,
                 lambda plan=plan: rematree.apply(plan, model, batch),

@@ -69,7 +69,8 @@ def describe(plan: Plan) -> str:
 
 def _way(built: Built, planner: Planner, plan: Plan, series: str, what: str) -> Way:
     name = f"{series}, {what}"
-    predicted = (_allocated(planner, planner.simulation(plan)), plan.predicted_step_seconds)
+    kept = planner.observed.overhead.library_bytes
+    predicted = (plan.predicted_allocated_bytes - kept, plan.predicted_step_seconds)
     return Way(name, series, describe(plan), lambda: applied(built, plan), bool(plan.compiled), predicted)
 
 
@@ -116,7 +117,8 @@ def our_ways(built: Built, planner: Planner, points: int, beside: Mapping[str, i
     # Closer together near the smallest peak, where the frontier is steep and peers are many.
     shares = [(index / max(1, points - 1)) ** 2 for index in range(points)]
     budgets = {f"budget {budget / MIB:.1f} MiB": budget for budget in (int(low + s * (high - low)) for s in shares)}
-    overhead = planner.observed.overhead  # is in a budget, not in what is measured
+    # Is in a budget, not in what is measured; of unused parts of segments our plans get none in addition.
+    overhead = planner.observed.overhead
     more = overhead.library_bytes + overhead.context_bytes
     budgets |= {f"budget {name}": budget + more for name, budget in beside.items() if budget + more >= low}
     kept: dict[tuple[object, ...], tuple[str, Plan]] = {}

@@ -107,8 +107,8 @@ def peaks(config: TrainConfig) -> dict[str, Any]:
     # No decision: nothing is recomputed and the loss is the model's own; int8 layers still keep no input.
     nothing = dataclasses.replace(half, decisions={}, loss_chunk_rows=None)
     wanted = [
-        ("smallest budget", least, least.predicted_peak_bytes, least.predicted_step_seconds),
-        ("half of HF's flag", half, half.predicted_peak_bytes, half.predicted_step_seconds),
+        ("smallest budget", least, least.predicted_allocated_bytes, least.predicted_step_seconds),
+        ("half of HF's flag", half, half.predicted_allocated_bytes, half.predicted_step_seconds),
         ("no recomputation", nothing, plain.peak_bytes, plain.seconds),
     ]
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,7 @@
 """Compiled blocks: shared, exact up to rounding, predicted, and absent with a reason where they cannot be."""
 
 import functools
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,27 @@ def _apply(plan: Plan, model: nn.Module) -> tuple[Handle, CompiledBlocks]:
 def _largest(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> float:
     assert expected.keys() == found.keys()
     return max(float((e - found[n]).norm() / e.norm().clamp_min(1e-12)) for n, e in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("told", "there", "reason"),
+    [
+        (None, {"clang"}, None),
+        ("", {"gcc"}, None),
+        ("my-cc", {"my-cc"}, None),
+        ("my-cc", {"gcc"}, "no C compiler found, which triton needs (my-cc)"),
+        (None, set[str](), "no C compiler found, which triton needs (gcc or clang)"),
+    ],
+)
+def test_triton_needs_a_c_compiler(
+    told: str | None, there: set[str], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.delenv("CC", raising=False)
+    if told is not None:
+        monkeypatch.setenv("CC", told)
+    assert why_no_compiler(torch.device("cuda")) == reason
 
 
 def test_two_compilations_for_all_blocks_and_lengths_with_the_draws_of_the_plain_model():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,18 @@ from rematree.calibration import calibrate
 from rematree.cli.main import main
 from rematree.errors import UsageError
 from rematree.finetune.target import Target
-from rematree.pricing.devices import Device, Profile, aliases, find_device, known_devices, read_profile
+from rematree.pricing.devices import (
+    Device,
+    Profile,
+    aliases,
+    find_device,
+    known_devices,
+    overhead_of,
+    read_profile,
+)
 from rematree.pricing.roofline import Roofline
 from rematree.pricing.workload import Kind
+from rematree.pricing.workspaces import cublas_workspace_bytes, workspace_here
 from rematree.report.devices import device_markdown
 from rematree.units import GIB, KIB, MIB
 
@@ -219,3 +229,36 @@ def test_devices_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DEVICES[0].name = "x"  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(DEVICES[0], Device)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("", 32 * MIB),
+        (":4096:8", 32 * MIB),
+        (":4096:2:16:8", (4096 * 2 + 16 * 8) * KIB),
+        (":16:8", 128 * KIB),
+        (":16", 32 * MIB),
+        (":a:b", 32 * MIB),
+    ],
+)
+def test_the_workspace_of_cublas_is_what_its_variable_asks_for(
+    told: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deterministic training must set it."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", told)
+    assert workspace_here(9) == expected
+    assert cublas_workspace_bytes(9) == 32 * MIB  # of a device elsewhere
+    assert overhead_of(None, "cuda").library_bytes == 2 * expected
+
+
+@pytest.mark.parametrize(("name", "major"), [("h100", 9), ("rtx-4090", 8), ("b200", 10), ("mi300x", 8)])
+def test_attention_is_that_of_the_device_asked_for(name: str, major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of another one that may be here."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("rematree.planning.planner.Planner", lambda model, batch, **options: told.update(options))
+    shape: Any = SimpleNamespace(model=torch.nn.Linear(1, 1), batch={})
+    config: Any = SimpleNamespace(gradient_accumulation_steps=1, max_grad_norm=1.0, forbid=(), compile=False)
+    Target.named(name).planner(shape, config)
+    assert told["device"] == torch.device("cuda", 0)
+    assert told["capability"] == (major, 0)

@@ -10,7 +10,7 @@ from torch import nn
 
 import rematree
 from both_paths import plan_of
-from models import batch_for, build, with_lora
+from models import assert_same, batch_for, build, gradients, with_lora
 from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter, storage_bytes
 from rematree.memory.optimizers import Optimizer, make_optimizer
@@ -251,3 +251,26 @@ def test_a_model_of_which_only_the_head_is_trained(forbid: tuple[str, ...]) -> N
     with rematree.apply(plan, model), PeakMeter(model, None, batch) as meter:
         model(**batch).loss.backward()
     assert 0 <= plan.predicted_peak_bytes - meter.peak_bytes <= PEAK_SLACK + (64 << 10)
+
+
+def test_a_mask_that_a_recomputed_block_makes_is_made_as_in_its_forward() -> None:
+    """HRM runs its layers several times a step, so that all of the model is one block, with the mask made in it.
+
+    transformers looks whether it needs one; where the rerun looked otherwise, it saved other tensors.
+    """
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 151}
+    cycles: dict[str, Any] = {"H_cycles": 2, "L_cycles": 1, "L_bp_cycles": [1]}
+    config = transformers.HrmTextConfig(
+        **sizes, **cycles, num_attention_heads=4, head_dim=8, pad_token_id=0, use_cache=False
+    )
+    model = with_lora(transformers.HrmTextForCausalLM(config), target_modules=["q_proj", "down_proj"])
+    batch = batch_for(model)
+    expected = gradients(model, batch)
+    planner = Planner(model, batch, optimizer="none", cost=Roofline(5e10, 1e10), forbid=["chunked_loss"])
+    plan = planner.plan(planner.min_peak_bytes())
+    assert plan.recomputes
+    with rematree.apply(plan, model, batch):
+        assert_same(expected, gradients(model, batch))
+        with PeakMeter(model, None, batch) as meter:
+            gradients(model, batch)
+    assert 0 <= plan.predicted_peak_bytes - meter.peak_bytes < PEAK_SLACK + CLOSE

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.handle import apply
-from rematree.finetune import compare, evaluate
+from rematree.finetune import compare, demo, evaluate
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.demo import run_demo
 from rematree.finetune.job import run
@@ -33,6 +33,7 @@ from rematree.measure import PeakMeter
 from rematree.planning.planner import Planner
 from rematree.plans import Plan
 from rematree.pricing.cost import Roofline
+from rematree.pricing.price import Overhead
 from test_finetune_tiny import plain_engine, save_tiny_model, sums, tiny_config, tiny_model, write_jsonl
 
 NUM_STEPS = 9
@@ -416,6 +417,26 @@ def test_step_that_does_not_fit_is_said(folder: Path):
     )
     assert times["budgeted"] is None
     assert times["plain"] is not None
+
+
+def test_the_demos_budget_on_a_gpu_is_for_its_context_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the flag's tensors; the workspaces of cuBLAS are in its peak, and are there once."""
+    monkeypatch.setattr(demo, "overhead_of", lambda cost, kind: Overhead(True, 100, 3))
+    budgets: list[Any] = []
+
+    def stop(config: TrainConfig, *_: Any, **__: Any) -> Any:
+        budgets.append(config.budget)
+        raise InterruptedError
+
+    monkeypatch.setattr(demo, "run", stop)
+    settings = tiny_config(folder)
+    names = {field.name for field in dataclasses.fields(settings)} - {"budget", "output_dir", "compare_hf"}
+    changes = {name: getattr(settings, name) for name in names}
+    with pytest.raises(InterruptedError):
+        run_demo(tmp_path / "demo", screen(), engine=plain_engine(), **changes)
+    assert budgets == [(7 - 3) // 2 + 3 + 100]
 
 
 def test_demo_runs_in_half_of_what_checkpointing_takes(folder: Path, tmp_path: Path):

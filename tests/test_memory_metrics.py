@@ -204,7 +204,7 @@ def test_the_counters_of_a_gpu_are_reset_by_one_callback(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {**counters, "num_alloc_retries": 0, "num_ooms": 0})
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: order.append("read") or 7)
+    monkeypatch.setattr("rematree.finetune.callbacks.requested_peak_bytes", lambda device: order.append("read") or 7)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: order.append("reset"))
     properties = type("Properties", (), {"total_memory": 24 * GIB})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -212,10 +212,10 @@ def test_the_counters_of_a_gpu_are_reset_by_one_callback(monkeypatch: pytest.Mon
     monkeypatch.setattr(metrics, "applied_handle", lambda model: None)
     meter = StepMeter(RunFolder(tmp_path), FixedMeter)
     state = SimpleNamespace(global_step=0, max_steps=9, log_history=[])
-    callbacks = [MemoryMetrics(), meter]
+    both = [MemoryMetrics(), meter]
 
     def event(name: str, **more: Any) -> None:
-        for callback in callbacks:
+        for callback in both:
             getattr(callback, name)(None, state, None, model=model, optimizer=None, **more)
 
     event("on_train_begin")

@@ -1,11 +1,14 @@
 """The chain solver against every choice there is, and the block frontier against its own definition."""
 
 from dataclasses import replace
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rematree.solve.block import enumerate_options, evaluate
+from rematree.solve import block as block_module
+from rematree.solve.block import BlockOption, enumerate_options, evaluate
 from rematree.solve.chain import (
     ChainChoice,
     ChainProblem,
@@ -139,3 +142,39 @@ def test_frontier_is_sorted_and_ends_with_saving_everything() -> None:
     assert options[-1].saves_all
     pairs = [(o.kept_bytes, o.rerun_seconds) for o in options]
     assert pairs == sorted(pairs, key=lambda p: (p[0], -p[1]))
+
+
+def layers_in_a_block(count: int, inside: int) -> BlockTrace:
+    """`count` layers one after the other, each of `inside` linear layers, each of which keeps its input."""
+    ops: list[TraceOp] = []
+    saves: list[TraceSave] = []
+    regions: list[str] = []
+    for number in range(count * inside):
+        layer = f"layers.{number // inside}"
+        path = f"{layer}.linear{number % inside}"
+        regions += [layer, path] if number % inside == 0 else [path]
+        saves.append(TraceSave(len(ops), path, number + 1))
+        ops.append(TraceOp(path, frozenset({number + 1}), frozenset({number + 2}), 1.0 + number % 3))
+    sizes = dict.fromkeys(range(2, count * inside + 2), 100)
+    return BlockTrace(tuple(ops), tuple(saves), sizes, tuple(regions), {})
+
+
+def test_of_a_block_with_many_layers_the_outermost_regions_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage of Funnel, a level of HRM: 400 regions would take minutes, squared and times 1,300 ops."""
+    small, large = layers_in_a_block(3, 4), layers_in_a_block(24, 40)
+    saved = {region for option in enumerate_options(small, 12) for region in option.saved}
+    assert any(region.count(".") == 2 for region in saved), "or all of them are outermost"
+    evaluated: list[BlockOption] = []
+    own = block_module.evaluate
+
+    def spy(*args: Any) -> BlockOption:
+        evaluated.append(own(*args))
+        return evaluated[-1]
+
+    monkeypatch.setattr(block_module, "evaluate", spy)
+    options = enumerate_options(large, 12)
+    assert len(evaluated) * len(large.ops) < 48 * block_module._MOST_WORK
+    assert {f"layers.{number}" for number in range(24)} <= {r for option in evaluated for r in option.saved}
+    assert options[0].kept_bytes == 0
+    assert options[-1].saves_all
+    assert len(options) == 12

@@ -117,6 +117,33 @@ def test_rows_that_are_added_up_are_priced_as_spread() -> None:
     aten.index_put.default(target, [rows, columns], values, True)
 
 
+def test_contents_of_expanded_indices_and_behind_masks() -> None:
+    """The backward of a gather adds along an index that is one number seen many times."""
+    aten = torch.ops.aten
+    index = torch.zeros(8, 1, 16, dtype=torch.int64).expand(8, 6, 16)
+    target = torch.ones(8, 6, 1000)
+    with_values(aten.scatter_add.default, (target, 2, index, torch.ones(8, 6, 16)))
+    assert len(index.unique()) > 64
+    aten.scatter_add.default(target, 2, index, torch.ones(8, 6, 16))
+    target, mask, behind = torch.ones(10, 4, 3), torch.ones(10, 4, dtype=torch.bool), torch.full((40,), 9)
+    with_values(aten.index_put.default, (target, [mask, behind], torch.ones(40), True))
+    assert set(behind.tolist()) == {0, 1, 2}  # the mask stands for two dimensions
+    aten.index_put.default(target, [mask, behind], torch.ones(40), True)
+
+
+def test_the_seeds_of_memory_efficient_attention_come_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backward reads them there; given a GPU's address it ends the process."""
+    came: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (came.append(self), torch.tensor(7))[1])
+    query, seed, offset = torch.ones(2, 3), torch.tensor(1), torch.tensor(2)
+    func = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    args = with_values(func, (query, seed, offset, 0.1, None))
+    assert came == [seed, offset]
+    assert args[0] is query
+    assert [int(a) for a in args[1:3]] == [7, 7]
+    assert args[3:] == (0.1, None)
+
+
 def test_an_op_is_priced_on_tensors_laid_out_as_in_the_step() -> None:
     # Attention takes 300 times as long for a mask whose rows are not laid out as rows.
     mask = torch.zeros(2, 1, 8, 8).expand(2, 4, 8, 8)

@@ -170,6 +170,27 @@ def test_what_weights_or_chance_have_a_part_in_is_not(ask: Any) -> None:
         twin.loss()
 
 
+class Converting(nn.Module):
+    """Converts its own layer whenever it runs, as the routers of Switch Transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        held = [weakref.ref(parameter) for parameter in self.inner.parameters()]
+        self.inner = self.inner.to(torch.float32)
+        assert held
+        return self.inner(x)
+
+
+def test_a_module_that_is_converted_in_the_forward_is_named() -> None:
+    model = nn.Sequential(*(Converting() for _ in range(3)))
+    twin = Twin(model, {"input": torch.ones(2, 8)}, lambda out: out.sum())
+    with twin.mode, pytest.raises(UnsupportedModelError, match=r"converts a module in its forward at test_values\.py:"):
+        twin.loss()
+
+
 def test_layers_that_are_left_out_by_chance_are_named() -> None:
     """And with the remedies of the message the model is planned, exactly."""
     torch.manual_seed(0)

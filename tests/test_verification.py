@@ -21,7 +21,7 @@ from rematree.fingerprint import describe_batch, describe_model
 from rematree.plans import Action, Decision, Plan
 from rematree.pricing.cost import Roofline
 from rematree.units import KIB, format_bytes
-from rematree.verification import _equal, _judge_gradients, _largest_difference
+from rematree.verification import _coarsest, _equal, _judge_gradients, _largest_difference
 
 COST = Roofline(5e10, 1e10)
 Batch = dict[str, torch.Tensor]
@@ -221,7 +221,19 @@ def test_what_differs_from_itself_is_held_to_that_within_limits(itself: float, o
     else:
         with pytest.raises(VerificationError):
             judged(0.0)
-    judged(off / 2)  # fp32 gradients of what is computed in a coarser dtype
+    if off < 0.05:
+        judged(off / 2)  # fp32 gradients of what is computed in a coarser dtype
+
+
+def test_the_coarsest_dtype_is_of_what_computes() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert _coarsest(model) == torch.finfo(torch.float32).eps
+    model.register_buffer("scales", torch.ones(2, dtype=torch.float8_e4m3fn))
+    model.register_buffer("table", torch.ones(2, dtype=torch.bfloat16))
+    assert _coarsest(model) == torch.finfo(torch.float32).eps
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _coarsest(model) == torch.finfo(torch.bfloat16).eps
+    assert _coarsest(model[0].to(torch.float16)) == torch.finfo(torch.float16).eps
 
 
 def test_a_recomputation_that_takes_another_way_fails() -> None:

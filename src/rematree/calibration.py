@@ -19,11 +19,11 @@ from rematree.pricing.devices import (
     MEASURED,
     Device,
     Profile,
-    cublas_workspace_bytes,
     default_efficiency,
 )
 from rematree.pricing.on_cuda import seconds_of
 from rematree.pricing.workload import Kind, attention_flops
+from rematree.pricing.workspaces import workspace_here
 from rematree.units import MIB
 
 _SIDES: Final = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192)}
@@ -48,7 +48,7 @@ class _Clock:
         self._device = device
 
     def best(self, run: Callable[[], Any]) -> float:
-        """Shortest of a few runs; the first loads kernels and fills caches, and counts only if it was a long one."""
+        """Shortest of a few runs; the first loads kernels and fills caches. On a CPU it counts if it was a long one."""
         if self._device.type == "cuda":
             return max(seconds_of(run, self._device), 1e-9)
         first = self._time(run)
@@ -114,7 +114,7 @@ def calibrate(
         efficiency=shares,
         launch_seconds=launch,
         context_bytes=CONTEXT_BYTES if kind == "cuda" else 0,
-        workspace_bytes=cublas_workspace_bytes(torch.cuda.get_device_capability(device)[0]) if kind == "cuda" else 0,
+        workspace_bytes=workspace_here(torch.cuda.get_device_capability(device)[0]) if kind == "cuda" else 0,
         sources={"specification": "measured by rematree calibrate"},
         capability=torch.cuda.get_device_capability(device)[0] if kind == "cuda" else 0,
     )
@@ -196,7 +196,20 @@ def _attention(
     device: torch.device, clock: _Clock, rates: dict[str, float], figures: dict[str, float]
 ) -> dict[str, float]:
     name = "bf16" if device.type == "cuda" and "bf16" in rates else "fp32"
-    shape = _ATTENTION[device.type]
+    try:
+        return _attention_of(_ATTENTION[device.type], name, device, clock, rates, figures)
+    except torch.OutOfMemoryError:
+        return _attention_of(_ATTENTION["cpu"], name, device, clock, rates, figures)
+
+
+def _attention_of(
+    shape: tuple[int, int, int, int],
+    name: str,
+    device: torch.device,
+    clock: _Clock,
+    rates: dict[str, float],
+    figures: dict[str, float],
+) -> dict[str, float]:
     make = torch.ones(shape, dtype=_DTYPES[name], device=device)
     q, k, v = (make.clone().requires_grad_() for _ in range(3))
     with torch.no_grad():

@@ -46,8 +46,8 @@ class PeakMeter:
             the end of whatever any meter saw begin counts.
     Attributes:
         peak_bytes: After the block: largest bytes live at once. On a CPU what torch allocated for model, optimizer
-            and step; on a GPU what everything in this process asked its allocator for. `max_memory_allocated` is up to
-            7 % more: a free block of which at most 1 MiB would be left is given whole.
+            and step; on a GPU what everything in this process asked its allocator for. `max_memory_allocated` is
+            more: a free block of which at most 1 MiB would be left is given whole.
         start_bytes: Live when the step began.
         end_bytes: Live when it was over.
     """
@@ -88,13 +88,12 @@ class PeakMeter:
         yield from (t for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
 
     def __enter__(self) -> Self:
+        gc.collect()
         if self._device.type == "cuda":
-            gc.collect()
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             self.start_bytes = requested_bytes(self._device)
         else:
-            gc.collect()
             live = list(self._live())
             self.start_bytes = storage_bytes(live)
             if not self._hidden:

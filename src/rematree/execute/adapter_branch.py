@@ -18,8 +18,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from rematree.execute.dropout import byte_table, generator_state, look_up, packed_bytes, set_generator_state
+from rematree.execute.dropout import byte_table, look_up, packed_bytes
 from rematree.execute.loss.running_sum import added_in_place, as_rows
+from rematree.execute.random_state import generator_state, set_generator_state
 
 _unsafe_view: Final = torch.ops.aten._unsafe_view.default
 _PER_BRANCH: Final = 3  # tensors: A, B, bits

@@ -58,10 +58,10 @@ def why_no_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         if not has_triton():
             return "torch.compile needs triton on a GPU"
-        # Triton builds a few lines of C when it is first used.
-        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
-        found = any(shutil.which(name.split()[0]) for name in compilers)
-        return None if found else f"no C compiler found, which triton needs ({', '.join(compilers)})"
+        told = os.environ.get("CC")
+        compilers = [told] if told else ["gcc", "clang"]  # as triton looks for one, for a few lines of C
+        found = any(map(shutil.which, compilers))
+        return None if found else f"no C compiler found, which triton needs ({' or '.join(compilers)})"
     if device.type != "cpu":
         return f"not tried on a device of type {device.type}"
     try:

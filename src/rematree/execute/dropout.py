@@ -4,7 +4,8 @@ On a CPU, drawing the mask costs more than the matmul behind it. `torch.nn.funct
 `x * empty_like(x).bernoulli_(1 - p).div_(1 - p)`; the same operations are called here, so values and the random stream
 are the same bits. What is kept is which elements were drawn: eight to a byte.
 
-Not covered: CUDA, where dropout is one fused kernel and drawing is cheap; there the module runs as it is.
+Not covered: CUDA, where dropout is one fused kernel and drawing is cheap; there the module runs as it is, and lean
+adapters draw again.
 """
 
 import torch
@@ -29,19 +30,6 @@ def mask_can_be_kept(module: nn.Module, x: torch.Tensor) -> bool:
 def drawn_apart(x: torch.Tensor) -> bool:
     """Whether dropout of `x` draws a mask, then multiplies by it; on a GPU both are one kernel."""
     return x.device.type == "cpu"
-
-
-def generator_state(device: torch.device) -> torch.Tensor:
-    """Of the generator that dropout on `device` draws from; on the host, and read without waiting for the device."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def set_generator_state(state: torch.Tensor, device: torch.device) -> None:
-    """Have dropout on `device` draw again what it drew from `state` on."""
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 def draw(x: torch.Tensor, p: float) -> torch.Tensor:

@@ -59,6 +59,19 @@ class RandomState:
             torch.cuda.set_rng_state(self._accelerator)
 
 
+def generator_state(device: torch.device) -> torch.Tensor:
+    """Of the generator that dropout on `device` draws from; on the host, and read without waiting for the device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_generator_state(state: torch.Tensor, device: torch.device) -> None:
+    """Have dropout on `device` draw again what it drew from `state` on."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
 def refuse_other_generators(model: nn.Module) -> None:
     """Refuse a model that draws on a device whose generator `RandomState` does not keep: masks would not come again.
 

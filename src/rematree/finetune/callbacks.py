@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback
 
 from rematree.finetune.run_folder import RunFolder
+from rematree.pricing.on_cuda import requested_peak_bytes
 from rematree.units import format_seconds
 
 
@@ -56,7 +57,8 @@ class StepMeter(TrainerCallback):
         seconds = clock() - self._started
         if self._meter is None:
             self._seconds.append(seconds)
-            self._peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+            here = torch.cuda.is_available()
+            self._peak_bytes = requested_peak_bytes(next(kwargs["model"].parameters()).device) if here else None
             return
         self._stack.close()
         self._peak_bytes = int(self._meter.peak_bytes)

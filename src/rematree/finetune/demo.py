@@ -73,7 +73,7 @@ def run_demo(
         max_grad_norm=config.max_grad_norm,
     )
     beside = overhead_of(None, next(setup.model.parameters()).device.type)  # a budget is also for a GPU's context
-    budget = peak // 2 + beside.context_bytes + beside.library_bytes
+    budget = (peak - beside.library_bytes) // 2 + beside.library_bytes + beside.context_bytes
     more = ", and what the device takes beside it" if beside.context_bytes else ""
     out.print(f"{format_bytes(peak)}; the budget is half of it{more}, {format_bytes(budget)}", highlight=False)
     return run(dataclasses.replace(config, budget=budget), out, engine=engine, setup=setup, hf_peak_bytes=peak)

@@ -152,7 +152,7 @@ class Target:
         }
         if self.device is not None:
             options |= {"device": self._torch_device(), "cost": self.device.roofline()}
-            if self.device.backend == "cuda":  # not that of another device that may be here
+            if options["device"].type == "cuda":  # not that of another device that may be here
                 options["capability"] = (self.device.capability or DEFAULT_CAPABILITY[0], 0)
         elif next(shape.model.parameters()).is_meta:
             options["device"] = training_device()

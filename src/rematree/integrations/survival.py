@@ -107,7 +107,9 @@ class StepGuard:
             now = self._callback.plan_again(inputs, limit)
         except InfeasibleBudgetError as error:
             self._give_up(error.message, reason)
-        except torch.OutOfMemoryError:  # of what it takes to plan
+        except (RuntimeError, MemoryError) as error:
+            if _reason(error) is None:
+                raise
             self._give_up("there is no memory left to plan with", reason)
         self._callback.say(
             f"step {self._trainer.state.global_step + 1}: {reason}; undone, and run again under a plan of "

@@ -296,7 +296,8 @@ def _by_itself(run: Callable[[], _T]) -> _T:
         finally:
             if cuda:
                 torch.cuda.synchronize(device)
-                torch._C._cuda_clearCublasWorkspaces()  # that thread's is no step's; those of a step come again
+                # That thread's is no step's; those of a step come again. Not for whoever captured them in a CUDA graph.
+                torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.empty_cache()  # the step needs what was measured with
 
 

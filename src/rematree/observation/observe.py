@@ -8,7 +8,7 @@ import copy
 import traceback
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Generator, Mapping
 from pathlib import PurePath
 from types import FrameType
 from typing import Any, Final, Self
@@ -154,16 +154,25 @@ class Twin:
                 details=[f"{error.func}{where}"],
                 remedies=_other_losses(self.model, self.batch),
             ) from error
+        except RuntimeError as error:
+            _refuse_converted_modules(error)
+            raise
         self._values = {}  # asked for or not, and memory of the device
         return loss
 
     def _run(self) -> torch.Tensor:
+        with self.looked_at():
+            return self._loss(self.model(**self.batch))
+
+    @contextlib.contextmanager
+    def looked_at(self) -> Generator[None]:
+        """The model finds what it would find by looking at values: in its forward, and in a rerun in its backward."""
         with contextlib.ExitStack() as around:
             if not self._packs:
                 around.enter_context(one_sequence_a_row())
             if self.mode.knows_values:
                 around.enter_context(values.NumbersOfTensors())
-            return self._loss(self.model(**self.batch))
+            yield
 
     def _learn_values(self) -> bool:
         """Know the values of the batch from now on. False where they are known already, or not there."""
@@ -173,6 +182,17 @@ class Twin:
             values.know(self.batch[name], value)
         self.mode.know_values()
         return True
+
+
+def _refuse_converted_modules(error: RuntimeError) -> None:
+    """Raise if `error` comes of a forward that calls `to` on one of its modules (Switch Transformers' routers)."""
+    if "Couldn't swap" in str(error):
+        frames = [entry for entry in traceback.walk_tb(error.__traceback__) if not is_plumbing(entry[0])]
+        where = f" at {source_line(*frames[-1])}" if frames else ""
+        raise UnsupportedModelError(
+            f"the model converts a module in its forward{where}, and a plan is made on weights that hold nothing",
+            remedies=["convert it once, before training, and take the call out of the forward"],
+        ) from error
 
 
 def _refuse_dropped_layers(model: nn.Module, error: BaseException) -> None:

@@ -26,6 +26,7 @@ from rematree.execute.compiled import call_compiled, compiled_forward, why_no_co
 from rematree.execute.stand_in import CompiledProfile
 from rematree.measure import allocation_changes, storage_bytes
 from rematree.planning.pace import between_runs, calls_of, copy_of, is_live, made_up, timed
+from rematree.pricing.on_cuda import requested_bytes, requested_peak_bytes
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
 from rematree.regions import block_kind
@@ -250,11 +251,11 @@ class _Bench:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
-            before = torch.cuda.memory_allocated(self._device)
+            before = requested_bytes(self._device)
             out = run()
             torch.cuda.synchronize(self._device)
-            peak = torch.cuda.max_memory_allocated(self._device) - before
-            return out, peak, torch.cuda.memory_allocated(self._device) - before
+            peak = requested_peak_bytes(self._device) - before
+            return out, peak, requested_bytes(self._device) - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as events:
             out = run()
         live = peak = 0

@@ -54,7 +54,7 @@ class HeadClock:
         self._spent = 0.0
         try:
             self._real = functools.partial(made_up, device=self._device)
-            self._batch = tree_map_only(FakeTensor, self._real, twin.batch)
+            self._batch: Any = tree_map_only(FakeTensor, self._real, twin.batch)
             self._behind = _output_of(twin, blocks[-1])
             self._model = self._without_blocks(model, blocks)
         except CANNOT_RUN:
@@ -74,7 +74,7 @@ class HeadClock:
         try:
             return self._seconds(workspaces)
         finally:  # not when garbage is collected next: it is memory that the step needs
-            self._model = self._hidden = None
+            self._model = self._hidden = self._batch = None
             vars(self).pop("_between", None)
 
     def _seconds(self, workspaces: Mapping[int | None, int]) -> dict[int | None, float]:

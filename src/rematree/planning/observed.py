@@ -1,6 +1,7 @@
 """What is observed of a model and a batch before anything is asked: the step on fake tensors, prices, options."""
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -145,5 +146,6 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
         live=model if runs and settings.loss is None else None,
     )
     if runs and twin.device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()  # what was measured with, which the step needs
     return Observed(twin, cost, overhead_of(cost, twin.device.type), referee, options, fingerprint, ranks)

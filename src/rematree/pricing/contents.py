@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 _aten: Any = torch.ops.aten
+_MASKS: Final = (torch.bool, torch.uint8)
 
 
 def with_values(func: Any, args: Any) -> Any:
@@ -27,18 +28,28 @@ def _balance_groups(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None 
     ends.copy_(torch.arange(1, len(ends) + 1, device=ends.device) * whole // len(ends))
 
 
+def _spread(index: torch.Tensor, below: int) -> None:
+    """Any numbers below `below`; an element that is seen many times is one number."""
+    index[tuple(slice(1) if stride == 0 else slice(None) for stride in index.stride())].random_(below)
+
+
 def _spread_rows(_grad: torch.Tensor, index: torch.Tensor, rows: int, *_: Any) -> None:
-    index.random_(rows)
+    _spread(index, rows)
 
 
 def _spread_along(target: torch.Tensor, dim: int, index: torch.Tensor, *_: Any) -> None:
-    index.random_(target.shape[dim])
+    _spread(index, target.shape[dim])
 
 
 def _spread_indices(target: torch.Tensor, indices: Any, *_: Any) -> None:
-    for dim, index in enumerate(indices):
-        if index is not None and index.dtype is not torch.bool:
-            index.random_(target.shape[dim])
+    dim = 0
+    for index in indices:
+        if index is not None and index.dtype in _MASKS:
+            dim += index.dim()  # a mask stands for as many dimensions as it has
+            continue
+        if index is not None:
+            _spread(index, target.shape[dim])
+        dim += 1
 
 
 def _seeds_on_host(*args: Any) -> Any:

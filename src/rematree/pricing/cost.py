@@ -4,6 +4,7 @@ A step of a transformer is made of a few hundred different ops, repeated in ever
 alone, on tensors of the same layout.
 """
 
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class Measured:
         fallback: Prices ops too large to probe and ops that cannot run alone. Default: a roofline fitted to a matmul
             and a copy on the device.
     Cost:
-        At most five runs of each distinct op (50 ms of them), on CUDA some 130 or four (20 ms), once in the life of
-        this object. On CUDA the allocator's counter of the peak begins anew.
+        At most five runs of each distinct op (50 ms of them), on CUDA some 15 ms or seven runs of it, once in the life
+        of this object. On CUDA the allocator's counter of the peak begins anew.
     Not covered:
         Ops whose time depends on values (routing is priced as balanced); pages of tensors below 32 MiB that the heap
         gave back and maps again.
@@ -61,7 +62,7 @@ class Measured:
     def __init__(self, device: torch.device, fallback: Cost | None = None) -> None:
         self._device = device
         self._prices: dict[Any, OpPrice] = {}
-        self._fallback = fallback or _fitted_roofline(device)
+        self._stated = fallback
         self._recency: Recency | None = None
         self._pages: Pages | None = None
         self._overhead_seconds = 0.0
@@ -70,6 +71,11 @@ class Measured:
                 self._recency = Recency(measure_cold_rate())
                 self._overhead_seconds = measure_overhead()
                 self._pages = measure_pages()
+
+    @functools.cached_property
+    def _fallback(self) -> Cost:
+        """Fitted when it is first asked: on a GPU it takes memory, and most models need none."""
+        return self._stated or _fitted_roofline(self._device)
 
     def __len__(self) -> int:
         return len(self._prices)
@@ -188,7 +194,7 @@ def _fitted_roofline(device: torch.device) -> Roofline:
     with _disable_current_modes(), torch.no_grad():
         if device.type == "cuda":
             return on_cuda.fitted_roofline(device)
-        a, big = torch.ones(side, side), torch.ones(4 * 1024 * 1024)
+        a, big = torch.ones(side, side, device=device), torch.ones(4 * 1024 * 1024, device=device)
 
         def best(run: Any) -> float:
             times: list[float] = []

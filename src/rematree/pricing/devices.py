@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rematree.errors import UsageError
+from rematree.pricing.workspaces import HOPPER, MATMUL_THREADS, cublas_workspace_bytes, workspace_here
 from rematree.typed_json import read_typed
-from rematree.units import GIB, KIB, MIB
+from rematree.units import GIB, MIB
 
 if TYPE_CHECKING:
     from rematree.pricing.price import Cost, Overhead
@@ -34,11 +35,6 @@ _DRIVER_SHARE: Final = 0.97
 _METAL_SHARE: Final = 0.75
 # Not measured on GPU: estimated, the context with the kernels a fine-tuning step loads.
 CONTEXT_BYTES: Final = 512 * MIB
-# torch's default: ":4096:2:16:8", and 32 MiB on Hopper and Blackwell (aten/src/ATen/cuda/CublasHandlePool.cpp).
-_WORKSPACE_BYTES: Final = (4096 * 2 + 16 * 8) * KIB
-_LARGE_WORKSPACE_BYTES: Final = 32 * MIB
-_MATMUL_THREADS: Final = 2  # the caller's in forward, autograd's in backward
-_LARGE_SINCE: Final = 9  # major number of the compute capability: Hopper
 _LAUNCH_SECONDS: Final = 5e-6
 _CPU: Final = "cpu"
 MEASURED: Final = "measured"  # what a profile says of where its usable memory is from
@@ -98,7 +94,7 @@ class Device:
         from rematree.pricing.price import Overhead
 
         caches = self.backend in {"cuda", "rocm"}
-        return Overhead(caches, self.context_bytes, _MATMUL_THREADS * self.workspace_bytes)
+        return Overhead(caches, self.context_bytes, MATMUL_THREADS * self.workspace_bytes)
 
     def roofline(self, *, tf32: bool = False) -> "Roofline":
         """Prices ops for this device.
@@ -283,11 +279,6 @@ def _device(entry: _Entry) -> Device:
     )
 
 
-def cublas_workspace_bytes(major: int) -> int:
-    """Bytes torch gives cuBLAS in each thread that multiplies, by the major number of the compute capability."""
-    return _LARGE_WORKSPACE_BYTES if major >= _LARGE_SINCE else _WORKSPACE_BYTES
-
-
 def overhead_of(cost: "Cost | None", device_type: str) -> "Overhead":
     """What a step takes beside its tensors: on the device that `cost` stands for, or on the one that is here."""
     from rematree.pricing.price import Overhead
@@ -297,8 +288,8 @@ def overhead_of(cost: "Cost | None", device_type: str) -> "Overhead":
         return stated or Overhead()
     import torch
 
-    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else _LARGE_SINCE
-    return Overhead(True, CONTEXT_BYTES, _MATMUL_THREADS * cublas_workspace_bytes(major))
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else HOPPER
+    return Overhead(True, CONTEXT_BYTES, MATMUL_THREADS * workspace_here(major))
 
 
 def default_efficiency() -> dict[str, float]:

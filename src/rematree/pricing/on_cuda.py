@@ -11,12 +11,14 @@ from typing import Any, Final
 import torch
 
 from rematree.pricing.roofline import Rates, Roofline
-from rematree.units import MIB
+from rematree.units import GIB, MIB
 
-_ENOUGH_SECONDS: Final = 0.004  # of one launch after another, for the wait at the end not to count
-_MOST_LAUNCHES: Final = 40
+_ENOUGH_SECONDS: Final = 0.004  # of one launch after another, for the wait at the end to be less than a hundredth
+_MOST_LAUNCHES: Final = 400
 _REPETITIONS: Final = 3
+_MOST_PROBED: Final = 8 * GIB  # other processes may want the rest
 _SIDE: Final = 4096
+_COPIED: Final = 256 * MIB
 _RATES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -24,7 +26,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one `run`, launched again and again; the fastest of three series.
 
     Cost:
-        Some 15 ms, or four runs of what takes longer.
+        Some 15 ms, or five runs of what takes longer than 4.
     """
     _series(run, 1, device)  # loads the kernel
     once = _series(run, 1, device)
@@ -67,23 +69,28 @@ def requested_peak_bytes(device: torch.device) -> int:
 
 def _counted(name: str, otherwise: str, device: torch.device) -> int:
     counters = torch.cuda.memory_stats(device)
-    return counters[name] or counters[otherwise]  # not every allocator counts requests
+    return counters.get(name) or counters.get(otherwise, 0)  # not every allocator counts requests
 
 
 def probe_bytes(device: torch.device) -> int:
-    """How much a probe may take: half of what is free. The price must not be what runs out of memory."""
-    free, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (free + held) // 2
+    """How much a probe may take: half of what is free to this process, as its gradients take as much again; 8 GiB."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    held = reserved - torch.cuda.memory_allocated(device)
+    return max(0, min((min(free, allowed) + held) // 2, _MOST_PROBED))
 
 
 def fitted_roofline(device: torch.device) -> Roofline:
     """A roofline through one matmul of each dtype and one copy, measured here; efficiency is in the numbers already."""
     rates: dict[str, float] = {}
     for name, dtype in _RATES.items():
-        factor = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
-        rates[name] = 2 * _SIDE**3 / seconds_of(lambda factor=factor: factor @ factor, device)
-    source = torch.ones(256 * MIB, dtype=torch.uint8, device=device)
+        try:
+            factor = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+            rates[name] = 2 * _SIDE**3 / seconds_of(lambda factor=factor: factor @ factor, device)
+        except RuntimeError:  # no kernel for this dtype
+            continue
+    source = torch.ones(max(MIB, min(_COPIED, probe_bytes(device) // 2)), dtype=torch.uint8, device=device)
     bandwidth = 2 * source.numel() / seconds_of(source.clone, device)
     return Roofline.of(Rates(rates, bandwidth, launch_seconds=launch_seconds(device), overlaps=True))
 

@@ -294,7 +294,8 @@ class Referee:
         ledger.listener = None
         marks.turn()
         if loss.requires_grad:
-            loss.backward()
+            with self.twin.looked_at():
+                loss.backward()
         del loss
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ saved tensor. The empty set is plain recomputation; the whole block is no recomp
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +16,7 @@ from rematree.trace import BlockTrace
 
 _BEAM: Final = 48
 _BEAM_OF_AN_OPTION: Final = 12  # where few options are asked for
+_MOST_WORK: Final = 2_000_000  # regions^2 * ops: some seconds. The largest block with one layer, Gemma 3n's, has 1.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +104,15 @@ def enumerate_options(trace: BlockTrace, limit: int) -> list[BlockOption]:
     grow further (a beam of 48, or of 12 for each option asked for). Mixing options over identical blocks can only use
     the lower convex hull, so that is what remains, filled up with the points nearest to it.
 
+    Of a block with many layers in it (a stage of Funnel, a level of HRM) only the outermost regions are looked at.
+
     Cost:
-        O(beam * regions^2 * ops).
+        O(beam * regions^2 * ops), regions^2 * ops at most 2 million.
     """
     everything = evaluate(trace, ("",))
     lines = lineage(trace)
     beam = min(_BEAM, limit * _BEAM_OF_AN_OPTION)
+    regions = _outermost(trace, lines)
     seen: dict[frozenset[str], BlockOption] = {frozenset(): evaluate(trace, (), lines)}
     front = list(seen.values())
     expanded: set[tuple[str, ...]] = set()
@@ -118,8 +123,8 @@ def enumerate_options(trace: BlockTrace, limit: int) -> list[BlockOption]:
                 continue
             expanded.add(option.saved)
             have = frozenset(option.saved)
-            for region in trace.regions:
-                if region and have.isdisjoint(lines[region]):
+            for region in regions:
+                if have.isdisjoint(lines[region]):
                     bigger = frozenset([region, *(other for other in have if region not in lines[other])])
                     if bigger not in seen:
                         seen[bigger] = evaluate(trace, bigger, lines)
@@ -132,6 +137,14 @@ def enumerate_options(trace: BlockTrace, limit: int) -> list[BlockOption]:
     if everything not in front:  # a set that keeps no more and reruns nothing: the same thing with more machinery
         front.append(everything)
     return _thin(front, limit)
+
+
+def _outermost(trace: BlockTrace, lines: Lineage) -> list[str]:
+    """As many regions as there is time for, in their own order."""
+    most = math.isqrt(_MOST_WORK // max(1, len(trace.ops)))
+    inside = [region for region in trace.regions if region]
+    chosen = set(sorted(inside, key=lambda region: len(lines[region]))[:most])
+    return [region for region in inside if region in chosen]
 
 
 def pareto(options: Iterable[BlockOption], key_limit: int) -> list[BlockOption]:
