@@ -23,6 +23,11 @@ def every_layer(planner: Planner) -> Simulation:
     return recomputed(planner, list(planner.survey.chain.blocks), hooked=True)
 
 
+def budget_bytes(planner: Planner, simulation: Simulation) -> int:
+    """What a budget is compared with: as `Planner.plain_step` and `every_layer_step` give it."""
+    return simulation.peak_bytes + simulation.slack_bytes + planner.observed.fixed_bytes
+
+
 def allocated_bytes(planner: Planner, simulation: Simulation, *, libraries: bool = True) -> int:
     """Of the peak of `simulation`, weights included; `libraries`: with the workspaces that cuBLAS keeps."""
     overhead = planner.observed.overhead

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from allocated import allocated_bytes, every_layer
+from allocated import allocated_bytes, budget_bytes, every_layer
 from speed import WITHIN, Speed
 from torch import nn
 
@@ -248,17 +248,10 @@ class Way:
 def ways(model: Any, batch: Batch, planner: Planner) -> list[Way]:
     """Every way of stepping that is compared."""
     plain, flag = planner.survey.plain, every_layer(planner)
+    simulated = (("plain", plain, nullcontext), ("hf flag", flag, lambda: hf_checkpointing(model)))
     found = [
-        Way("plain", None, planner.plain_step()[0], allocated_bytes(planner, plain), plain.seconds, None, nullcontext),
-        Way(
-            "hf flag",
-            None,
-            planner.every_layer_step()[0],
-            allocated_bytes(planner, flag),
-            flag.seconds,
-            None,
-            lambda: hf_checkpointing(model),
-        ),
+        Way(name, None, budget_bytes(planner, step), allocated_bytes(planner, step), step.seconds, None, around)
+        for name, step, around in simulated
     ]
     low, high = planner.min_peak_bytes(), planner.plan(None).predicted_peak_bytes
     budgets = [int(low + share * (high - low)) for share in SHARES]

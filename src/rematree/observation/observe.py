@@ -147,11 +147,9 @@ class Twin:
                 loss = self._run()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             _refuse_dropped_layers(self.model, error)
-            frames = [entry for entry in traceback.walk_tb(error.__traceback__) if not is_plumbing(entry[0])]
-            where = f" at {source_line(*frames[-1])}" if frames else ""
             raise UnsupportedModelError(
                 "the model's forward depends on values of tensors, and a plan is made without computing any",
-                details=[f"{error.func}{where}"],
+                details=[f"{error.func}{_place_of(error)}"],
                 remedies=_other_losses(self.model, self.batch),
             ) from error
         except RuntimeError as error:
@@ -184,13 +182,18 @@ class Twin:
         return True
 
 
+def _place_of(error: BaseException) -> str:
+    """Where in the model's own code `error` came of, as " at file.py:line"; nothing where that is not known."""
+    frames = [entry for entry in traceback.walk_tb(error.__traceback__) if not is_plumbing(entry[0])]
+    return f" at {source_line(*frames[-1])}" if frames else ""
+
+
 def _refuse_converted_modules(error: RuntimeError) -> None:
     """Raise if `error` comes of a forward that calls `to` on one of its modules (Switch Transformers' routers)."""
     if "Couldn't swap" in str(error):
-        frames = [entry for entry in traceback.walk_tb(error.__traceback__) if not is_plumbing(entry[0])]
-        where = f" at {source_line(*frames[-1])}" if frames else ""
         raise UnsupportedModelError(
-            f"the model converts a module in its forward{where}, and a plan is made on weights that hold nothing",
+            f"the model converts a module in its forward{_place_of(error)}, and a plan is made on weights that hold "
+            "nothing",
             remedies=["convert it once, before training, and take the call out of the forward"],
         ) from error
 

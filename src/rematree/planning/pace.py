@@ -46,7 +46,7 @@ def measure_pace(model: nn.Module, referee: Referee, plain: Simulation) -> dict[
     """
     device, found = referee.twin.device, dict[int, float]()
     room = probe_bytes(device)
-    chosen = {kind: index for index, kind in enumerate(referee.kinds) if _saved_bytes(plain, index) <= room}
+    chosen = {kind: index for index, kind in enumerate(referee.kinds) if _rise_bytes(plain, index) <= room}
     paths = {kind: referee.blocks[index] for kind, index in chosen.items()}
     try:
         between = between_runs(plain, device)
@@ -76,7 +76,7 @@ def is_live(model: nn.Module, device: torch.device) -> bool:
     return all(t.device.type == device.type and not isinstance(t, FakeTensor) for t in tensors)
 
 
-def _saved_bytes(plain: Simulation, block: int) -> int:
+def _rise_bytes(plain: Simulation, block: int) -> int:
     """What block number `block` needs beside all that is there when it begins."""
     return plain.forward(block).peak_bytes - plain.forward(block).live_bytes
 
