@@ -1,6 +1,7 @@
 """Small real models built from their configs, for the tests. Dropout, LoRA and dtypes as users have them."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,16 @@ def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor
     assert expected.keys() == found.keys()
     different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
     assert not different, f"{len(different)} of {len(expected)} differ, first {different[:3]}"
+
+
+def reads_nothing(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """`hook` as one of a library's: for hooks of the user's a plan keeps what they may read."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs)
+
+    called.__module__ = "accelerate.hooks"
+    return called
 
 
 def quantised(model: nn.Module, kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

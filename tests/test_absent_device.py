@@ -82,10 +82,31 @@ def test_grouped_heads_need_the_flag() -> None:
     assert choose_kernel(q, k, k) == "math"
 
 
+@pytest.mark.parametrize(
+    ("capability", "size", "dtype", "kernel"),
+    [
+        ((7, 5), 64, torch.float16, "math"),
+        ((8, 0), 64, torch.float32, "math"),
+        ((8, 0), 512, torch.bfloat16, "math"),
+        ((9, 0), 128, torch.float32, "math"),
+        ((9, 0), 128, torch.bfloat16, "cudnn"),
+    ],
+)
+def test_efficient_attention_takes_no_grouped_heads(
+    capability: Any, size: int, dtype: torch.dtype, kernel: str
+) -> None:
+    q, k = heads(size, dtype=dtype), heads(size, dtype=dtype, count=2)
+    assert choose_kernel(q, k, k, is_causal=True, enable_gqa=True, capability=capability) == kernel
+    equal = "efficient" if kernel == "math" else kernel
+    assert choose_kernel(q, q, q, is_causal=True, enable_gqa=True, capability=capability) == equal
+
+
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def kept_bytes(capability: tuple[int, int], dtype: torch.dtype, *, mask: bool = False, **options: Any) -> int:
+def kept_bytes(
+    capability: tuple[int, int], dtype: torch.dtype, *, mask: bool = False, keys: int = 8, **options: Any
+) -> int:
     """Bytes that attention over 2 x 8 heads, 40 rows, 64 wide keeps beside query, key and value."""
     mode = TwinMode(CUDA, capability)
     kept: dict[int, int] = {}
@@ -95,7 +116,9 @@ def kept_bytes(capability: tuple[int, int], dtype: torch.dtype, *, mask: bool = 
         return tensor.detach()
 
     with mode:
-        q, k, v = (torch.empty(2, 8, 40, 64, dtype=dtype, device=CUDA, requires_grad=True) for _ in range(3))
+        q, k, v = (
+            torch.empty(2, count, 40, 64, dtype=dtype, device=CUDA, requires_grad=True) for count in (8, keys, keys)
+        )
         if mask:
             options["attn_mask"] = torch.ones(2, 1, 40, 40, dtype=torch.bool, device=CUDA)
         with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -134,6 +157,12 @@ def test_cudnn_keeps_its_output_and_a_number_a_row() -> None:
 def test_math_keeps_probabilities_in_fp32() -> None:
     scaled = 3 * HEADS * ROWS * WIDTH * 4  # query and key times the root of the scale, value in fp32
     assert kept_bytes((7, 5), torch.bfloat16) == scaled + HEADS * ROWS * ROWS * 4
+
+
+def test_fp32_with_grouped_heads_keeps_probabilities_and_a_copy_of_the_keys_for_every_head() -> None:
+    scaled = 3 * HEADS * ROWS * WIDTH * 4
+    found = kept_bytes((8, 0), torch.float32, keys=2, is_causal=True, enable_gqa=True)
+    assert found == scaled + HEADS * ROWS * ROWS * 4
 
 
 # -- the rest of the device -------------------------------------------------------------------------------------------

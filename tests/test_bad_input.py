@@ -247,7 +247,8 @@ def test_a_corrupt_gguf(command: str, kept: int, folder: Path, here: Path) -> No
     assert not (here / "out").exists()
 
 
-def test_a_full_disk_while_a_gguf_is_converted(folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gguf(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The reader of the file is replaced by one that gives a small model; the writer is the real one."""
 
     def read(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -259,15 +260,28 @@ def test_a_full_disk_while_a_gguf_is_converted(folder: Path, here: Path, monkeyp
     monkeypatch.setattr(gguf_cache, "_read", read)
     file = folder / "whole.gguf"
     file.touch()
+    return file
+
+
+def test_a_full_disk_while_a_gguf_is_converted(gguf: Path, folder: Path, here: Path) -> None:
     with files_of_at_most(50 * KIB):
-        text = refused(with_model("plan", file, folder))
+        text = refused(with_model("plan", gguf, folder))
     cache = here / "cache"
     assert text.startswith(f"a converted copy of the model cannot be kept in {cache}: ")
     assert "File too large" in text.splitlines()[0]
     assert text.endswith("What would work:\n  REMATREE_CACHE=/a/directory/with/room rematree ...\n")
     assert not list(cache.iterdir())
-    assert with_model("plan", file, folder).code == 0
+    assert with_model("plan", gguf, folder).code == 0
     assert len(list(cache.iterdir())) == 1
+
+
+def test_whom_the_umask_lets_read_can_read_a_converted_copy(gguf: Path, here: Path) -> None:
+    copy = gguf_cache.converted_copy(gguf, torch.float32)
+    (here / "file").touch()
+    (here / "folder").mkdir()
+    assert copy.stat().st_mode == (here / "folder").stat().st_mode
+    assert (copy / "model.safetensors").is_file()
+    assert {path.stat().st_mode for path in copy.iterdir()} == {(here / "file").stat().st_mode}
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -325,6 +339,24 @@ def test_a_directory_that_holds_something_else(folder: Path, here: Path) -> None
     assert [path.name for path in (here / "out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "reduce_lr_on_plateau",
+        "greedy",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ],
+)
+def test_a_schedule_that_needs_more_leaves_the_directory_unclaimed(schedule: str, folder: Path, here: Path) -> None:
+    assert refused(rematree(*training(folder, "--lr-scheduler-type", schedule))) == (
+        f"--lr-scheduler-type is '{schedule}'; it can be a transformers schedule that needs no further arguments\n"
+        "  linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt\n"
+    )
+    assert not list(here.iterdir())
+
+
 def test_a_full_disk_while_a_plan_is_stored(folder: Path, here: Path) -> None:
     words = ["plan", "--model", str(folder / "model"), *SHAPE, "--budget", "1GiB", "--output", "plan.json"]
     (here / "plan.json").write_text("an older plan")
@@ -336,7 +368,7 @@ def test_a_full_disk_while_a_plan_is_stored(folder: Path, here: Path) -> None:
 
 def test_a_full_disk_while_a_run_is_saved(folder: Path, here: Path) -> None:
     words = training(folder, "--save-steps", "1")
-    with files_of_at_most(10 * KIB):
+    with files_of_at_most(12 * KIB):
         text = refused(rematree(*words))
     first, *rest = text.splitlines()
     assert re.fullmatch(r"saving to out failed: it takes about [\d.]+ MiB, [\d.]+ [KMG]iB are free", first)

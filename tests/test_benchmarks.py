@@ -180,11 +180,16 @@ def test_readme_table_of_a_frontier() -> None:
     points = [PLAIN, FLAG, point("ours, a", "ours", 400, 9.0), point("ours compiled, b", "ours compiled", 450, 6.0)]
     rows = [{**row, "time_to_plain": row["seconds"] / PLAIN["seconds"]} for row in points]
     found = {"title": "a model", "dtype": "bfloat16", "rounds": 3, "points": rows}
-    lines = load("readme_table").frontier_lines(found)
-    assert lines[-2] == "| plain | 1000 MiB | 1.00 | 0.90, 400 MiB | 0.60, 450 MiB |"
-    assert lines[-1] == "| HF flag | 500 MiB | 1.20 | 0.90, 400 MiB | 0.60, 450 MiB |"
-    cheapest = {**found, "points": [*rows[:2], {**rows[2], "above_bytes": 501 * MIB}]}
-    assert load("readme_table").frontier_lines(cheapest)[-1].endswith("| - | - |")
+    lines = load("readme_table").frontier_lines
+    alike = "| a model, bfloat16 | 1.00, 1000 MiB | 1.20, 500 MiB | - | 0.90, 400 MiB | 0.60, 450 MiB | 0.90, 400 MiB |"
+    assert lines([found])[-1] == f"{alike} 0.90, 400 MiB | 0 of 2 |"
+    larger = {**found, "points": [*rows[:2], {**rows[2], "above_bytes": 501 * MIB}]}
+    nothing = "| a model, bfloat16 | 1.00, 1000 MiB | 1.20, 500 MiB | - | - | - | 0.90, 501 MiB |"
+    assert lines([larger])[-1] == f"{nothing} 0.90, 501 MiB | 0 of 2 |"
+    by_hand = {**rows[0], "name": "by hand", "series": "peer", "above_bytes": 300 * MIB}
+    ahead = lines([{**found, "points": [*rows, by_hand]}])[-1]
+    assert "| 1.00, 300 MiB |" in ahead
+    assert ahead.endswith("| 1 of 3 |")
 
 
 @pytest.mark.usefixtures("stated_prices")

@@ -30,7 +30,7 @@ from checkpointed_models import (
     step,
     upstream_is_wrong,
 )
-from models import assert_same, batch_for, build, with_lora
+from models import assert_same, batch_for, build, reads_nothing, with_lora
 from rematree.errors import RecomputeMismatchError, UnsupportedModelError, UsageError
 from rematree.planning.planner import Planner
 from rematree.pricing.cost import Roofline
@@ -58,7 +58,7 @@ def calls_of(model: nn.Module, suffix: str | tuple[str, ...]) -> tuple[dict[str,
             def count(*_: object, path: str = path) -> None:
                 counts[path] += 1
 
-            hooks.callback(module.register_forward_pre_hook(count).remove)
+            hooks.callback(module.register_forward_pre_hook(reads_nothing(count)).remove)
     return counts, hooks
 
 
@@ -583,13 +583,13 @@ def test_an_exception_in_forward_or_backward_leaves_the_model_usable() -> None:
     norm = model.get_submodule("base_model.model.model.layers.2.input_layernorm")
     for use_reentrant in (False, True):
         with by_rematree(model, {"use_reentrant": use_reentrant}):
-            hook = norm.register_forward_hook(lambda *_: 1 / 0)
+            hook = norm.register_forward_hook(reads_nothing(lambda *_: 1 / 0))
             with pytest.raises(ZeroDivisionError):
                 model(**batch)
             hook.remove()
             torch.manual_seed(7)
             runs = iter((1, 0))  # once in forward, once in the rerun
-            hook = norm.register_forward_hook(lambda *_, runs=runs: 1 / next(runs) and None)
+            hook = norm.register_forward_hook(reads_nothing(lambda *_, runs=runs: 1 / next(runs) and None))
             loss = model(**batch).loss
             with pytest.raises(ZeroDivisionError):
                 loss.backward()

@@ -26,7 +26,7 @@ from test_finetune_tiny import save_tiny_model, sums, write_jsonl
 
 # Adapters on two projections: the fewer regions there are, the fewer steps are simulated.
 ADAPTERS = ["--dtype", "float32", "--lora-r", "4", "--lora-target-modules", "q_proj,down_proj"]
-COMMANDS = ["train", "plan", "fit", "compare", "show", "explain", "export", "frontier", "verify", "env"]
+GROUP: Any = typer.main.get_command(app)
 SHAPE = ["--batch-size", "32", "--max-length", "128", *ADAPTERS, "--forbid", "groups,lean_adapters"]
 EXACT = ["--forbid", "chunked_loss"]
 
@@ -96,6 +96,20 @@ def test_plan_as_json_is_the_plan(model: list[str], budget: int) -> None:
     assert plan.predicted_peak_bytes <= budget
 
 
+def test_a_plan_goes_into_a_pipe(model: list[str], tmp_path: Path) -> None:
+    """As into /dev/null, which must not become a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        outcome = rematree("plan", *model, *SHAPE, *EXACT, "--budget", "1GiB", "--output", pipe, "--json")
+        assert os.read(reader, 1 << 16).decode() == outcome.out
+    finally:
+        os.close(reader)
+    assert (outcome.code, pipe.is_fifo(), list(tmp_path.iterdir())) == (0, True, [pipe])
+    assert Plan.from_json(outcome.out).budget_bytes == parse_bytes("1GiB")
+
+
 def test_full_fine_tuning_trains_everything(model: list[str]) -> None:
     outcome = rematree("plan", *model, *SHAPE, *EXACT, "--full", "--budget", "1GiB", "--json")
     assert outcome.code == 0, outcome.err
@@ -161,6 +175,21 @@ def test_verify_keeps_the_promises(exact: Outcome, folder: Path, model: list[str
     assert outcome.data["measured_peak_bytes"] <= outcome.data["predicted_peak_bytes"]
 
 
+def test_verify_measures_with_the_accumulation_of_the_plan(folder: Path, model: list[str]) -> None:
+    """Everything is trained on few tokens: the gradients of earlier batches are a good part of the peak."""
+    place = folder / "accumulating.json"
+    words = ["plan", *model, "--batch-size", "2", "--max-length", "64", *ADAPTERS, *EXACT, "--budget", "1GiB"]
+    assert rematree(*words, "--full", "--gradient-accumulation-steps", "2", "--output", place).code == 0
+    outcome = rematree("verify", place, *model, *ADAPTERS, "--full", "--rounds", "1", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.data["gradients_equal"] is True
+    once = dataclasses.replace(Plan.from_json(place.read_text()), run={})
+    place.write_text(once.to_json())
+    outcome = rematree("verify", place, *model, *ADAPTERS, "--full", "--rounds", "1")
+    assert outcome.code == 4
+    assert "more than 3% below the prediction" in outcome.err
+
+
 def test_failed_verification_exits_with_four(
     exact: Outcome, folder: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +250,33 @@ def test_a_run_has_a_page(training: tuple[list[object], Outcome], folder: Path, 
     assert data["budgets"][data["start"]][:2] == [64 * MIB, "64.0 MiB"]
     assert data["budgets"][-1][0] == 64 * MIB > data["scale"]["bytes"]  # far beyond every peak
     assert [step[0] for step in data["run"]["steps"]] == [1, 2, 3, 4]
+
+
+def test_a_page_as_json_says_where_it_is_and_what_it_is_about(
+    training: tuple[list[object], Outcome], folder: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "page.html"
+    outcome = rematree("report", folder / "run", "--output", target, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    plan = Plan.from_json((folder / "run" / "plan.json").read_text())
+    result = json.loads((folder / "run" / "result.json").read_text())
+    facts = outcome.data
+    assert target.read_text().startswith("<!DOCTYPE html>")
+    assert facts.pop("plans") > 1
+    assert facts.pop("plain_peak_bytes") >= plan.predicted_peak_bytes
+    assert 0 < facts.pop("plain_step_seconds") <= plan.predicted_step_seconds
+    assert facts.pop("notes")[0].startswith("Peaks and times of plans are predicted before the first step")
+    assert facts == {
+        "page": str(target),
+        "run": str(folder / "run"),
+        "title": "model in 64.0 MiB",
+        "budget_bytes": 64 * MIB,
+        "predicted_peak_bytes": plan.predicted_peak_bytes,
+        "predicted_allocated_bytes": result["predicted_peak_bytes"],
+        "measured_peak_bytes": result["measured_peak_bytes"],
+        "predicted_step_seconds": result["predicted_step_seconds"],
+        "steps": 4,
+    }
 
 
 def test_another_run_is_refused(training: tuple[list[object], Outcome], folder: Path) -> None:
@@ -301,7 +357,7 @@ def test_wrong_usage_exits_with_two(words: list[str], message: str) -> None:
     assert message in " ".join((outcome.out + outcome.err).split())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted(GROUP.commands))
 def test_every_command_has_json_and_help(command: str) -> None:
     outcome = rematree(command, "--help")
     assert outcome.code == 0
@@ -309,12 +365,11 @@ def test_every_command_has_json_and_help(command: str) -> None:
 
 
 def test_every_setting_of_a_run_has_its_option() -> None:
-    command: Any = typer.main.get_command(app)
-    options = {parameter.name: parameter.opts for parameter in command.commands["train"].params}
+    options = {parameter.name: parameter.opts for parameter in GROUP.commands["train"].params}
     assert options.pop("model") == ["model"]  # an argument; --model is taken for it
     for item in dataclasses.fields(TrainConfig):
         assert item.name == "model" or "--" + item.name.replace("_", "-") in options[item.name]
-    defaults = {p.name: p.default for p in command.commands["train"].params}
+    defaults = {p.name: p.default for p in GROUP.commands["train"].params}
     for item in dataclasses.fields(TrainConfig):
         if item.default is not dataclasses.MISSING and item.name not in ("lora_target_modules", "forbid"):
             assert defaults[item.name] == item.default

@@ -1,6 +1,7 @@
 """The table of devices, their names, and profiles that are carried to another machine."""
 
 import dataclasses
+import errno
 import json
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from command_line import rematree
 from rematree.calibration import calibrate
 from rematree.cli.main import main
 from rematree.errors import UsageError
@@ -26,7 +28,7 @@ from rematree.pricing.devices import (
 )
 from rematree.pricing.roofline import Roofline
 from rematree.pricing.workload import Kind
-from rematree.pricing.workspaces import cublas_workspace_bytes, workspace_here
+from rematree.pricing.workspaces import cublas_workspace_bytes, hipblas_workspace_bytes, workspace_here
 from rematree.report.devices import device_markdown
 from rematree.units import GIB, KIB, MIB
 
@@ -87,6 +89,16 @@ def test_figures_as_published() -> None:
     assert find_device("4090").workspace_bytes == 8320 * KIB
     assert find_device("gh200").host_bytes_per_second == 450e9
     assert find_device("m4-max").host_bytes_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("mi210", 32), ("mi250x", 32), ("mi300x", 128), ("mi325x", 128), ("mi355x", 128), ("rx-7900-xtx", 32)],
+)
+def test_the_workspace_of_hipblas_is_not_that_of_cublas(name: str, expected: int) -> None:
+    device = find_device(name)
+    assert device.workspace_bytes == expected * MIB
+    assert device.overhead.library_bytes == 2 * expected * MIB
 
 
 def test_the_page_is_the_file(repository: Path) -> None:
@@ -225,6 +237,50 @@ def test_the_command_stores_a_profile(
     assert "matmul fp32 128" in capsys.readouterr().out
 
 
+UNWRITABLE = [
+    ("x" * 300, "File name too long"),
+    ("loop", "Too many levels of symbolic links"),
+    pytest.param(
+        "/proc/profile.json",
+        "No such file or directory",
+        marks=pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system that takes no files"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "reason"), UNWRITABLE)
+def test_where_a_profile_cannot_be_written_nothing_is_measured(
+    name: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure(*args: Any, **kwargs: Any) -> Profile:
+        raise AssertionError("measured for a file that cannot be written")
+
+    monkeypatch.setattr("rematree.calibration.calibrate", measure)
+    (tmp_path / "loop").symlink_to("loop")
+    path = tmp_path / name
+    outcome = rematree("calibrate", "--output", path)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == f"error: {path} cannot be written: {reason}\nWhat would work:\n  another --output\n"
+
+
+def test_a_profile_is_stored_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: Profile
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rematree.calibration.calibrate", lambda device, total, report: profile)
+    monkeypatch.setattr("os.fsync", full)
+    path = tmp_path / "here.json"
+    path.write_text("an older profile")
+    outcome = rematree("calibrate", "--output", path)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.endswith(
+        f"\nerror: {path} cannot be written: No space left on device\nWhat would work:\n  another --output\n"
+    )
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("here.json", "an older profile")]
+
+
 def test_devices_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DEVICES[0].name = "x"  # pyright: ignore[reportAttributeAccessIssue]
@@ -250,6 +306,35 @@ def test_the_workspace_of_cublas_is_what_its_variable_asks_for(
     assert workspace_here(9) == expected
     assert cublas_workspace_bytes(9) == 32 * MIB  # of a device elsewhere
     assert overhead_of(None, "cuda").library_bytes == 2 * expected
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, 128 * MIB),
+        ({"HIPBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}, 8320 * KIB),
+        ({"ROCBLAS_WORKSPACE_CONFIG": ":16:8"}, 128 * KIB),
+        ({"ROCBLAS_WORKSPACE_CONFIG": ":16:8", "HIPBLAS_WORKSPACE_CONFIG": ":0:0"}, 0),
+        ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HIPBLAS_WORKSPACE_CONFIG": ":16:8"}, 32 * MIB),
+        ({"CUBLAS_WORKSPACE_CONFIG": "", "HIPBLAS_WORKSPACE_CONFIG": ":16:8"}, 128 * MIB),
+    ],
+)
+def test_under_rocm_the_workspace_is_that_of_hipblas(
+    told: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To torch an MI300X has compute capability 9.4, which on NVIDIA's side is a Hopper."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
+    instinct = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: instinct)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "HIPBLAS_WORKSPACE_CONFIG", "ROCBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert workspace_here(9) == expected
+    assert overhead_of(None, "cuda").library_bytes == 2 * expected
+    assert hipblas_workspace_bytes("gfx1100") == 32 * MIB  # of a device elsewhere
 
 
 @pytest.mark.parametrize(("name", "major"), [("h100", 9), ("rtx-4090", 8), ("b200", 10), ("mi300x", 8)])

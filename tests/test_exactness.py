@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import ARCHITECTURES, assert_same, batch_for, build, gradients, with_lora
+from models import ARCHITECTURES, assert_same, batch_for, build, gradients, reads_nothing, with_lora
 from rematree.execute.handle import apply
 from rematree.planning.planner import Planner
 from rematree.plans import Action
@@ -70,7 +70,7 @@ def test_frozen_bottom_runs_once_and_keeps_no_graph() -> None:
     calls: list[int] = []
     layers = model.get_submodule("base_model.model.model.layers")
     for index, layer in enumerate(layers.children()):
-        layer.get_submodule("mlp").register_forward_hook(lambda *_, index=index: calls.append(index))
+        layer.get_submodule("mlp").register_forward_hook(reads_nothing(lambda *_, index=index: calls.append(index)))
     with apply(plan, model):
         gradients(model, batch_for(model))
     assert calls.count(0) == 1

@@ -10,7 +10,7 @@ from torch import nn
 
 import rematree
 from both_paths import plan_of, recompute_all
-from models import assert_same, batch_for, build, gradients, with_lora
+from models import assert_same, batch_for, build, gradients, reads_nothing, with_lora
 from rematree.errors import PlanMismatchError, RecomputeMismatchError, UnsupportedModelError, UsageError
 from rematree.execute.dropout import draw, pack, packed_bytes, scale, unpack
 from rematree.execute.random_state import refuse_other_generators
@@ -64,7 +64,7 @@ def test_an_exception_leaves_the_model_usable(
     expected = gradients(model, batch)
     mlp = model.get_submodule("base_model.model.model.layers.2.mlp")
     with rematree.apply(plan, model):
-        hook = mlp.register_forward_hook(lambda *_: 1 / 0)
+        hook = mlp.register_forward_hook(reads_nothing(lambda *_: 1 / 0))
         with pytest.raises(ZeroDivisionError):
             model(**batch)
         hook.remove()
@@ -163,7 +163,7 @@ def test_captured_values_are_put_back(planned: Planned) -> None:
     model, batch, plan = planned
     layer = model.get_submodule("base_model.model.model.layers.1.mlp")
     state = {"gain": 2.0}
-    hook = layer.register_forward_hook(lambda _module, _inputs, out: _times(out, state["gain"]))
+    hook = layer.register_forward_hook(reads_nothing(lambda _module, _inputs, out: _times(out, state["gain"])))
     try:
         expected = gradients(model, batch)
         with rematree.apply(plan, model) as handle:

@@ -11,6 +11,7 @@ from torch import nn
 import rematree
 from both_paths import plan_of
 from models import assert_same, batch_for, build, gradients, with_lora
+from rematree.errors import UsageError
 from rematree.fingerprint import describe_model
 from rematree.measure import PeakMeter, storage_bytes
 from rematree.memory.optimizers import Optimizer, make_optimizer
@@ -180,6 +181,23 @@ def test_an_optimizer_without_state(kind: Any, cost: Measured) -> None:
     model.zero_grad(set_to_none=True)
     assert first == measured(model, batch, optimizer)
     assert abs(predicted - first) < CLOSE
+
+
+@pytest.mark.parametrize("settings", [{}, {"foreach": True}, {"amsgrad": True}, {"fused": True}])
+def test_the_step_of_the_optimizer_that_trains(settings: dict[str, Any], cost: Measured) -> None:
+    """All weights: the end of the step is its peak where the optimizer takes copies of the second moments."""
+    model, batch = llama(lora=False, vocab_size=8000), tokens(1, 16)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-4, **settings)
+    planner = Planner(model, batch, optimizer=optimizer, cost=cost, clips=False)
+    assert (where(planner.survey.plain) == "optimizer") == (settings != {"fused": True})
+    step(model, batch, optimizer)
+    assert abs(planner.survey.plain.peak_bytes - measured(model, batch, optimizer)) < CLOSE
+
+
+def test_an_optimizer_that_is_not_known(cost: Measured) -> None:
+    model = llama()
+    with pytest.raises(UsageError, match="what Adagrad keeps is not known"):
+        Planner(model, tokens(), optimizer=torch.optim.Adagrad(trained(model)), cost=cost)
 
 
 def test_a_meter_that_is_kept_keeps_no_optimizer() -> None:

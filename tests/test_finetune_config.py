@@ -27,6 +27,15 @@ def config(**changes: Any) -> TrainConfig:
         ({"lora_dropout": 1.0}, "--lora-dropout is 1.0; it must be at least 0 and below 1"),
         ({"heldout": 2.5}, "--heldout is 2.5; give a share below 1 or a whole number of examples"),
         ({"max_steps": 0}, "--max-steps is 0; give a number above zero, or -1 to go by epochs"),
+        (
+            {"lr_scheduler_type": "wavy"},
+            "--lr-scheduler-type is 'wavy'; it can be a transformers schedule that needs no further arguments\n"
+            "  linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7},
+            "--learning-rate is 1e-07; the polynomial schedule ends at 1e-07 and must begin above that",
+        ),
         ({"dtype": "int4"}, '--dtype is \'int4\'; it can be "auto", "float32" or "bfloat16"'),
         (
             {"load_in_4bit": True, "load_in_8bit": True},

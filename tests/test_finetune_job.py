@@ -1,5 +1,6 @@
 """The job from end to end on a tiny model under a real plan: killed, torn, repeated, out of disk."""
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -9,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,11 +22,12 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from rematree.errors import InfeasibleBudgetError, UsageError
 from rematree.execute.handle import apply
 from rematree.finetune import compare, demo, evaluate
-from rematree.finetune.config import TrainConfig
+from rematree.finetune.config import SCHEDULES, TrainConfig
 from rematree.finetune.demo import run_demo
 from rematree.finetune.job import run
 from rematree.finetune.result import TrainResult
@@ -166,6 +169,19 @@ def test_directory_of_another_run_is_refused(whole: tuple[TrainResult, str], con
         f"  rm -r {path}   (to start afresh)\n"
         "  the settings of that run, to resume it"
     )
+
+
+def test_whom_the_umask_lets_read_can_read_all_of_a_run(whole: tuple[TrainResult, str], tmp_path: Path):
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    out, adapter = Path(whole[0].output_dir), Path(whole[0].adapter)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    files = [*out.glob("*.json"), *adapter.iterdir()]
+    assert {"plan.json", "run.json", "result.json", "adapter_model.safetensors"} <= {path.name for path in files}
+    assert {mode(path) for path in files} == {mode(tmp_path / "file")}
+    assert mode(adapter) == mode(tmp_path / "folder")
 
 
 def test_directory_with_other_files_is_refused(tmp_path: Path, config: TrainConfig):
@@ -350,7 +366,6 @@ def test_gradient_accumulation_counts_all_its_passes(config: TrainConfig, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr_scheduler_type": "wavy"}, "--lr-scheduler-type is 'wavy'"),
         ({"max_length": 500}, "--max-length is 500, the model has 128 positions"),
         ({"lora_target_modules": ("no_proj",)}, "--lora-target-modules ('no_proj',): Target modules"),
     ],
@@ -359,6 +374,28 @@ def test_settings_that_do_not_fit_the_model(changes: dict[str, Any], message: st
     with pytest.raises(UsageError) as caught:
         prepare(tiny_config(folder, **changes), lambda line: None)
     assert caught.value.message.startswith(message)
+
+
+def make_schedule(name: str, learning_rate: float, folder: Path) -> None:
+    """As the Trainer makes it of what the job gives it."""
+    arguments = TrainingArguments(output_dir=str(folder), lr_scheduler_type=name, report_to=[], use_cpu=True)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.get_warmup_steps(9), num_training_steps=9)
+
+
+def test_schedules_are_all_that_the_trainer_can_make(tmp_path: Path):
+    possible: list[str] = []
+    for schedule in SchedulerType:
+        with contextlib.suppress(ValueError, TypeError):
+            make_schedule(schedule.value, 1e-2, tmp_path)
+            possible.append(schedule.value)
+    assert sorted(possible) == sorted(SCHEDULES)
+
+
+def test_the_polynomial_schedule_ends_where_the_settings_say(tmp_path: Path):
+    make_schedule("polynomial", 1.1e-7, tmp_path)
+    with pytest.raises(ValueError, match="must be smaller than initial lr"):
+        make_schedule("polynomial", 1e-7, tmp_path)
 
 
 def test_cache_is_off_or_packed_examples_would_leak(folder: Path):

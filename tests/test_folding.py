@@ -12,12 +12,15 @@ from torch import nn
 
 import rematree
 from models import assert_same, batch_for, build, gradients, quantised, with_lora
+from rematree.catalogue.meta_model import build_meta_model
 from rematree.execute.attention import attention_modules
 from rematree.observation.observe import Twin
 from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers
 from rematree.pricing.cost import Roofline
+from rematree.pricing.devices import find_device
 from rematree.referee.folding import fold, list_of, shortened, whole
+from rematree.referee.ranks import Ranks
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
 from rematree.regions import find_chain, inner_regions
@@ -248,3 +251,37 @@ def test_an_encoder_keeps_its_layers_where_a_decoder_of_as_many_is_shortened() -
     assert plan.recomputes
     with rematree.apply(plan, model):
         assert_same(expected, gradients(model, batch))
+
+
+# -- the allocator of a GPU --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("what", ["save", "half", "groups", "zero2"])
+def test_segments_in_use_are_those_of_all_blocks(what: str, lora: bool) -> None:
+    """3000 tokens: tensors that fill no segment, of which each block leaves some."""
+    sizes: dict[str, Any] = {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 4000,
+        "use_cache": False,
+    }
+    config = transformers.LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, **sizes)
+    model: nn.Module = build_meta_model(config, dtype=torch.bfloat16).train()
+    model = with_lora(model) if lora else model.requires_grad_(True)
+    ids = torch.zeros(1, 3000, dtype=torch.int64)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    twin = Twin(model, batch, device=torch.device("cuda", 0), capability=(9, 0))
+    blocks, cost = find_chain(twin.model).blocks, find_device("h100").roofline()
+    again = Decision(Action.RECOMPUTE)
+    levers = {
+        "save": Levers(),
+        "half": Levers(dict.fromkeys(blocks[:6], again)),
+        "zero2": Levers(dict.fromkeys(blocks[:6], again)),
+        "groups": Levers(dict.fromkeys(blocks[8:], again), groups=(tuple(blocks[:4]), tuple(blocks[4:8]))),
+    }[what]
+    ranks = Ranks("zero2", 4) if what == "zero2" else None
+    folded, whole_chain = (Referee(twin, blocks, cost, folds=folds, ranks=ranks).run(levers) for folds in (True, False))
+    assert len(folded.segments) == len(whole_chain.segments)
+    assert folded.peak_bytes == whole_chain.peak_bytes
+    assert folded.slack_bytes == whole_chain.slack_bytes > 0

@@ -15,7 +15,7 @@ from torch import nn
 import rematree
 from both_paths import AGAIN, KEEP, SAVE, plan_of
 from checkpointed_models import EXPERTS, qwen3_moe
-from models import assert_same, batch_for, build, gradients, with_lora
+from models import assert_same, batch_for, build, gradients, reads_nothing, with_lora
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.group import _Frame, _Holder
 from rematree.execute.handle import Handle
@@ -243,7 +243,7 @@ def test_boundaries_are_links_and_gone_after_forward() -> None:
     model = _Break(lambda x: x)
     seen: list[weakref.ref[torch.UntypedStorage]] = []
     for layer in model.layers:
-        layer.register_forward_hook(lambda _, args, out: seen.append(weakref.ref(out.untyped_storage())))
+        layer.register_forward_hook(reads_nothing(lambda _, args, out: seen.append(weakref.ref(out.untyped_storage()))))
     x = torch.randn(3, 16, requires_grad=True)
     with _small_group(model, (1, 4)):
         loss = model(x)
@@ -263,9 +263,9 @@ def test_a_changed_boundary_is_kept() -> None:
     with _small_group(model, (0, 4)):
         loss = model(torch.randn(3, 16))
         frames += [holder.frame for holder in gc.get_objects() if type(holder) is _Holder]
-    kinds = [type(call.arguments.again((None,))[0][0]) for call in frames[0].calls]
-    assert kinds == [Kept, Link, Kept, Link]
-    loss.backward()
+        kinds = [type(call.arguments.again((None,))[0][0]) for call in frames[0].calls]
+        assert kinds == [Kept, Link, Kept, Link]
+        loss.backward()
 
 
 def _living() -> int:
@@ -281,7 +281,7 @@ def test_nothing_is_left(how: str) -> None:
     try:
         with _small_group(model, (0, 4), (0, 3)):
             if how == "error in forward":
-                hook = model.layers[3].register_forward_hook(lambda *_: 1 / 0)
+                hook = model.layers[3].register_forward_hook(reads_nothing(lambda *_: 1 / 0))
                 with pytest.raises(ZeroDivisionError):
                     model(torch.randn(3, 16))
                 hook.remove()

@@ -105,6 +105,40 @@ def test_lengths_of_preferences_are_those_of_the_longer_answer() -> None:
     assert batches.longest["input_ids"].shape == (2, 11)
 
 
+def test_rows_that_are_cut_have_the_lengths_they_are_cut_to() -> None:
+    rows: list[dict[str, Any]] = [{"input_ids": [5] * length} for length in (4, 6, 30, 50)]
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        cut = [example["input_ids"][:8] for example in examples]
+        return {"input_ids": torch.tensor([row + [0] * (max(map(len, cut)) - len(row)) for row in cut])}
+
+    batches = read_batches(DataLoader(rows, batch_size=1, collate_fn=collate), most=8)  # pyright: ignore[reportArgumentType]
+    assert batches.weights == {4: 0.25, 6: 0.25, 8: 0.5}
+    assert [batches.of(length)["input_ids"].shape[1] for length in (4, 6, 8)] == [4, 6, 8]
+
+
+@pytest.mark.parametrize(("multiple", "holes"), [(1, 0), (8, 1)])
+def test_a_row_alone_has_a_hole_only_if_such_rows_are_padded(multiple: int, holes: int) -> None:
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        (ids,) = (example["input_ids"] for example in examples)
+        more = -len(ids) % multiple
+        mask = [1] * len(ids) + [0] * more
+        return {"input_ids": torch.tensor([ids + [0] * more]), "attention_mask": torch.tensor([mask])}
+
+    rows: list[Any] = [{"input_ids": [5] * length} for length in (16, 11, 16)]
+    batches = read_batches(DataLoader(rows, batch_size=1, collate_fn=collate))  # pyright: ignore[reportArgumentType]
+    assert batches.longest["input_ids"].shape == (1, 16)
+    assert int((batches.longest["attention_mask"] == 0).sum()) == holes
+
+
+def test_classes_of_pictures_are_no_lengths() -> None:
+    for labels in ([0, 1, 2, 0], [torch.tensor(1)] * 4):
+        rows: list[Any] = [{"pixel_values": torch.ones(3, 8, 8), "labels": label} for label in labels]
+        batches = read_batches(DataLoader(rows, batch_size=2))  # pyright: ignore[reportArgumentType]
+        assert batches.note == "the first batch; the lengths of the others cannot be read beforehand"
+        assert batches.longest["pixel_values"].shape == (2, 3, 8, 8)
+
+
 # -- plans of other lengths from one survey
 
 

@@ -24,6 +24,8 @@ FINGERPRINTS = st.builds(
     batch=st.lists(st.tuples(NAMES, st.lists(st.integers(0, 9), max_size=3).map(tuple), NAMES), max_size=3).map(tuple),
     device=NAMES,
     attention=NAMES,
+    left_out=st.lists(NAMES, max_size=2).map(tuple),
+    hooked=st.lists(NAMES, max_size=2).map(tuple),
 )
 PLANS = st.builds(
     Plan,
@@ -51,6 +53,8 @@ FINGERPRINT = Fingerprint(
     batch=(("input_ids", (4, 512), "torch.int64"), ("labels", (4, 512), "torch.int64")),
     device="cpu",
     attention="sdpa",
+    left_out=("attention_mask",),
+    hooked=("layers.0.mlp",),
 )
 PLAN = Plan(
     decisions={
@@ -74,7 +78,7 @@ PLAN = Plan(
 )
 # Stored plans outlive the library: a change here needs a new PLAN_FORMAT and a line in CHANGELOG.md.
 WRITTEN: dict[str, Any] = {
-    "format": 3,
+    "format": 4,
     "decisions": {
         "layers.0": ["recompute", False],
         "layers.0.mlp.up_proj": ["save", False],
@@ -97,6 +101,8 @@ WRITTEN: dict[str, Any] = {
         "batch": [["input_ids", [4, 512], "torch.int64"], ["labels", [4, 512], "torch.int64"]],
         "device": "cpu",
         "attention": "sdpa",
+        "left_out": ["attention_mask"],
+        "hooked": ["layers.0.mlp"],
     },
     "lean": ["layers.1.mlp.up_proj"],
     "compiled": {"layers.2": 0.5},
@@ -138,7 +144,7 @@ def test_a_missing_field_is_refused(name: str) -> None:
     )
 
 
-ANOTHER_FORMAT = "plan of another format version; this library reads version 3"
+ANOTHER_FORMAT = "plan of another format version; this library reads version 4"
 
 
 @pytest.mark.parametrize(

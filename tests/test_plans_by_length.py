@@ -14,7 +14,7 @@ from torch import nn
 
 import rematree
 from both_paths import AGAIN, KEEP, SAVE, plan_of
-from models import assert_same, batch_for, build, with_lora
+from models import assert_same, batch_for, build, reads_nothing, with_lora
 from rematree.errors import PlanMismatchError, UsageError
 from rematree.execute.adapters import lean_layers
 from rematree.execute.handle import Handle
@@ -184,7 +184,7 @@ def test_an_error_in_forward_leaves_no_choice_behind(model: nn.Module) -> None:
         raise ValueError("on purpose")
 
     with applied(model) as handle:
-        hook = layers[1].register_forward_pre_hook(fails)
+        hook = layers[1].register_forward_pre_hook(reads_nothing(fails))
         with pytest.raises(ValueError, match="on purpose"):
             model(**batch_of(model, SHORT))
         hook.remove()
@@ -229,7 +229,7 @@ def test_chunked_losses_of_several_sizes(model: nn.Module) -> None:
         for tokens, expected in zip((SHORT, MIDDLE, LONG), losses, strict=True):
             torch.manual_seed(3)
             assert torch.equal(expected, model(**batch_of(model, tokens)).loss)
-        assert [loss.effective for loss in handle._losses] == [True, True]
+        assert [loss.effective for loss in handle._installed._losses] == [True, True]
 
 
 def test_nothing_is_left_and_nothing_grows(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rematree
-from models import assert_same, batch_for, build, gradients, quantised, with_lora
+from models import assert_same, batch_for, build, gradients, quantised, reads_nothing, with_lora
 from rematree.errors import PlanMismatchError, UnsupportedModelError
 from rematree.execute.override import ForwardOverride
 from rematree.execute.quantised import keep_no_input
@@ -223,7 +223,7 @@ def input_of(model: nn.Module, path: str, batch: dict[str, torch.Tensor]) -> tup
     """Whether the input of the base layer at `path` is alive between forward and backward; and the loss."""
     seen: list[weakref.ref[torch.Tensor]] = []
     layer = model.get_submodule(f"{LAYERS}.{path}.base_layer")
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
+    hook = layer.register_forward_pre_hook(reads_nothing(lambda _, inputs: seen.append(weakref.ref(inputs[0]))))
     try:
         loss = model(**batch, use_cache=False).loss
     finally:

@@ -13,7 +13,7 @@ from torch import nn
 
 from both_paths import AGAIN, EVERY_WAY, KEEP, NOT_REENTRANT, SAVE, Ours, by_plan
 from checkpointed_models import step
-from models import assert_same, batch_for, build, with_lora
+from models import assert_same, batch_for, build, reads_nothing, with_lora
 
 Found = dict[str, torch.Tensor]
 LAYERS = "base_model.model.model.layers"
@@ -48,7 +48,7 @@ class AtOnce:
                 self._barrier.abort()
 
         threads = [threading.Thread(target=call, args=(index,)) for index in range(len(functions))]
-        hook = self._module.register_forward_pre_hook(self._wait)
+        hook = self._module.register_forward_pre_hook(reads_nothing(self._wait))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -125,7 +125,7 @@ class Fails:
 
     def __init__(self, module: nn.Module, run: int) -> None:
         self._left = run
-        self._hook = module.register_forward_hook(self._count)
+        self._hook = module.register_forward_hook(reads_nothing(self._count))
 
     def _count(self, *_: object) -> None:
         self._left -= 1
@@ -196,7 +196,7 @@ def test_an_exception_keeps_nothing_alive(ours: Ours) -> None:
     def note(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         kept.append(weakref.ref(args[0]))
 
-    hooks = [model.get_submodule(f"{LAYERS}.{i}").register_forward_pre_hook(note) for i in range(4)]
+    hooks = [model.get_submodule(f"{LAYERS}.{i}").register_forward_pre_hook(reads_nothing(note)) for i in range(4)]
     with ours(model, batch):
         for run in (1, 2):
             Fails(model.get_submodule(f"{LAYERS}.2.input_layernorm"), run)

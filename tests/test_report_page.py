@@ -317,6 +317,15 @@ def test_no_run_and_damaged_runs_are_named(finished: Path, tmp_path: Path) -> No
         run_page(tmp_path, lambda line: None)
 
 
+def test_where_a_page_cannot_be_written_no_frontier_is_made(finished: Path, tmp_path: Path) -> None:
+    for name in ("run.json", "plan.json"):
+        shutil.copy(finished / name, tmp_path)
+    target = tmp_path / "pages" / "page.html"
+    outcome = rematree("report", tmp_path, "--output", target)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == f"error: {target} cannot be written: there is no directory {target.parent}\n"
+
+
 def test_what_a_run_is_called_cannot_end_the_script(finished: Path) -> None:
     page = run_page(finished, lambda line: None)
     text = render(dataclasses.replace(page, title="</script><b>{{data}}", facts=[("a", "</script><!--")]))

@@ -1,5 +1,6 @@
 """The search for a plan that the referee confirms, with a referee whose errors are known."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,24 +8,24 @@ import pytest
 
 from chain_problems import layers
 from rematree.planning.search import Search
-from rematree.solve.chain import ChainChoice
+from rematree.solve.chain import ChainChoice, ChainProblem
 from rematree.solve.groups import choice_peak
-from rematree.units import MIB
+from rematree.units import GIB, MIB
 
 PROBLEM = layers(20, kept=30 * MIB, boundary=MIB)
 ALL_SAVED = ChainChoice((2,) * 20, 0, 0.0)
 
 
-def search(slack: Any) -> Search:
+def search(slack: Any, problem: ChainProblem = PROBLEM) -> Search:
     """Over a step of 20 blocks that takes what the solver adds up and `slack` of it."""
-    plain = choice_peak(PROBLEM, ALL_SAVED)
+    plain = choice_peak(problem, ALL_SAVED)
 
     def run(choice: ChainChoice) -> Any:
-        taken = choice_peak(PROBLEM, choice)
+        taken = choice_peak(problem, choice)
         return SimpleNamespace(misread=(), peak_bytes=taken, slack_bytes=slack(plain - taken))
 
     survey: Any = SimpleNamespace(
-        problem=PROBLEM, plain=SimpleNamespace(peak_bytes=plain, seconds=100.0), levers=lambda choice: choice
+        problem=problem, plain=SimpleNamespace(peak_bytes=plain, seconds=100.0), levers=lambda choice: choice
     )
     referee: Any = SimpleNamespace(run=run)
     return Search(survey, referee, 0)
@@ -48,3 +49,10 @@ def test_a_frontier_has_at_most_the_points_asked_for(points: int) -> None:
     found = within.frontier(points)
     assert len(found) <= points
     assert found[0].peak_bytes == within.least().peak_bytes
+
+
+def test_every_point_of_a_frontier_is_a_plan_where_weights_are_most_of_the_peak() -> None:
+    """What a plan can save is 0.6 of 10.6 GiB, and only limits there differ in what the solver chooses."""
+    found = search(lambda saved: MIB, dataclasses.replace(PROBLEM, base=10 * GIB)).frontier(12)
+    assert len({entry.choice for entry in found}) == 12
+    assert found[-1].choice.blocks == ALL_SAVED.blocks

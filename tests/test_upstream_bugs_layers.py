@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import rematree
 from both_paths import EVERY_WAY, NOT_REENTRANT, Ours, assert_same_or_refused, differ
 from checkpointed_models import CASES, EXPERTS, by_transformers, qwen3_moe, step, upstream_is_wrong
-from models import assert_same, with_lora
+from models import assert_same, reads_nothing, with_lora
 from rematree.planning.planner import Planner
 from rematree.pricing.cost import Roofline
 
@@ -211,7 +211,7 @@ def test_4_12_the_routing_decision_is_kept(ours: Ours, top_k: int) -> None:
     with ours(model, batch):
         found = routed_step(model, batch)
         hook = model.get_submodule("base_model.model.model.layers.1.mlp.experts").register_forward_pre_hook(
-            lambda *_: runs.append(1)
+            reads_nothing(lambda *_: runs.append(1))
         )
         routed_step(model, batch)
         hook.remove()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rematree
 from both_paths import EVERY_WAY, NOT_REENTRANT, WAYS, Ours
 from checkpointed_models import by_transformers, step, upstream_is_wrong
-from models import assert_same, batch_for, build, with_lora
+from models import assert_same, batch_for, build, reads_nothing, with_lora
 from rematree.measure import PeakMeter
 from rematree.planning.planner import Planner
 from rematree.pricing.cost import Roofline
@@ -97,7 +97,9 @@ def mlp_runs(model: Any, batch: Any) -> tuple[list[int], dict[str, torch.Tensor]
         def count(*_: object, index: int = index) -> None:
             counts[index] += 1
 
-        hooks.callback(model.get_submodule(f"{LAYERS}.{index}.mlp").register_forward_pre_hook(count).remove)
+        hooks.callback(
+            model.get_submodule(f"{LAYERS}.{index}.mlp").register_forward_pre_hook(reads_nothing(count)).remove
+        )
     with hooks:
         found = step(model, batch)
     return list(counts.values()), found
@@ -140,7 +142,7 @@ def inputs_alive(model: Any, batch: Any) -> dict[str, bool]:
     seen: dict[str, weakref.ref[torch.Tensor]] = {}
     hooks = [
         model.get_submodule(f"{LAYERS}.0.{name}").register_forward_pre_hook(
-            lambda _m, args, name=name: seen.setdefault(name, weakref.ref(args[0])) and None
+            reads_nothing(lambda _m, args, name=name: seen.setdefault(name, weakref.ref(args[0])) and None)
         )
         for name in ("mlp.down_proj", "self_attn.o_proj", "mlp.up_proj")
     ]

@@ -97,6 +97,54 @@ def test_the_optimizer_of_the_plan_is_the_one_that_is_measured(optimizer: Any) -
     assert rematree.verify(plan, model, batch, rounds=1, optimizer=optimizer).gradients_equal
 
 
+@pytest.fixture(scope="module")
+def accumulating() -> tuple[nn.Module, Batch, Plan]:
+    """A model all of which is trained, with a plan for steps that begin with gradients."""
+    model = build("llama", layers=2).train()
+    batch = batch_for(model, rows=4)
+    return model, batch, least_plan(model, batch, forbid=["chunked_loss"], accumulation_steps=2)
+
+
+def test_accumulated_gradients_are_in_the_peak_that_is_measured(accumulating: tuple[nn.Module, Batch, Plan]) -> None:
+    model, batch, plan = accumulating
+    expected = gradients(model, batch, seed=0)
+    result = rematree.verify(plan, model, batch, rounds=1, accumulation_steps=2)
+    assert plan.predicted_peak_bytes - 256 * KIB <= result.measured_peak_bytes <= plan.predicted_peak_bytes
+    assert result.gradients_equal
+    assert result.num_gradients == len(expected) - 1
+    assert result.loss_planned == float(expected["loss"])
+    with pytest.raises(VerificationError, match=r"more than 3% below the prediction$"):
+        rematree.verify(plan, model, batch, rounds=1)
+
+
+def test_compared_steps_begin_without_gradients_and_measured_ones_with_zeros(
+    accumulating: tuple[nn.Module, Batch, Plan],
+) -> None:
+    model, batch, plan = accumulating
+    began: list[set[float | None]] = []
+
+    def loss(output: Any) -> torch.Tensor:
+        began.append({None if p.grad is None else float(p.grad.abs().max()) for p in model.parameters()})
+        return output.loss
+
+    rematree.verify(plan, model, batch, rounds=1, accumulation_steps=2, loss=loss)
+    compared, measured = {None}, {0.0}
+    assert began == [
+        *[compared, compared, measured],  # the plain model, twice as it may not repeat itself
+        *[compared, measured],  # under the plan
+        *[measured, measured],  # timed
+    ]
+
+
+def test_gradients_of_earlier_batches_are_as_before(accumulating: tuple[nn.Module, Batch, Plan]) -> None:
+    model, batch, plan = accumulating
+    model = copy.deepcopy(model)
+    optimizer = in_the_middle_of_training(model, batch)
+    before = State.of(model, optimizer)
+    rematree.verify(plan, model, batch, rounds=1, accumulation_steps=2)
+    before.assert_equal(State.of(model, optimizer))
+
+
 def test_a_peak_above_the_budget_fails() -> None:
     """Planned without an optimizer, trained with AdamW, whose state is two more numbers a weight."""
     model = build("llama", layers=4).train()

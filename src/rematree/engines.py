@@ -56,6 +56,25 @@ def refuse_pipeline(model: nn.Module) -> None:
         raise not_counted(f"DeepSpeed's {type(model).__name__}")
 
 
+def refuse_copies(model: nn.Module, count: int = 1) -> None:
+    """Refuse a model that `nn.DataParallel` runs in copies: under a plan each copy would run the weights of the model.
+
+    Args:
+        model: The model.
+        count: Devices that a trainer would run copies on.
+    Raises:
+        UsageError: says what to use instead.
+    """
+    if isinstance(model, nn.DataParallel) or count > 1:
+        raise UsageError(
+            "nn.DataParallel runs copies of the model, which a plan on the model does not reach",
+            remedies=[
+                f"torchrun --nproc_per_node {max(count, 2)} ..., or accelerate launch: a process for each GPU",
+                "CUDA_VISIBLE_DEVICES=0: one GPU",
+            ],
+        )
+
+
 def not_counted(what: str) -> UsageError:
     """The error for a model that DeepSpeed trains in a way whose bytes are not counted."""
     return UsageError(

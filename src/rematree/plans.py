@@ -17,7 +17,7 @@ from rematree.table import FoldedRow, common_prefix, fold_rows, render_table
 from rematree.typed_json import read_typed
 from rematree.units import format_bytes, format_seconds
 
-PLAN_FORMAT: Final = 3
+PLAN_FORMAT: Final = 4
 TABLE_HEADERS: Final = ("region", "decision", "saved", "added time")
 TABLE_RIGHT: Final = frozenset({2, 3})
 ALLOCATOR_SLACK: Final = "allocator slack"
@@ -87,8 +87,10 @@ class Fingerprint:
         trainable: Digest over the names of the trainable parameters.
         dropout: Digest over the probabilities of all dropout modules.
         batch: (name, shape, dtype) of every tensor of the batch.
+        left_out: Names of the tensors of the batch whose values change nothing, a mask of ones: they need no memory.
         device: Device type of the parameters.
         attention: Attention implementation the model is configured with.
+        hooked: Paths of the modules with forward hooks of the user's, for which outputs of saved regions are kept.
     """
 
     model_class: str
@@ -98,6 +100,8 @@ class Fingerprint:
     batch: tuple[tuple[str, tuple[int, ...], str], ...]
     device: str
     attention: str
+    left_out: tuple[str, ...] = ()
+    hooked: tuple[str, ...] = ()
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """One line for every field in which `other` (what is here) differs from this plan."""

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rematree.cli import options
-from rematree.cli.output import check_writable, emit_table, hint
+from rematree.cli.output import check_writable, emit_table, hint, write_output
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="File for the profile, as JSON.")]
 
@@ -28,8 +28,8 @@ def calibrate(output: Output = Path("profile.json"), as_json: options.Json = Fal
     hint(f"measuring {machine.device}: {machine.name}")
     profile = measure(torch.device(machine.device), machine.total_bytes, report=hint)
     text = profile.to_json()
-    output.write_text(text + "\n", encoding="ascii")
-    hint(f"stored in {output}; use it as --device {output if output.is_absolute() else Path(output)}")
+    write_output(output, text + "\n")
+    hint(f"stored in {output}; use it as --device {output}")
     if as_json:
         typer.echo(text)
     else:

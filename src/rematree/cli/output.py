@@ -59,21 +59,35 @@ def read_plan(path: Path) -> Plan:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written before any work is done for it."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory, not a file to write")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{path} cannot be written: there is no directory {path.parent}")
+    """Refuse a file that cannot be written before any work is done for it.
+
+    Raises:
+        UsageError: it is a directory, or the place allows no writing.
+    """
+    from rematree.finetune.storage import check_place
+
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory, not a file to write")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{path} cannot be written: there is no directory {path.parent}")
+        check_place(path)
+    except OSError as error:
+        raise _not_writable(path, error) from error
 
 
-def write_plan(path: Path, plan: Plan) -> None:
-    """Store a plan, whole or not at all."""
+def write_output(path: Path, text: str) -> None:
+    """Store what was asked for by --output, whole or not at all.
+
+    Raises:
+        UsageError: it cannot be written; what was there is as it was.
+    """
     from rematree.finetune.storage import write_text
 
     try:
-        write_text(path, plan.to_json() + "\n")
+        write_text(path, text)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}", remedies=["another --output"]) from error
+        raise _not_writable(path, error) from error
 
 
 def command_with(ctx: typer.Context, **changes: Any) -> str:
@@ -97,3 +111,7 @@ def command_with(ctx: typer.Context, **changes: Any) -> str:
         else:
             words += [parameter.opts[0], str(value)]
     return shlex.join(words)
+
+
+def _not_writable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"{path} cannot be written: {error.strerror}", remedies=["another --output"])

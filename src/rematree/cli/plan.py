@@ -8,7 +8,7 @@ import typer
 
 from rematree.cli import options, rank_options
 from rematree.cli.options import DEFAULT
-from rematree.cli.output import check_writable, command_with, emit_table, hint, write_plan
+from rematree.cli.output import check_writable, command_with, emit_table, hint, write_output
 from rematree.report.tables import plan_columns
 
 Output = Annotated[Path | None, typer.Option(help="File for the plan, as JSON.", show_default=False)]
@@ -79,7 +79,7 @@ def plan(
         raise error.with_remedies(command_with(ctx, **change) for change in changes) from None
     made = described(made, config, target, shape, full=full)
     if output is not None:
-        write_plan(output, made)
+        write_output(output, made.to_json() + "\n")
         hint(f"stored in {output}")
     if as_json:
         typer.echo(made.to_json())

@@ -8,6 +8,7 @@ import typer
 from rematree.cli import options
 from rematree.cli.options import DEFAULT
 from rematree.cli.output import command_with, emit_json, hint
+from rematree.finetune.config import SCHEDULES
 
 _TRAINING, _RUN = "Training", "Run"
 
@@ -29,7 +30,10 @@ MaxNew = Annotated[int, typer.Option(help="Tokens of the answers generated befor
 MaxSteps = Annotated[int, typer.Option(help="Optimizer steps; -1 goes by epochs.", rich_help_panel=_TRAINING)]
 Epochs = Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=_TRAINING)]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.", rich_help_panel=_TRAINING)]
-Scheduler = Annotated[str, typer.Option(help="Name of a transformers schedule.", rich_help_panel=_TRAINING)]
+Scheduler = Annotated[
+    str,
+    typer.Option(help="Of the learning rate: " + ", ".join(SCHEDULES) + ".", rich_help_panel=_TRAINING),
+]
 Warmup = Annotated[float, typer.Option(help="Steps, or share of all steps, of rising rate.", rich_help_panel=_TRAINING)]
 WeightDecay = Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=_TRAINING)]
 MaxGradNorm = Annotated[

@@ -52,7 +52,8 @@ def verify(
     hint(f"loading {config.model}")
     shape = shape_of_plan(config, stored.fingerprint.batch, full=full)
     hint("running steps with and without the plan")
-    result = run_both(stored, shape.model, shape.batch, rounds=rounds)
+    accumulation_steps = int(stored.run.get("gradient_accumulation_steps", 1))
+    result = run_both(stored, shape.model, shape.batch, accumulation_steps=accumulation_steps, rounds=rounds)
     if as_json:
         emit_json(asdict(result))
     else:

@@ -27,6 +27,12 @@ _HOOKS: Final = (
 )
 
 
+_KERNELS: Final = tuple(
+    (getattr(torch.backends.cuda, f"{name}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{name}_sdp"))
+    for name in ("flash", "mem_efficient", "math", "cudnn")
+)
+
+
 @dataclass(frozen=True)
 class Captured:
     """One value the user asked to be restored around recomputation."""
@@ -57,6 +63,26 @@ class Autocast:
                 if (enabled, dtype, caches) != self._of(device):
                     undo.enter_context(torch.autocast(device, dtype, enabled, caches))
             yield
+
+
+class AttentionKernels:
+    """Which of torch's attention kernels may be chosen now (`torch.nn.attention.sdpa_kernel`)."""
+
+    __slots__ = ("_allowed",)
+
+    def __init__(self) -> None:
+        self._allowed = self._now()
+
+    @staticmethod
+    def _now() -> tuple[bool, ...]:
+        return tuple(asked() for asked, _ in _KERNELS)
+
+    def restore(self, undo: contextlib.ExitStack) -> None:
+        """Put the choice back until `undo` closes."""
+        for (_, allow), then, present in zip(_KERNELS, self._allowed, self._now(), strict=True):
+            if then != present:
+                undo.callback(allow, present)
+                allow(then)
 
 
 def builds_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
@@ -228,7 +254,7 @@ class World:
         A pass over the region's modules and parameters; no walk down the tree unless a module was exchanged.
     """
 
-    __slots__ = ("_adapters", "_captured", "_hooks", "_modules", "_requires_grad", "_state", "_training")
+    __slots__ = ("_adapters", "_captured", "_hooks", "_kernels", "_modules", "_requires_grad", "_state", "_training")
 
     def __init__(self, module: nn.Module, captured: list[Captured], known: Known) -> None:
         contents = known.contents(module)
@@ -245,6 +271,7 @@ class World:
         self._adapters = [_Adapters(layer, holders or _holders_of(layer)) for layer, holders in layers]
         self._hooks = _Hooks(contents.parts)  # the region's own hooks run around it, and once
         self._state = ModuleState(modules, ("", *contents.paths), known.buffers)
+        self._kernels = AttentionKernels()
         self._captured = [(item, item.read()) for item in captured]
 
     def settle(self, skipped: Collection[str] = ()) -> None:
@@ -271,6 +298,7 @@ class World:
                     undo.callback(parameter.requires_grad_, parameter.requires_grad)
                     parameter.requires_grad_(flag)
             self._hooks.restore(self._modules[1:], undo)
+            self._kernels.restore(undo)
             for item, value in self._captured:
                 present = item.read()
                 undo.callback(item.write, present)

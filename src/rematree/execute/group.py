@@ -242,6 +242,9 @@ class Group:
         self._open: dict[int, weakref.ref[_Frame]] = {}  # by thread: the forward that is under way
         self._known: dict[int, Known] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # of threads, and weak references cannot be pickled
+
     def member(
         self, region: str, place: int, module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:

@@ -1,47 +1,32 @@
 """Apply a plan to a live model, and take it off again without a trace."""
 
 import dataclasses
-import functools
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 
-from rematree.engines import refuse_pipeline, without_engine
-from rematree.errors import PlanMismatchError, RecomputeMismatchError, UsageError
-from rematree.execute.adapters import DrawBits, adapted_layer, dropouts_of, lean_forward, why_not
-from rematree.execute.attention import AttentionRegions
-from rematree.execute.attention_slices import cores_to_slice, in_slices, within
+from rematree.engines import refuse_copies, refuse_pipeline, without_engine
+from rematree.errors import RecomputeMismatchError, UsageError
 from rematree.execute.cacheless import Cacheless, decides_on_cache
-from rematree.execute.compiled import BlockCompiler, CompiledBlocks
+from rematree.execute.compiled import BlockCompiler
 from rematree.execute.context import Captured
-from rematree.execute.group import Group
-from rematree.execute.loss.attach import ChunkedLoss, attach_chunked_loss
-from rematree.execute.norms import is_norm, lean_norm, why_no_norm
-from rematree.execute.override import ForwardOverride
+from rematree.execute.installation import Installation
 from rematree.execute.own_compile import refuse_compiled, refuse_compiling
-from rematree.execute.own_switch import OwnSwitch
-from rematree.execute.quantised import TrainingLayout, keep_no_input, refuse_repacked, watch_weight
+from rematree.execute.quantised import refuse_repacked
 from rematree.execute.random_state import refuse_other_generators
 from rematree.execute.recompute import Executor
 from rematree.execute.selection import OnLarger, Selection
 from rematree.execute.self_check import AdapterCheck
 from rematree.execute.stash import Watcher
-from rematree.fingerprint import describe_batch, describe_model
-from rematree.plans import Action, Plan
-from rematree.quantised import four_bit_linears, frozen_int8_linears
-from rematree.regions import (
-    ATTENTION_SUFFIX,
-    DRAW_SUFFIX,
-    effective_action,
-    find_module,
-    parent_path,
-    split_function,
-    unwrap,
-)
+from rematree.fingerprint import describe_batch, describe_model, has_hooks, left_out
+from rematree.plans import Plan
+from rematree.regions import unwrap
 
 _ATTRIBUTE: Final = "_rematree_handle"
 
@@ -72,139 +57,35 @@ class Handle:
         self.on_larger = OnLarger()
         self._chosen = Selection(self.plans, model)
         self._model = model
-        self._watcher = watcher
         self._executor = Executor(watcher)
-        self._overrides: list[ForwardOverride] = []
-        self._attention: AttentionRegions | None = None
-        self._losses: list[ChunkedLoss] = []
-        self._own_switch: OwnSwitch | None = None
-        self._layout: TrainingLayout | None = None
-        self._compiler = compiler
+        self._installed = Installation(
+            model, self.plans, self._chosen, self._executor, watcher=watcher, compiler=compiler
+        )
         self._cacheless: Cacheless | None = None
+        self._said = False
         self._check = AdapterCheck(model) if watcher is None else None
         try:
-            self._install(check_loss)
+            self._executor.captured.append(Captured(bool, self._check_in_force))
+            self._installed.put_on(check_loss=check_loss)
+            self._leave_caches_out()
+            self._outer = self._installed.override(model, self._outermost)
         except BaseException:
             self.remove()
             raise
         model.__dict__[_ATTRIBUTE] = self
 
-    def _install(self, check_loss: bool) -> None:
-        self._own_switch = OwnSwitch(self._model)
-        self._layout = TrainingLayout(self._model)
-        # First, so that it is innermost: whatever saves or recomputes the layer runs it in this form.
-        for path, layer in frozen_int8_linears(self._model):
-            if self.plan.levers.compiles(path):  # its partitioner decides what is kept
-                continue
-            self._overrides.append(ForwardOverride(layer, functools.partial(keep_no_input, layer)))
-        for path, layer in four_bit_linears(self._model):
-            if self.plan.levers.compiles(path):  # a hook on its output is none in a graph
-                continue
-            self._overrides.append(ForwardOverride(layer, functools.partial(watch_weight, path, layer)))
-        self._executor.captured.append(Captured(bool, self._check_in_force))
-        if len(self.plans) > 1:  # R5: what runs again runs under the plan of its forward
-            self._executor.captured.append(Captured(self._chosen.now, self._chosen.put))
-        attention: dict[nn.Module, dict[int, Callable[..., Any]]] = {}
-        for number, plan in enumerate(self.plans):
-            self._install_plan(number, plan, attention)
-        if attention:
-            self._attention = AttentionRegions(
-                (module, arounds[0] if len(self.plans) == 1 else functools.partial(self._chosen.dispatch, arounds))
-                for module, arounds in attention.items()
-            )
-        self._install_losses(check_loss)
-        cacheless = [number for number, plan in enumerate(self.plans) if plan.recomputes or plan.compiled]
-        if cacheless:
-            plan = self.plans[cacheless[-1]]
-            grouped = itertools.chain.from_iterable(plan.groups)
-            holder = decides_on_cache(self._model, next(iter((*plan.decisions, *plan.compiled, *grouped))))
-            if holder is not None:
-                module, place = holder
-                self._cacheless = Cacheless(place, self._trains)
-                self._override(module, self._without_cache, *cacheless)
-        self._overrides.append(ForwardOverride(self._model, self._outermost))
-
-    def _override(self, module: nn.Module, around: Callable[..., Any], *numbers: int) -> None:
-        """Put `around` the forward of `module` under the plans of these numbers."""
-        self._overrides.append(ForwardOverride(module, around, self._when(*numbers)))
-
-    def _when(self, *numbers: int) -> Callable[[], bool] | None:
-        if len(numbers) == len(self.plans):
-            return None
-        return functools.partial(self._chosen.among, frozenset(numbers))
-
-    def _install_plan(self, number: int, plan: Plan, attention: dict[nn.Module, dict[int, Callable[..., Any]]]) -> None:
-        """What one plan does to the blocks; cores of attention are added to `attention`."""
-        for module in cores_to_slice(self._model, plan.lean, check=self._watcher is None):
-            attention.setdefault(module, {})[number] = in_slices
-        lean = {path: find_module(self._model, path) for path in plan.lean if not split_function(path)[1]}
-        for path, layer in lean.items():
-            self._override(layer, self._lean(plan, path, layer), number)
-        self._install_compiled()  # before any recomputation of the block, which is around it
-        for path, decision in plan.decisions.items():
-            if decision.action is effective_action(plan.decisions, parent_path(path)):
-                continue
-            module_path, function = split_function(path)
-            if function == DRAW_SUFFIX and adapted_layer(module_path) in lean:
-                continue  # it draws for itself
-            module = find_module(self._model, module_path)
-            if function == DRAW_SUFFIX:
-                around = functools.partial(self._executor.keep_mask, path, module)
-            elif decision.action is Action.RECOMPUTE:
-                around = functools.partial(self._executor.recompute, path, module)
-            else:
-                around = functools.partial(self._executor.save, path, decision.stash)
-            if function == ATTENTION_SUFFIX:
-                arounds = attention.setdefault(module, {})
-                arounds[number] = within(around, arounds.get(number))
-            else:
-                self._override(module, around, number)
-        self._install_groups(number, plan)
-
-    def _lean(self, plan: Plan, path: str, layer: nn.Module) -> Callable[..., Any]:
-        """What runs the layer at `path`, an adapter's or a norm, lean."""
-        norm = is_norm(layer)
-        reason = why_no_norm(layer) if norm else why_not(layer)
-        if reason is not None:
-            raise PlanMismatchError(
-                f"the plan runs {path} lean, which it cannot: {reason}",
-                remedies=["plan again with forbid=['lean_adapters']"],
-            )
-        if norm:
-            return functools.partial(lean_norm, layer)
-        draws: dict[str, DrawBits] = {}
-        for name, region in dropouts_of(path, layer):
-            if region in plan.decisions and effective_action(plan.decisions, path) is Action.RECOMPUTE:
-                draws[name] = functools.partial(self._executor.keep_bits, region)
-        return functools.partial(lean_forward, layer, draws)
-
-    def _install_losses(self, check: bool) -> None:
-        chunks: dict[int, list[int]] = {}
-        for number, plan in enumerate(self.plans):
-            if plan.loss_chunk_rows is not None:
-                chunks.setdefault(plan.loss_chunk_rows, []).append(number)
-        for rows, numbers in chunks.items():
-            when = self._when(*numbers)
-            self._losses.append(attach_chunked_loss(self._model, rows, check=check, when=when, watcher=self._watcher))
-
-    def _install_groups(self, number: int, plan: Plan) -> None:
-        """Around whatever each block does by itself; smaller groups inside larger ones."""
-        for paths in sorted(filter(None, plan.groups), key=len):
-            group = Group(len(paths), self._executor)
-            for place, path in enumerate(paths):
-                module = find_module(self._model, path)
-                self._override(module, functools.partial(group.member, path, place, module), number)
-
-    def _install_compiled(self) -> None:
-        decided = (*self.plan.decisions, *self.plan.lean)
-        lost = next((path for path in decided if self.plan.levers.compiles(path)), None)
-        if lost is not None:
-            raise PlanMismatchError(f"the plan decides on {lost}, which is inside a compiled block")
-        if self.plan.compiled:
-            compiler = self._compiler or CompiledBlocks(self._model, self.plan.compiled)
-            for path in self.plan.compiled:
-                block = find_module(self._model, path)
-                self._overrides.append(ForwardOverride(block, functools.partial(compiler.run, path, block)))
+    def _leave_caches_out(self) -> None:
+        """R7, for every plan that runs a part of the model again or compiles one."""
+        numbers = [number for number, plan in enumerate(self.plans) if plan.recomputes or plan.compiled]
+        if not numbers:
+            return
+        plan = self.plans[numbers[-1]]
+        grouped = itertools.chain.from_iterable(plan.groups)
+        holder = decides_on_cache(self._model, next(iter((*plan.decisions, *plan.compiled, *grouped))))
+        if holder is not None:
+            module, place = holder
+            self._cacheless = Cacheless(place, self._trains)
+            self._installed.override(module, self._without_cache, *numbers)
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and unwrap(self._model).training
@@ -217,11 +98,12 @@ class Handle:
     def _outermost(self, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
-        refuse_compiling(override.module for override in self._overrides)
+        refuse_compiling(self._installed.modules())
         batch = self._chosen.by_name(args, kwargs)
+        trains = self._trains()
         # Here and not further in, where PEFT has put a prompt before it.
-        number = self._chosen.covering(batch, strictly=bool(self.on_larger))
-        if self._trains():
+        number = self._chosen.covering(batch, strictly=bool(self.on_larger), warns=trains)
+        if trains:
             if number is None and (other := self.on_larger(batch)) is not None:
                 return other._go_on(batch, args, kwargs)
             if self._check is not None:
@@ -230,21 +112,50 @@ class Handle:
                 number = self._chosen.refuse_larger(batch)
             self._chosen.latest = number
             self.forwards += 1
+            self._executor.keeps_outputs = self._may_be_read()
         with self._chosen.during(len(self.plans) - 1 if number is None else number):
             return inner(*args, **kwargs)
+
+    def _may_be_read(self) -> bool:
+        """Whether there are hooks that may read what saved regions return, also where they run again.
+
+        What they make of it need not be part of the loss that was planned for: none of it may be a stand-in.
+
+        Warns:
+            UserWarning: some came after planning; once.
+        """
+        if module_hooks._has_any_global_hook():  # pyright: ignore[reportPrivateUsage]
+            return True
+        hooked = [path for path, module in self._installed.run_again.items() if has_hooks(module)]
+        new = [path for path in hooked if path not in self.plan.fingerprint.hooked]
+        if new and not self._said and self._check is not None:
+            self._said = True
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            warnings.warn(
+                f"{new[0]}{more} got forward hooks after the plan was made: whatever these may read is kept, and the "
+                "peak may be above the prediction; plan again with them in place",
+                UserWarning,
+                stacklevel=6,
+            )
+        return bool(hooked)
 
     def _go_on(self, batch: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward of `batch`, which this handle was made for while another one's ran: through its own overrides."""
         if self._chosen.covering(batch, strictly=True) is None:
             self._chosen.refuse_larger(batch)
             self.on_larger.ask(None)  # nobody can plan for what the model is called with
-        return self._outermost(self._overrides[-1].inner, *args, **kwargs)
+        return self._outermost(self._outer.inner, *args, **kwargs)
 
     def _check_in_force(self, _: bool) -> None:
-        """What runs again must find the overrides of its forward, or none at all."""
+        """What runs again must find the overrides of its forward; or none at all, where it runs as a whole."""
         other = self._model.__dict__.get(_ATTRIBUTE)
         if isinstance(other, Handle) and other is not self:
             raise RecomputeMismatchError("another plan was applied between a forward and its backward")
+        if other is None and self._installed.decides_inside:
+            raise RecomputeMismatchError(
+                "the plan was removed between a forward and its backward, and parts of what runs again were saved",
+                remedies=["call backward inside `with rematree.apply(plan, model):`, or before handle.remove()"],
+            )
 
     @property
     def in_force(self) -> Plan:
@@ -263,16 +174,7 @@ class Handle:
         Warns:
             UserWarning: the first training step left adapters without a gradient, and it was the only one so far.
         """
-        for loss in reversed(self._losses):
-            loss.remove()
-        self._losses.clear()
-        for override in reversed(self._overrides):
-            override.remove()
-        self._overrides.clear()
-        for part in (self._attention, self._layout, self._own_switch):
-            if part is not None:
-                part.remove()
-        self._attention = self._layout = self._own_switch = None
+        self._installed.remove()
         if self._model.__dict__.get(_ATTRIBUTE) is self:
             del self._model.__dict__[_ATTRIBUTE]
         if self._check is not None:
@@ -316,6 +218,7 @@ def apply(
             on a device whose generator is not kept.
     """
     refuse_pipeline(model)
+    refuse_copies(model)
     model = without_engine(model)
     refuse_compiled(model)
     present = model.__dict__.get(_ATTRIBUTE)
@@ -331,10 +234,13 @@ def apply(
             remedies=["plan with forbid=['compile'], or apply one plan"],
         )
     here = describe_model(model)
-    for each in smaller:
-        each.check(dataclasses.replace(here, batch=each.fingerprint.batch))
-    planned = plan.fingerprint
-    plan.check(dataclasses.replace(here, batch=planned.batch if batch is None else describe_batch(batch)))
+    for each in (*smaller, plan):
+        made_for = each.fingerprint
+        shapes, trivial = made_for.batch, made_for.left_out
+        if each is plan and batch is not None:
+            shapes, found = describe_batch(batch), left_out(batch)
+            trivial = trivial if set(trivial) <= set(found) else found  # what the plan counts need not be needed
+        each.check(dataclasses.replace(here, batch=shapes, left_out=trivial, hooked=made_for.hooked))
     return Handle(plan, model, watcher=watcher, check_loss=check_loss, smaller=smaller)
 
 

@@ -170,7 +170,8 @@ class LayerCheckpoint:
             arguments.refuse_outputs_in(args, kwargs)
         else:
             call.arguments = arguments
-            out = self.options.run(functools.partial(call, **kwargs), args, {})
+            first = [kwargs]  # not held by the graph: a cache among them would hold the graph, for ever
+            out = self.options.run(lambda *args: call(*args, **(first.pop() if first else {})), args, {})
         _end_peft_hooks(module)
         return out
 

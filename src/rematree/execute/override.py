@@ -29,12 +29,13 @@ class ForwardOverride:
         self._had_own = "forward" in module.__dict__
         self._inner: Forward = module.forward
         self._around = around
+        self._removed = False
         # inspect.signature(model.forward) must keep working; __dict__ must not be copied from another override
         functools.update_wrapper(self, self._inner, updated=())
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._when is not None and not self._when():
+        if self.idle:
             return self._inner(*args, **kwargs)
         return self._around(self._inner, *args, **kwargs)
 
@@ -51,7 +52,7 @@ class ForwardOverride:
     @property
     def idle(self) -> bool:
         """Whether a call now goes straight to what `forward` was before."""
-        return self._when is not None and not self._when()
+        return self._removed or (self._when is not None and not self._when())
 
     @property
     def inner(self) -> Forward:
@@ -59,7 +60,11 @@ class ForwardOverride:
         return self._inner
 
     def remove(self) -> None:
-        """Restore what `forward` was before. Does nothing the second time."""
+        """Restore what `forward` was before. Does nothing the second time.
+
+        Under a wrapper of somebody else's (accelerate's, put around it since) it stays, and only calls that.
+        """
+        self._removed = True
         current = self._module.__dict__.get("forward")
         if current is self:
             if self._had_own:

@@ -134,6 +134,11 @@ class Executor:
     """Runs the decisions of one applied plan. Holds no tensors between steps.
 
     Backward runs in threads of its own, and a model may be run in several: what is going on is kept by thread.
+
+    Attributes:
+        captured: What a recomputation finds as it was.
+        watcher: Told about placeholders and recomputations.
+        keeps_outputs: Keep what saved regions return, whatever was decided: somebody may read it that nobody knew of.
     """
 
     def __init__(self, watcher: Watcher | None = None) -> None:
@@ -142,6 +147,11 @@ class Executor:
         self._known: dict[str, Known] = {}
         self._latest: dict[int, weakref.ref[RandomState]] = {}
         self.watcher = watcher
+        self.keeps_outputs = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What goes on in threads is no part of a copy, and weak references cannot be pickled.
+        return {**self.__dict__, "_running": {}, "_latest": {}}
 
     def random_now(self) -> RandomState | None:
         """State of the generators; the same object as last time in this thread, if nothing was drawn since."""
@@ -192,17 +202,19 @@ class Executor:
             self.around(),
         )
 
-        def body(*args: Any, **kwargs: Any) -> Any:
+        first = [kwargs]  # not held by the graph: a cache among them would hold the graph, for ever
+
+        def body(*args: Any) -> Any:
             innermost = self._innermost()
             if isinstance(innermost, _Rerun) and innermost.frame is frame:
                 args, kwargs = frame.arguments.again(args)
                 with contextlib.nullcontext() if frame.routing is None else frame.routing.replayed(region):
                     return inner(*args, **kwargs)
             with self.inside(frame), contextlib.nullcontext() if frame.routing is None else frame.routing.recorded():
-                return inner(*args, **kwargs)
+                return inner(*args, **first.pop())
 
         out = checkpoint(
-            functools.partial(body, **kwargs),  # the region's own names may be those of torch's options
+            body,
             *args,
             use_reentrant=False,
             preserve_rng_state=False,  # R4: the frame restores it, and only where something was drawn
@@ -242,6 +254,7 @@ class Executor:
             out = inner(*args, **kwargs)
         after = self.random_now()
         leaves, spec = tree_flatten(out)
+        stash = stash or self.keeps_outputs
         kept = [Leaf.of(leaf, stash, around.around) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         around.skipped(_Call(region, kept, spec, None), before, after)
         return out

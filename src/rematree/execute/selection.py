@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import math
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from rematree.errors import PlanMismatchError
-from rematree.fingerprint import describe_batch
+from rematree.fingerprint import describe_batch, left_out
 from rematree.plans import Fingerprint, Plan
 from rematree.regions import unwrap
 
@@ -35,10 +36,12 @@ class Selection:
 
     def __init__(self, plans: Sequence[Plan], model: nn.Module) -> None:
         self._shapes = [_shapes_of(plan.fingerprint.batch) for plan in plans]
+        self._left_out = [frozenset(plan.fingerprint.left_out) for plan in plans]
         self._largest = [max(map(math.prod, shapes.values()), default=0) for shapes in self._shapes]
         self._names = _positions(model) or _positions(unwrap(model))  # PEFT's may hand on `*args`
         self._last = len(plans) - 1
         self._numbers: dict[int, int] = {}
+        self._said = False
         self.latest = self._last
 
     def now(self) -> int:
@@ -77,29 +80,60 @@ class Selection:
         """The batch that the model is called with; nothing is known of what its signature does not name."""
         return {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
 
-    def covering(self, batch: Mapping[str, Any], *, strictly: bool = False) -> int | None:
+    def covering(self, batch: Mapping[str, Any], *, strictly: bool = False, warns: bool = False) -> int | None:
         """Number of the first plan that covers a batch; None if the last one does not either.
 
         A plan is not taken for a tensor that it has never heard of if that is larger than all it knows: it may be what
-        the batch is mostly made of. Unless `strictly`, the last plan is refused only by a tensor that it knows.
+        the batch is mostly made of. Unless `strictly`, the last plan is refused only by a tensor that it knows. A plan
+        for a mask of ones, which needs no memory, does not cover another mask; unless `strictly` that is only said.
+
+        Warns:
+            UserWarning: so; once, if it `warns`.
+        Cost:
+            Waits for the device that holds the batch if a plan was made for a mask of ones.
         """
         here = _shapes_of(describe_batch(batch))
+        found = None
         for number, (planned, largest) in enumerate(zip(self._shapes, self._largest, strict=True)):
             if here and fit(here, planned, unheard=largest):
-                return number
-        return None if (strictly and here) or self.too_large(here) else self._last
+                found = number
+                if not self._counts_too_little(number, batch):
+                    return number
+        if (strictly and here) or (found is None and self.too_large(here)):
+            return None
+        if found is not None and warns:
+            self._warn(self._counts_too_little(self._last, batch))
+        return self._last
+
+    def _counts_too_little(self, number: int, batch: Mapping[str, Any]) -> list[str]:
+        """Tensors of `batch` that plan `number` was made to leave out, and that change something here."""
+        wanted = self._left_out[number] & batch.keys()
+        return sorted(wanted.difference(left_out(batch))) if wanted else []
+
+    def _warn(self, names: Sequence[str]) -> None:
+        if names and not self._said:
+            self._said = True
+            warnings.warn(
+                f"the plan was made for a batch whose {' and '.join(names)} changed nothing (no padding, one sequence "
+                "a row); in this one it does, and the peak may be above the prediction: plan for such a batch",
+                UserWarning,
+                stacklevel=6,
+            )
 
     def refuse_larger(self, batch: Mapping[str, Any]) -> int:
-        """Number of the plan for the largest batch, which covers `batch`.
+        """Number of the plan for the largest batch, for one that nobody can plan for now.
 
         Raises:
-            PlanMismatchError: it does not; a smaller batch (the last of an epoch) only needs less.
+            PlanMismatchError: `batch` is larger; a smaller one (the last of an epoch) only needs less.
+        Warns:
+            UserWarning: it is as large, but padded or packed where the plan's was not; once.
         """
         for name, shape, most in self.too_large(_shapes_of(describe_batch(batch))):
             raise PlanMismatchError(
                 f"the plan was made for {name} of shape {most}, this batch has {shape}",
                 remedies=["plan again for the larger batch: rematree.plan(model, batch, budget=...)"],
             )
+        self._warn(self._counts_too_little(self._last, batch))
         return self._last
 
     def too_large(self, here: Shapes) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
@@ -145,7 +179,7 @@ def _positions(model: nn.Module) -> list[str]:
 
 def covers(larger: Fingerprint, other: Fingerprint) -> bool:
     """Whether a plan with the fingerprint `larger` covers every batch that one with `other` covers."""
-    return fit(_shapes_of(other.batch), _shapes_of(larger.batch))
+    return fit(_shapes_of(other.batch), _shapes_of(larger.batch)) and set(larger.left_out) <= set(other.left_out)
 
 
 def _shapes_of(batch: Iterable[tuple[str, tuple[int, ...], str]]) -> Shapes:

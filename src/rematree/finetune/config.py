@@ -13,6 +13,18 @@ from typing import Any, Final
 from rematree.errors import UsageError
 from rematree.units import format_bytes
 
+# Of transformers' schedules those that need no arguments of their own, which a run cannot give, and no evaluations in
+# the course of training, which it does not make.
+SCHEDULES: Final = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+_POLYNOMIAL_END: Final = 1e-7  # transformers' default, which the rate must begin above
 # Where a run is kept and how much of it is printed change nothing that is computed.
 _NOT_COMPARED: Final = frozenset({"output_dir", "logging_steps"})
 _POSITIVE: Final = (
@@ -57,7 +69,7 @@ class TrainConfig:
         max_steps: Optimizer steps; -1 leaves it to `num_train_epochs`.
         num_train_epochs: Passes over the data when `max_steps` is -1.
         learning_rate: Peak learning rate of AdamW.
-        lr_scheduler_type: Name of a transformers schedule.
+        lr_scheduler_type: One of `SCHEDULES`.
         warmup_steps: Steps (1 and more) or share of all steps (below 1) over which the learning rate rises.
         weight_decay: AdamW's.
         max_grad_norm: Gradients are clipped to this norm; 0 leaves them.
@@ -127,7 +139,21 @@ class TrainConfig:
             raise UsageError(f"--max-steps is {self.max_steps}; give a number above zero, or -1 to go by epochs")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UsageError(f'--dtype is {self.dtype!r}; it can be "auto", "float32" or "bfloat16"')
+        self._check_schedule()
         self._check_quantisation()
+
+    def _check_schedule(self) -> None:
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise UsageError(
+                f"--lr-scheduler-type is {self.lr_scheduler_type!r}; it can be a transformers schedule that needs no "
+                "further arguments",
+                details=[", ".join(SCHEDULES)],
+            )
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
+            raise UsageError(
+                f"--learning-rate is {self.learning_rate}; the polynomial schedule ends at {_POLYNOMIAL_END} and must "
+                "begin above that"
+            )
 
     def _check_quantisation(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:

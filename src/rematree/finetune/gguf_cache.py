@@ -9,7 +9,6 @@ import hashlib
 import os
 import shutil
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from rematree.errors import UsageError
+from rematree.finetune.storage import apply_umask, beside
 
 _LAYOUT: Final = 1
 # What a reader of a damaged file stumbles over: wrong counts, offsets behind the end, text that is not text.
@@ -52,12 +52,14 @@ def converted_copy(path: Path, dtype: torch.dtype) -> Path:
     _check(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        staging = beside(target)
+        staging.mkdir()
     except OSError as error:
         raise _not_writable(target.parent, error) from error
     try:
         model, tokenizer = _read(path, dtype)
         _write(model, tokenizer, staging)
+        apply_umask(staging)
         _publish(staging, target)
     except (OSError, SafetensorError) as error:  # the second is how the writer of the weights says "disk full"
         raise _not_writable(target.parent, error) from error

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from transformers.trainer_utils import SchedulerType
 
-from rematree.errors import UsageError
 from rematree.finetune.base import add_adapters, load_base, training_device
 from rematree.finetune.callbacks import MakeMeter
 from rematree.finetune.config import TrainConfig
@@ -93,9 +91,6 @@ def prepare(config: TrainConfig, say: Callable[[str], None]) -> Setup:
     Raises:
         UsageError: the model or the data is not there or not usable, or a setting does not fit them.
     """
-    if config.lr_scheduler_type not in {item.value for item in SchedulerType}:
-        names = ", ".join(sorted(item.value for item in SchedulerType))
-        raise UsageError(f"--lr-scheduler-type is {config.lr_scheduler_type!r}", details=[f"it can be {names}"])
     loaded = load_base(config)
     data = load_data(
         config.data,

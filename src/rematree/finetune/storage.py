@@ -3,8 +3,9 @@
 import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,17 +25,46 @@ _NO_ROOM_TEXTS: Final = (
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` in one step; a killed process leaves the old one or the new one."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    """Replace the file at `path` in one step; a killed process leaves the old one or the new one.
+
+    The file keeps its mode; a new one has that of a plain open(). A link stays, and what it leads to is replaced. What
+    is no file, a device or a pipe, is written to.
+
+    Raises:
+        OSError: it cannot be written; a file is as it was.
+    """
+    mode = _mode(path)
+    if not _is_replaced(mode):
+        path.write_text(text, encoding="utf-8")
+        return
+    target = path.resolve()
+    staging = beside(target)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with staging.open("x", encoding="utf-8") as file:
+            if mode is not None:
+                staging.chmod(stat.S_IMODE(mode))
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        staging.replace(target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
+
+
+def check_place(path: Path) -> None:
+    """Find out whether `write_text` can write to `path`, as far as that shows before; nothing is left there.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if _is_replaced(_mode(path)):
+        # Tried, not asked: root may do anything, but not on a read-only file system.
+        staging = beside(path.resolve())
+        staging.touch(exist_ok=False)
+        staging.unlink()
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -59,14 +89,35 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def staged_directory(target: Path) -> Generator[Path]:
-    """A new directory that takes the name `target` when the block ends well, and is removed when it does not."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    """A new directory that takes the name `target` when the block ends well, and is removed when it does not.
+
+    Directory and files have the modes of a plain mkdir() and open().
+    """
+    staging = beside(target)
+    staging.mkdir()
     try:
         yield staging
+        apply_umask(staging)
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def beside(target: Path) -> Path:
+    """A new name in the directory of `target`, for what is to take its place; `target`'s own is part of it."""
+    return target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+
+
+def apply_umask(folder: Path) -> None:
+    """Give the files in `folder` the mode of a plain open(): safetensors leaves its own to their owner alone."""
+    plain = beside(folder / "mode")
+    plain.touch()
+    mode = stat.S_IMODE(plain.stat().st_mode)
+    plain.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -78,3 +129,15 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _mode(path: Path) -> int | None:
+    """Kind and permissions of what is at `path`, links followed; None: nothing is there."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _is_replaced(mode: int | None) -> bool:
+    return mode is None or stat.S_ISREG(mode)

@@ -1,18 +1,17 @@
 """What the training arguments, the model and the optimizer of a trainer say about memory."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Final
-
-import torch
 
 from rematree.errors import UsageError
 from rematree.in_effect import BUDGET_KEY, requested_budget
 from rematree.integrations.batches import rounded_up
+from rematree.memory.found import found_optimizer
+from rematree.memory.optimizers import Found, Optimizer
 from rematree.referee.ranks import base_optimizer
-from rematree.referee.simulate import Optimizer
 from rematree.units import format_bytes, parse_bytes
 
-_ADAM_LIKE: Final = ("adam", "lamb", "lion")
 _KINDS: Final = ("activation_checkpointing", "gradient_checkpointing")  # names of arguments, new and old
 
 
@@ -79,9 +78,16 @@ def most_tokens(args: Any) -> int | None:
     return rounded_up(most, getattr(args, "pad_to_multiple_of", None)) if isinstance(most, int) else None
 
 
-def kind_of(optimizer: Any) -> Optimizer:
-    """What the optimizer keeps for each trained parameter, in the planner's words."""
+def kind_of(optimizer: Any, model: Any, say: Callable[[str], None]) -> Optimizer | Found:
+    """What the optimizer keeps for each trained parameter; what is not known counts as AdamW, and that is said."""
     inner = base_optimizer(optimizer)
-    if inner is None or any(word in type(inner).__name__.lower() for word in _ADAM_LIKE):
+    if inner is None:
         return "adamw"
-    return "sgd" if type(inner) is torch.optim.SGD and not inner.defaults["momentum"] else "adamw"
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = found_optimizer(inner, trained, trained[0].device.type if trained else "cpu")
+    if found is None and not type(inner).__module__.startswith("deepspeed"):  # whose engine decides on dtype and place
+        say(
+            f"what {type(inner).__name__} keeps is not known: counted as AdamW's, two numbers for each trained one, in "
+            "its dtype"
+        )
+    return found or "adamw"

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from rematree.errors import UsageError
+from rematree.fingerprint import describe_batch
 from rematree.planning.ladder import batch_weights
 
 _LENGTHS: Final = 8  # that are planned for where only a bound is known
@@ -62,13 +63,13 @@ def read_batches(loader: Any, most: int | None = None) -> Batches:
         with torch.random.fork_rng(devices=[]):  # data and collator may draw; the run must not notice
             lengths = _lengths(data)
             if lengths is not None:
-                return _of_known_lengths(loader, lengths, size)
+                return _of_known_lengths(loader, lengths, size, most)
     # accelerate's loader around it remembers an iterator that was begun and not ended
     with torch.random.fork_rng(devices=[]):
         found = next(iter(getattr(loader, "base_dataloader", loader)), None)
     if found is None:
         raise UsageError("the training data is empty: there is no batch to plan for")
-    return _of_unknown_lengths(_padded(_as_mapping(found)), most)
+    return _of_unknown_lengths(padded(_as_mapping(found)), most)
 
 
 def _of_unknown_lengths(first: dict[str, Any], most: int | None) -> Batches:
@@ -99,7 +100,7 @@ def roomier(batch: Mapping[str, Any], most: int | None) -> dict[str, Any]:
     """
     tokens = _tokens(batch)
     if tokens is None:
-        return _padded(dict(batch))
+        return padded(dict(batch))
     step = max(8, 1 << max(0, tokens.bit_length() - 4))
     wished = rounded_up(tokens, step)
     return stretched(batch, wished if most is None or tokens > most else min(wished, most))
@@ -111,7 +112,7 @@ def stretched(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     No row of a longer batch is padded but the last, by one token: others of that shape may have as many words.
     """
     ids = batch["input_ids"]
-    times = -(-tokens // ids.shape[1])
+    times, ends_early = -(-tokens // ids.shape[1]), _is_padded(batch)
     wide = {
         name: value.repeat(1, times)[:, :tokens] if _goes_along(value, ids) else value for name, value in batch.items()
     }
@@ -119,7 +120,7 @@ def stretched(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         wide["attention_mask"] = torch.ones_like(mask)
         if isinstance(labels := wide.get("labels"), torch.Tensor) and labels.shape == mask.shape:
             wide["labels"] = torch.where(mask == 0, wide["input_ids"], labels)
-    return _padded(wide)
+    return padded(wide, always=ends_early)
 
 
 def _tokens(batch: Mapping[str, Any]) -> int | None:
@@ -127,8 +128,9 @@ def _tokens(batch: Mapping[str, Any]) -> int | None:
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.numel() == 0:
         return None
-    others = [value for value in batch.values() if isinstance(value, torch.Tensor) and not _goes_along(value, ids)]
-    return ids.shape[1] if all(value.shape in ((), ids.shape[:1]) for value in others) else None
+    counted = {name for name, _, _ in describe_batch(batch)}
+    others = [value for name, value in batch.items() if name in counted and not _goes_along(value, ids)]
+    return ids.shape[1] if all(value.shape == ids.shape[:1] for value in others) else None
 
 
 def _goes_along(value: Any, ids: torch.Tensor) -> bool:
@@ -136,31 +138,46 @@ def _goes_along(value: Any, ids: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == ids.shape and not value.dtype.is_floating_point
 
 
-def _of_known_lengths(loader: Any, lengths: Sequence[int], size: int) -> Batches:
+def _of_known_lengths(loader: Any, lengths: Sequence[int], size: int, most: int | None) -> Batches:
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    mixed = lengths[order[0]] != lengths[order[-1]]
+    cut = lengths if most is None else [min(length, most) for length in lengths]
+    mixed = cut[order[0]] != cut[order[-1]]
+
+    def as_given(indices: Sequence[int]) -> dict[str, Any]:
+        with torch.random.fork_rng(devices=[]):
+            return _as_mapping(loader.collate_fn([loader.dataset[index] for index in indices]))
+
+    odd = next((index for index in order if cut[index] % 2), order[-1])
+    always = mixed and size == 1 and _is_padded(as_given([odd]))  # to a multiple of some length
 
     def collated(indices: Sequence[int]) -> dict[str, Any]:
-        with torch.random.fork_rng(devices=[]):
-            batch = _as_mapping(loader.collate_fn([loader.dataset[index] for index in indices]))
-        return _padded(batch) if mixed else batch
+        batch = as_given(indices)
+        return padded(batch, always=always) if mixed else batch
 
     def of(length: int) -> dict[str, Any]:
-        short = [index for index in order if lengths[index] <= length]
+        short = [index for index in order if cut[index] <= length]
         return collated((short * size)[:size])  # however few are as short: shapes are what counts
 
     longest = order[:size]
     note = f"the {len(longest)} longest of {len(lengths)} examples"
-    return Batches(collated(longest), note, batch_weights(lengths, len(longest)), of)
+    return Batches(collated(longest), note, batch_weights(cut, len(longest)), of)
 
 
-def _padded(batch: dict[str, Any]) -> dict[str, Any]:
+def _is_padded(batch: Mapping[str, Any]) -> bool:
+    """Whether there is a hole in the attention mask of `batch`."""
+    mask = batch.get("attention_mask")
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool((mask == 1).all())
+
+
+def padded(batch: dict[str, Any], *, always: bool = False) -> dict[str, Any]:
     """`batch` with a hole in its attention mask if it has none: another batch of this size will have one.
 
-    Models skip a mask that is all ones, so examples that happen to be equally long need less than those that do not.
+    Models skip a mask that is all ones, so examples that happen to be equally long need less than those that do not. A
+    row that is alone in its batch gets a hole only if such rows are padded, too (`always`).
     """
     mask = batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] > 1 and bool((mask == 1).all()):
+    several = isinstance(mask, torch.Tensor) and mask.dim() == 2 and (always or mask.shape[0] > 1)
+    if isinstance(mask, torch.Tensor) and several and bool((mask == 1).all()):
         mask = mask.clone()
         mask[-1, -1] = 0
         return {**batch, "attention_mask": mask}
@@ -188,8 +205,15 @@ def _lengths(data: Any) -> Sequence[int] | None:
         if _PROMPT_COLUMN not in known:
             return longest
         return [len(p) + n for p, n in zip(_column(data, _PROMPT_COLUMN, columns), longest, strict=True)]
-    name = next((name for name in _LENGTH_COLUMNS if name in known), None)
+    present = [name for name in _LENGTH_COLUMNS if name in known]
+    first = data[0] if present else {}
+    name = next((name for name in present if _has_length(first[name])), None)
     return None if name is None else [len(row) for row in _column(data, name, columns)]
+
+
+def _has_length(row: Any) -> bool:
+    """Whether `row` is a list of tokens, or an array of them, and not one number: the class of a picture."""
+    return hasattr(row, "__len__") and getattr(row, "ndim", 1) > 0
 
 
 def _column(data: Any, name: str, columns: Iterable[str] | None) -> Iterable[Any]:

@@ -71,12 +71,14 @@ class StepGuard:
         """Put the trainer's own method back."""
         self._trainer.__dict__.pop("training_step", None)
 
-    def _step(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         failures = 0
         while True:
             before = _Before(model)
             try:
-                loss = self._inner(model, dict(inputs), *args, **kwargs)
+                # A trainer may take entries out of a batch; where the model writes them, it is a list of prompts.
+                given = dict(inputs) if isinstance(inputs, Mapping) else inputs
+                loss = self._inner(model, given, *args, **kwargs)
             except InfeasibleBudgetError as error:  # of a batch that came larger; nothing tighter is left
                 before.restore()
                 self._give_up(error.message, "a batch is larger than planned for")
@@ -95,7 +97,7 @@ class StepGuard:
                 self._give_up(f"the step failed {failures} times", reason)
             self._again(inputs, reason)
 
-    def _again(self, inputs: Mapping[str, Any], reason: str) -> None:
+    def _again(self, inputs: Any, reason: str) -> None:
         """Take a tighter plan."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -103,6 +105,8 @@ class StepGuard:
         if plan is None:
             self._give_up("no plan is in force that could be made tighter", reason)
         limit = None if reason.startswith("larger") else int(plan.predicted_peak_bytes * _SHARE)
+        if limit is None and not isinstance(inputs, Mapping):
+            self._give_up("the batch is made of what is given, and cannot be planned for", reason)
         try:
             now = self._callback.plan_again(inputs, limit)
         except InfeasibleBudgetError as error:

@@ -20,14 +20,15 @@ import torch
 from transformers import TrainerCallback
 
 from rematree.checkpointing import take_budget_from_transformers
-from rematree.engines import not_counted, without_engine
+from rematree.engines import not_counted, refuse_copies, without_engine
 from rematree.errors import InfeasibleBudgetError, PlanMismatchError, RematreeError, UsageError
 from rematree.execute.handle import Handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
 from rematree.execute.own_compile import compiled_elsewhere, refuse_compiled
+from rematree.execute.selection import covers
 from rematree.fingerprint import describe_batch
 from rematree.integrations.arguments import kind_of, most_tokens, wanted_budget, warn_of_what_has_no_effect
-from rematree.integrations.batches import read_batches
+from rematree.integrations.batches import padded, read_batches
 from rematree.integrations.job import Job
 from rematree.integrations.trl import as_called, call_of, generated_batches
 from rematree.planning.agreement import agreed_plan
@@ -72,7 +73,7 @@ class BudgetCallback(TrainerCallback):
         Losses computed outside the model (`compute_loss_func`, label smoothing of the Trainer): the plan assumes
         `model(**batch).loss`. The peak of evaluation and generation. Under `torchrun` and `accelerate launch` all ranks
         take one plan, and the budget is that of each rank. They plan once: a batch that turns out larger is refused by
-        name there, as under `DataParallel`, and where a forward of the same step waits for its backward.
+        name there, and where a forward of the same step waits for its backward.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class BudgetCallback(TrainerCallback):
         Raises:
             UsageError: no budget is given anywhere, or two different ones.
             InfeasibleBudgetError: nothing fits.
+            UsageError: the trainer would run copies of the model on several GPUs (`nn.DataParallel`).
             UsageError: `torch_compile=True` is among the arguments, or the model is compiled.
             UsageError: DeepSpeed trains the model, and by other means than ZeRO-2 or -3 as `referee.ranks` reads them.
             UnsupportedModelError: the adapter is prefix tuning.
@@ -110,6 +112,9 @@ class BudgetCallback(TrainerCallback):
         """
         self._remove()  # what a training loop left that an error ended
         model: Any = without_engine(kwargs["model"])
+        packed = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+        # The Trainer makes no copies of packed weights.
+        refuse_copies(model, 1 if packed else getattr(args, "n_gpu", 1))
         take_budget_from_transformers(model)
         budget = wanted_budget(self._budget, args, model)
         if budget is None:
@@ -143,7 +148,7 @@ class BudgetCallback(TrainerCallback):
             here = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
             return {**as_called(here), **extra}
 
-        kind = kind_of(kwargs.get("optimizer"))
+        kind = kind_of(kwargs.get("optimizer"), model, self.say)
 
         def planner(batch: Mapping[str, Any]) -> Planner:
             return Planner(
@@ -163,14 +168,15 @@ class BudgetCallback(TrainerCallback):
         def planned() -> tuple[Plan, ...]:
             # Ranks see batches of different lengths in one step, and what compiled blocks keep is known for one.
             several = ranks is None and not self._allow_compile
-            self._job = Job.of(model, planner, called, batches, budget, most, several=several)
+            given = batches if several else replace(batches, longest=padded(batches.longest, always=True))
+            self._job = Job.of(model, planner, called, given, budget, most, several=several)
             return self._job.plans()
 
         started = time.perf_counter()
         plans = planned() if ranks is None else (agreed_plan(lambda: planned()[-1]),)
         self._apply(plans)
         assert self._handle is not None
-        if ranks is None and getattr(args, "n_gpu", 1) <= 1:
+        if ranks is None:
             self._handle.on_larger.ask(self._larger)
         took = time.perf_counter() - started
         assert self.plan is not None
@@ -202,13 +208,16 @@ class BudgetCallback(TrainerCallback):
         if self._handle.forwards > self._over:
             return None
         call = {name: value for name, value in batch.items() if name != _COUNT}
-        shown = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape, _ in describe_batch(call))
+        described = describe_batch(call)
+        shown = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape, _ in described)
+        planned = replace(self._handle.plan.fingerprint, left_out=())
+        which = "more padded or packed" if covers(planned, replace(planned, batch=described)) else "larger"
         started = time.perf_counter()
         try:
             plan = self.plan_again(call, None)
         except InfeasibleBudgetError as error:
             raise InfeasibleBudgetError(
-                f"a batch that is larger than planned for ({shown}) does not fit: {error.message}",
+                f"a batch that is {which} than planned for ({shown}) does not fit: {error.message}",
                 budget=error.budget,
                 min_peak=error.min_peak,
                 details=error.details,
@@ -217,10 +226,10 @@ class BudgetCallback(TrainerCallback):
         except PlanMismatchError:
             raise
         except RematreeError as error:
-            self.say(f"a larger batch ({shown}) cannot be planned for: {error.message}")
+            self.say(f"a {which} batch ({shown}) cannot be planned for: {error.message}")
             return None
         took = time.perf_counter() - started
-        self.say(f"a larger batch ({shown}): planned again in {format_seconds(took)}, {plan.summary()}")
+        self.say(f"a {which} batch ({shown}): planned again in {format_seconds(took)}, {plan.summary()}")
         return self._handle
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rematree.memory.accounts import ROUNDING, WORKSPACE
-from rematree.memory.allocator import CachingAllocator, rounded
+from rematree.memory.allocator import Recorder, rounded
 from rematree.trace import Segment
 
 _MOVED: Final = -1  # in the place of a storage's number: events that are not told again
@@ -84,6 +84,7 @@ class Storages:
         device_type: Only storages on such a device count ("cpu", "cuda"); others weigh nothing.
         caches: Sizes are rounded and segments counted as a GPU's allocator does.
     Attributes:
+        allocator: Hands out what is counted, if it caches.
         category: What a storage counts as that is seen for the first time.
         label: The latest mark.
         segments: Those that have ended.
@@ -91,7 +92,7 @@ class Storages:
 
     def __init__(self, device_type: str, caches: bool) -> None:
         super().__init__()
-        self._allocator = CachingAllocator() if caches else None
+        self.allocator = Recorder() if caches else None
         self._device_type = device_type
         self._entries: dict[int, Entry] = {}
         self._next_uid = 0
@@ -190,8 +191,8 @@ class Storages:
         if self._noted is not None:
             self._noted.append(Event(born=self._next_uid, num_bytes=num_bytes, category=category))
         padding, block = 0, None
-        if self._allocator is not None:
-            padding, block = rounded(num_bytes) - num_bytes, self._allocator.allocate(num_bytes)
+        if self.allocator is not None:
+            padding, block = rounded(num_bytes) - num_bytes, self.allocator.allocate(num_bytes)
         self.live_bytes += num_bytes + padding
         self.by_category[category] = self.by_category.get(category, 0) + num_bytes
         if padding:
@@ -209,8 +210,8 @@ class Storages:
             self._noted.append(Event(gone=entry.uid))
         self.live_bytes -= entry.num_bytes + entry.padding
         self.by_category[entry.category] -= entry.num_bytes
-        if self._allocator is not None:
-            self._allocator.release(entry.block)
+        if self.allocator is not None:
+            self.allocator.release(entry.block)
             if entry.padding:
                 self.by_category[ROUNDING] -= entry.padding
         self._gone(entry)
@@ -220,9 +221,9 @@ class Storages:
 
     def _raise_peak(self, workspace: int, line: str = WORKSPACE) -> None:
         padding = 0
-        if workspace and self._allocator is not None:
+        if workspace and self.allocator is not None:
             padding = rounded(workspace) - workspace
-            self._allocator.release(self._allocator.allocate(workspace))
+            self.allocator.release(self.allocator.allocate(workspace))
         here = self.live_bytes + workspace + padding
         if here > self._segment_peak:
             self._segment_peak = here
@@ -231,11 +232,6 @@ class Storages:
                 self._segment_at_peak[name] = self._segment_at_peak.get(name, 0) + more
             if here > self.peak_bytes:
                 self.peak_bytes, self.at_peak = here, self._segment_at_peak
-
-    @property
-    def slack_bytes(self) -> int:
-        """Most that the allocator's segments in use held, beyond the most that was allocated."""
-        return 0 if self._allocator is None else max(0, self._allocator.peak_held_bytes - self.peak_bytes)
 
     # -- time line --------------------------------------------------------------------------------------------------
 
@@ -252,6 +248,8 @@ class Storages:
                 self._segment_turn,
             )
         )
+        if self.allocator is not None:
+            self.allocator.mark()
         self.label, self._segment_live, self._segment_peak = label, self.live_bytes, self.live_bytes
         self._segment_start = self._segment_at_peak = dict(self.by_category)
         self._segment_seconds, self._segment_turn = 0.0, {}

@@ -6,7 +6,8 @@ output and one fp32 number a row, memory-efficient attention pads that to 32 row
 the probabilities. A build without CUDA has no one to ask, so the rules are here.
 
 Source: torch 2.13, `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` (`priority_order`, `can_use_*_attention`) and
-`attention.cpp` (`scaled_dot_product_attention`: padding of the head to 8, expansion of masks and of grouped heads).
+`attention.cpp` (`scaled_dot_product_attention`: padding of the head to 8, expansion of masks, and in the math form of
+grouped heads).
 Not covered: nested tensors, ROCm, kernels switched off by `torch.nn.attention.sdpa_kernel`.
 """
 
@@ -121,6 +122,8 @@ def _flash_fits(
 
 
 def _efficient_fits(query: Tensor, key: Tensor, value: Tensor, capability: Capability) -> bool:
+    if query.shape[1] != key.shape[1]:  # grouped heads; torch's main takes them since pytorch#191085, 2.13 does not
+        return False
     half = query.dtype in _HALF
     if query.dtype not in (torch.float16, torch.float32, *((torch.bfloat16,) if capability >= (8, 0) else ())):
         return False
@@ -159,9 +162,6 @@ def run_kernel(
         return aten._scaled_dot_product_cudnn_attention(
             query, key, value, bias, keep, dropout_p, is_causal, False, scale=scale
         )[0]
-    if enable_gqa and key.shape[1] != query.shape[1]:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if kernel == "efficient":
         bias = _additive(mask, query)
         if bias is not None:
@@ -169,6 +169,9 @@ def run_kernel(
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, keep, dropout_p, is_causal, scale=scale
         )[0]
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return _math(query, key, value, _additive(mask, query), dropout_p, is_causal, scale)
 
 

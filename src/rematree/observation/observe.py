@@ -32,7 +32,7 @@ from rematree.execute.quantised import keep_trainable
 from rematree.observation import values
 from rematree.observation.attention_kernels import Capability
 from rematree.observation.mode import TwinMode
-from rematree.observation.packing import one_sequence_a_row, visible_to_a_trace
+from rematree.observation.packing import may_pack, one_sequence_a_row, visible_to_a_trace
 from rematree.pricing.cost import present_device
 from rematree.quantised import attributes_of, hidden_tensors
 from rematree.regions import unwrap
@@ -108,7 +108,7 @@ class Twin:
         self.model.train(model.training)
         self._names = frozenset(batch)
         visible = visible_to_a_trace(batch)
-        self._packs = visible.get("attention_mask") is not None or visible.get("position_ids") is not None
+        self._packs = may_pack(visible)
         self.batch = tree_map_only(torch.Tensor, lambda tensor: self.mode.fake(tensor, storages), visible)
         self._values = {name: value for name, value in visible.items() if isinstance(value, torch.Tensor)}
 
@@ -122,7 +122,8 @@ class Twin:
             raise UsageError(f"a batch of {sorted(batch)} cannot stand for one of {sorted(self._names)}")
         other = copy.copy(self)
         storages: dict[int, torch.UntypedStorage] = {}
-        visible = {name: batch[name] for name in self.batch}
+        visible = visible_to_a_trace(batch, kept=self.batch.keys())
+        other._packs = may_pack(visible)
         other.batch = tree_map_only(torch.Tensor, lambda tensor: self.mode.fake(tensor, storages), visible)
         other._values = {}
         if self.mode.knows_values:

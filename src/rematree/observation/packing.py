@@ -8,30 +8,29 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from typing import Any, Final
 
 import torch
+
+from rematree.fingerprint import left_out
 
 _FAKE: Final = torch._C._TorchDispatchModeKey.FAKE
 _ONE_AT_A_TIME: Final = threading.RLock()  # what is replaced is seen by all threads
 
 
-def visible_to_a_trace(batch: Mapping[str, Any]) -> dict[str, Any]:
+def visible_to_a_trace(batch: Mapping[str, Any], kept: Collection[str] = ()) -> dict[str, Any]:
     """`batch` without what the model would find to be trivial by looking at values, which fake tensors do not have.
 
-    Leaving it out has the same result.
+    Leaving it out has the same result. Names in `kept` stay: what counted in one batch is planned for in all.
     """
-    kept = dict(batch)
-    mask, positions = kept.get("attention_mask"), kept.get("position_ids")
-    if isinstance(positions, torch.Tensor) and mask is None and positions.dim() == 2 and not positions.is_meta:
-        plain = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-        if torch.equal(positions, plain.to(positions.dtype)):
-            del kept["position_ids"]
-            positions = None
-    if isinstance(mask, torch.Tensor) and positions is None and not mask.is_meta and bool((mask == 1).all()):
-        del kept["attention_mask"]
-    return kept
+    trivial = left_out(batch)
+    return {name: value for name, value in batch.items() if name in kept or name not in trivial}
+
+
+def may_pack(visible: Mapping[str, Any]) -> bool:
+    """Whether the model may find padding, or several sequences, in a row."""
+    return visible.get("attention_mask") is not None or visible.get("position_ids") is not None
 
 
 @contextlib.contextmanager

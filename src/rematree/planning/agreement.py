@@ -63,9 +63,9 @@ def chosen_plan(plans: list[Plan]) -> Plan:
             lines = [line.replace("planned for", "rank 0 has").replace("here", f"rank {rank}") for line in differences]
             raise PlanMismatchError("the ranks hold different models: one plan cannot hold for all", details=lines)
     batches = [plan.fingerprint.batch for plan in plans]
-    for plan in plans:
-        if all(_holds(plan.fingerprint.batch, batch) for batch in batches):
-            return plan
+    large = [plan for plan in plans if all(_holds(plan.fingerprint.batch, batch) for batch in batches)]
+    if large:  # where one rank's is padded and another's is not, the mask is counted
+        return min(large, key=lambda plan: len(plan.fingerprint.left_out))
     raise PlanMismatchError(
         "no rank's longest batch is as large as those of all others",
         details=[f"rank {rank}: {_shown(batch)}" for rank, batch in enumerate(batches)],
@@ -74,7 +74,7 @@ def chosen_plan(plans: list[Plan]) -> Plan:
 
 
 def _without_batch(fingerprint: Fingerprint) -> Fingerprint:
-    return replace(fingerprint, batch=())
+    return replace(fingerprint, batch=(), left_out=(), hooked=())
 
 
 def _holds(large: _Batch, small: _Batch) -> bool:

@@ -78,7 +78,7 @@ class CompiledKinds:
             said.append(
                 f"{len(budgets)} blocks compiled ({len(used)} compilations, {format_seconds(seconds)}): "
                 f"changes rounding, by {difference:.1e} of a block's output or gradients where it was measured; "
-                "forbid with 'compile'"
+                "a graph can be gone through once (no retain_graph=True); forbid with 'compile'"
             )
         return said
 

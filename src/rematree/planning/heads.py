@@ -18,26 +18,33 @@ from rematree.units import MIB
 
 _CHUNK_ROWS: Final = (4096, 2048, 1024, 512, 256, 128, 64, 32)
 _MAX_CHUNKS: Final = 32  # more make the logits smaller than what else is live beside them, and the step slower
+_OF_TOKENS: Final = frozenset({"input_ids", "inputs_embeds"})
 _LITTLE: Final = 32 * MIB  # what glibc keeps at most of one request
 _CLEARLY_FASTER: Final = 0.85  # of the seconds of a head with smaller chunks
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:
-    """B*T of the largest [B, T, ...] tensor of `batch`; 1 without any."""
+    """B*T of `batch`; 1 where nothing says it."""
     return math.prod(rows_and_tokens_of(batch))
 
 
 def rows_and_tokens_of(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """B and T of the largest [B, T, ...] tensor of `batch`; 1 and 1 without any."""
-    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() >= 2]
-    return max(((value.shape[0], value.shape[1]) for value in tensors), key=math.prod, default=(1, 1))
+    """B and T of `batch`: of the largest of its ids, embeddings and labels; without ids of any [B, T, ...] tensor.
+
+    Pictures may be [patches, pixels], which are no tokens. 1 and 1 without any.
+    """
+    tensors = {name: t for name, t in batch.items() if isinstance(t, torch.Tensor) and t.dim() >= 2}
+    known = tensors.keys() & _OF_TOKENS
+    said = [tensors[name] for name in (known | {"labels"}) & tensors.keys()] if known else [*tensors.values()]
+    return max(((each.shape[0], each.shape[1]) for each in said), key=math.prod, default=(1, 1))
 
 
 def chunk_rows_of(twin: Twin) -> list[int]:
     """Rows at once in which the loss can be computed, falling; none where it cannot."""
     if "labels" not in twin.batch or find_head(twin.model) is None:
         return []
-    return chunk_rows_for(tokens_of(twin.batch))
+    labels = twin.batch["labels"]
+    return chunk_rows_for(labels.numel() if labels.dim() >= 2 else 1)
 
 
 def chunk_rows_for(tokens: int) -> list[int]:

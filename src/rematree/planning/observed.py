@@ -9,10 +9,12 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from rematree.engines import any_partitioned, any_sharded, without_engine
+from rematree.engines import any_partitioned, any_sharded, refuse_copies, without_engine
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.own_compile import refuse_compiled
 from rematree.fingerprint import describe_batch, describe_model
+from rematree.memory.found import found_optimizer
+from rematree.memory.optimizers import Found, Optimizer
 from rematree.observation.observe import Twin
 from rematree.observation.running import running_chain
 from rematree.planning.compile_profile import Profiler
@@ -26,7 +28,7 @@ from rematree.pricing.cost import Cost, Measured
 from rematree.pricing.devices import overhead_of
 from rematree.pricing.price import Overhead
 from rematree.referee.folding import block_kinds
-from rematree.referee.ranks import Ranks, ranks_of
+from rematree.referee.ranks import Ranks, base_optimizer, ranks_of
 from rematree.referee.simulate import Referee
 from rematree.regions import Chain, find_chain
 from rematree.units import KIB
@@ -71,9 +73,35 @@ class Observed:
             twin=twin,
             referee=self.referee.for_twin(twin),
             survey=scaled(self.survey, tokens_of(batch) / tokens_of(self.twin.batch)),
-            fingerprint=dataclasses.replace(self.fingerprint, batch=describe_batch(batch)),
+            fingerprint=_made_for(self.fingerprint, batch, twin),
             is_scaled=True,
         )
+
+
+def _made_for(fingerprint: Fingerprint, batch: Mapping[str, Any], twin: Twin) -> Fingerprint:
+    """`fingerprint` with `batch`, as `twin` sees it."""
+    left_out = tuple(sorted(set(batch).difference(twin.batch)))
+    return dataclasses.replace(fingerprint, batch=describe_batch(batch), left_out=left_out)
+
+
+def _known(
+    optimizer: Optimizer | Found | torch.optim.Optimizer, model: nn.Module, device_type: str
+) -> Optimizer | Found:
+    """What `optimizer` keeps.
+
+    Raises:
+        UsageError: that is not known.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = found_optimizer(base_optimizer(optimizer), trained, device_type)
+    if found is None:
+        raise UsageError(
+            f"what {type(base_optimizer(optimizer)).__name__} keeps is not known",
+            remedies=[f'optimizer="{kind}", if it keeps as much' for kind in ("adamw", "adamw_8bit", "sgd")],
+        )
+    return found
 
 
 def _chain_of(twin: Twin) -> tuple[Chain, dict[str, int]]:
@@ -106,12 +134,13 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
         That of `Planner`.
     """
     ranks = ranks_of(model) if settings.ranks is None else settings.ranks
+    refuse_copies(model)
     model = without_engine(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("no parameter of the model requires grad: there is no training step to plan")
     refuse_compiled(model)
     twin = Twin(model, batch, settings.loss, device=settings.device, capability=settings.capability)
-    fingerprint = dataclasses.replace(describe_model(model), batch=describe_batch(batch), device=twin.device.type)
+    fingerprint = _made_for(dataclasses.replace(describe_model(model), device=twin.device.type), batch, twin)
     if not twin.model.training:
         twin.model.train()
     cost = settings.cost if settings.cost is not None else Measured(twin.device)
@@ -120,7 +149,7 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
         twin,
         chain.blocks,
         cost,
-        settings.optimizer,
+        _known(settings.optimizer, model, twin.device.type),
         settings.accumulation_steps > 1,
         kinds=[kinds[path] for path in chain.blocks],
         ranks=ranks,

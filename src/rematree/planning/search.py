@@ -193,9 +193,13 @@ class Search:
     def frontier(self, points: int) -> list[Confirmed]:
         """Pareto-optimal plans from the smallest peak to the fastest step, at most `points` of them."""
         low = self.least()
-        room = max(0, self._top - self._least_limit)
-        for index in range(points):
-            self._at(self._least_limit + room * index // max(1, points - 1))
+        self._at(self._top)
+        fastest = self.best_within(None)
+        assert fastest is not None
+        # Above what the fastest choice takes there is nothing to win; both ends are confirmed already.
+        room = max(0, choice_peak(self._survey.problem, fastest.choice) - self._least_limit)
+        for index in range(1, points - 1):
+            self._at(self._least_limit + room * index // (points - 1))
         front: list[Confirmed] = []
         for entry in sorted(self._confirmed.values(), key=lambda e: (e.peak_bytes, e.choice.seconds)):
             if not front or entry.choice.seconds < front[-1].choice.seconds:

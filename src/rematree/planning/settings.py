@@ -8,12 +8,12 @@ from typing import Any, Final, TypedDict, TypeVar
 import torch
 
 from rematree.errors import UsageError
+from rematree.memory.optimizers import Found, Optimizer
 from rematree.observation.absent import is_absent
 from rematree.observation.attention_kernels import Capability
 from rematree.observation.observe import LossFunction
 from rematree.pricing.cost import Cost
 from rematree.referee.ranks import Ranks
-from rematree.referee.simulate import Optimizer
 
 LEVERS: Final = frozenset({"chunked_loss", "lean_adapters", "sliced_attention", "compile", "groups"})
 _WORTH_COMPILING: Final = 200  # steps from which it is worth a minute to find out
@@ -27,7 +27,10 @@ class Settings:
 
     Attributes:
         optimizer: What holds state: "adamw" (two states per trained parameter, in its dtype), "adamw_8bit" (of
-            bitsandbytes), "paged_adamw_8bit" (on a GPU, state of large tensors counts as on the host), "sgd", "none".
+            bitsandbytes), "paged_adamw_8bit" (on a GPU, state of large tensors counts as on the host), "sgd", "none";
+            or the optimizer itself, for what it keeps and what its step takes beside: torch's Adam, AdamW and SGD, and
+            bitsandbytes'. "adamw" is the fused one, whose step takes nothing; where it runs "foreach", torch's default
+            on a GPU, its step takes a copy of all second moments.
         accumulation_steps: More than one means gradients of earlier micro-batches are live during the step.
         clips: Whether the loop clips gradients (`clip_grad_norm_`) before the optimizer's step, as Trainers do unless
             told otherwise (`max_grad_norm`); its time counts, its bytes are a few scalars. False: it does not.
@@ -44,10 +47,10 @@ class Settings:
         ranks: Over which ranks, and by which engine, the step will be distributed; the budget is that of each. Default:
             read off the model, if DDP or DeepSpeed wraps it or FSDP2 shards it.
     Raises:
-        UsageError: unknown lever, or a device that is not here and no `cost`.
+        UsageError: unknown lever, a device that is not here and no `cost`, or an optimizer whose state is not known.
     """
 
-    optimizer: Optimizer = "adamw"
+    optimizer: Optimizer | Found | torch.optim.Optimizer = "adamw"
     accumulation_steps: int = 1
     clips: bool = True
     forbid: Collection[str] = ()
@@ -84,7 +87,7 @@ class Settings:
 class Told(TypedDict, total=False):
     """`Settings` as keyword arguments, for those who check types; the language cannot derive the one from the other."""
 
-    optimizer: Optimizer
+    optimizer: Optimizer | Found | torch.optim.Optimizer
     accumulation_steps: int
     clips: bool
     forbid: Collection[str]

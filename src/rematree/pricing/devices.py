@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rematree.errors import UsageError
-from rematree.pricing.workspaces import HOPPER, MATMUL_THREADS, cublas_workspace_bytes, workspace_here
+from rematree.pricing.workspaces import (
+    HOPPER,
+    MATMUL_THREADS,
+    cublas_workspace_bytes,
+    hipblas_workspace_bytes,
+    workspace_here,
+)
 from rematree.typed_json import read_typed
 from rematree.units import GIB, MIB
 
@@ -59,7 +65,7 @@ class Device:
         efficiency: Fraction of the peak reached, by `rematree.pricing.workload.Kind`.
         launch_seconds: Least time between two ops.
         context_bytes: Of the CUDA context with its loaded kernels.
-        workspace_bytes: cuBLAS workspace of one thread.
+        workspace_bytes: Workspace of cuBLAS, or of hipBLAS, in one thread.
         sources: Document of each group of figures.
         note: What a reader should know.
         capability: Major number of the compute capability, from Hopper (9) on; 0 for older ones and other vendors.
@@ -217,6 +223,7 @@ class _Entry:
     efficiency: str
     sources: Mapping[str, str]
     capability: int = 0
+    architecture: str = ""
     driver_mib: int | None = None
     pcie_generation: int | None = None
     pcie_lanes: int | None = None
@@ -234,6 +241,7 @@ def _table() -> tuple[Mapping[str, Mapping[str, float]], tuple[_Entry, ...]]:
         shares[name] = read_typed(Mapping[str, float], entry, f"efficiency.{name}")
     absent: dict[str, Any] = {
         "capability": 0,
+        "architecture": "",
         "driver_mib": None,
         "pcie_generation": None,
         "pcie_lanes": None,
@@ -257,7 +265,7 @@ def _device(entry: _Entry) -> Device:
     link = None if entry.host_gb_per_second is None else entry.host_gb_per_second * 1e9
     if entry.pcie_generation is not None and entry.pcie_lanes is not None:
         link = _PCIE_LANE[entry.pcie_generation] * entry.pcie_lanes / 8 * _PCIE_ENCODING
-    cuda = entry.backend in {"cuda", "rocm"}
+    workspaces = {"cuda": cublas_workspace_bytes(entry.capability), "rocm": hipblas_workspace_bytes(entry.architecture)}
     return Device(
         name=entry.name,
         title=entry.title,
@@ -271,8 +279,8 @@ def _device(entry: _Entry) -> Device:
         host_bytes_per_second=link,
         efficiency=shares[entry.efficiency],
         launch_seconds=_LAUNCH_SECONDS,
-        context_bytes=CONTEXT_BYTES if cuda else 0,
-        workspace_bytes=cublas_workspace_bytes(entry.capability) if cuda else 0,
+        context_bytes=CONTEXT_BYTES if entry.backend in workspaces else 0,
+        workspace_bytes=workspaces.get(entry.backend, 0),
         sources=entry.sources,
         note=entry.note,
         capability=entry.capability,

@@ -19,7 +19,7 @@ from rematree.execute.override import ForwardOverride
 from rematree.execute.stand_in import Profiles, StandIns
 from rematree.memory.accounts import BATCH, GRADIENTS, SAVED, STATE, STEP
 from rematree.memory.ledger import BEFORE_THE_BLOCKS, Ledger
-from rematree.memory.optimizers import Optimizer, optimizer_with_state
+from rematree.memory.optimizers import Found, Optimizer, optimizer_with_state
 from rematree.observation.observe import Twin
 from rematree.plans import Fingerprint, Levers, Plan
 from rematree.pricing.cost import Cost, Free
@@ -39,6 +39,7 @@ from rematree.referee.folding import (
     unfold,
     whole,
 )
+from rematree.referee.held import Held
 from rematree.referee.layout import layout_of
 from rematree.referee.marks import BlockMarks
 from rematree.referee.ranks import Ranks
@@ -81,7 +82,7 @@ class Referee:
         twin: Twin,
         blocks: tuple[str, ...],
         cost: Cost,
-        optimizer: Optimizer = "adamw",
+        optimizer: Optimizer | Found = "adamw",
         accumulate: bool = False,
         *,
         kinds: Sequence[int] | None = None,
@@ -94,7 +95,7 @@ class Referee:
         self.twin = twin
         self.blocks = blocks
         self.cost = cost
-        self.optimizer: Optimizer = optimizer
+        self.optimizer: Optimizer | Found = optimizer
         self.accumulate = accumulate
         self.profiles: Profiles = profiles or {}
         self.trainable = [p for p in twin.model.parameters() if p.requires_grad]
@@ -218,7 +219,9 @@ class Referee:
         segments = [*unfold([*step, between], chain, left)]
         if segments[-1].label == _BETWEEN:
             segments.pop()
-        segments = self.layout.on_rank([*segments, optimizer], engine.arrivals, chain.images)
+        labels = [segment.label for segment in ledger.segments]
+        whole_step, made_up = [*segments, optimizer], "" if self.layout.takes_gradients else _BETWEEN
+        segments = self.layout.on_rank(whole_step, engine.arrivals, chain.images)
         highest = max(segments, key=lambda segment: segment.peak_bytes)
         result = Simulation(
             highest.peak_bytes,
@@ -228,7 +231,9 @@ class Referee:
             frozenset(ledger.misread),
             frozenset(ledger.written_regions),
             tuple(marks.graph[image] for image in chain.images),
-            ledger.slack_bytes,
+            None
+            if ledger.allocator is None
+            else Held(ledger.allocator, labels, made_up, ledger.peak_bytes, chain, whole_step),
             tail,
             marks.released_bytes,
             engine.gathers,

@@ -1,8 +1,9 @@
 """What the referee has found out about one simulated step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from rematree.referee.held import Held
 from rematree.referee.marks import HEAD
 from rematree.trace import Segment
 
@@ -19,7 +20,7 @@ class Simulation:
         misread: Regions whose placeholder was read outside a recomputation: their output must be stashed.
         written: Saved regions whose output the recomputed region around them writes to: they cannot be saved alone.
         graph: For each block, whether its input and its output require grad.
-        slack_bytes: Beyond the peak, what a GPU's allocator holds in segments that are in use.
+        held: Segments of a GPU's allocator; None where memory comes from another.
         tail_seconds: Of the backward of the first block, what comes after it: gradients of embeddings.
         released_bytes: Of what the first block was given, what is held until the model's forward ends and no longer.
         gathers: All-gathers of ZeRO-3; 0 under other engines, whose number no plan changes.
@@ -32,10 +33,15 @@ class Simulation:
     misread: frozenset[str]
     written: frozenset[str]
     graph: tuple[tuple[bool, bool], ...]
-    slack_bytes: int = 0
+    held: Held | None = field(default=None, compare=False)  # follows from the rest
     tail_seconds: float = 0.0
     released_bytes: int = 0
     gathers: int = 0
+
+    @property
+    def slack_bytes(self) -> int:
+        """Beyond the peak, what a GPU's allocator holds in segments that are in use."""
+        return 0 if self.held is None else self.held.slack_bytes
 
     def segment(self, label: str) -> Segment | None:
         """The segment called `label`, if the step had one."""

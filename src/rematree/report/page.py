@@ -130,6 +130,28 @@ def page_data(page: Page) -> dict[str, Any]:
     }
 
 
+def page_facts(page: Page) -> dict[str, Any]:
+    """What the page begins with, as JSON values: bytes, and seconds of a step of the run.
+
+    `measured_peak_bytes` is to be compared with `predicted_allocated_bytes`, as in the page.
+    """
+    plain, own = page.frontier.plain, page.frontier.plans[page.frontier.in_force]
+    measured = [step.peak_bytes for step in page.steps if step.peak_bytes is not None]
+    return {
+        "title": page.title,
+        "budget_bytes": page.budget_bytes,
+        "predicted_peak_bytes": own.peak_bytes,
+        "predicted_allocated_bytes": page.predicted_allocated_bytes or own.peak_bytes,
+        "measured_peak_bytes": max(measured, default=None),
+        "predicted_step_seconds": own.step_seconds * page.passes,
+        "plain_peak_bytes": plain.peak_bytes,
+        "plain_step_seconds": plain.step_seconds * page.passes,
+        "steps": len(page.steps),
+        "plans": len(page.frontier.plans),
+        "notes": list(page.notes),
+    }
+
+
 def slider_budgets(frontier: StoredFrontier, budget: int) -> list[int]:
     """Budgets that the slider stops at, smallest first: in equal steps, at every plan's peak and at the run's own."""
     peaks = [step.peak_bytes for step in frontier.plans]
