@@ -127,8 +127,10 @@ class Handle:
         if module_hooks._has_any_global_hook():  # pyright: ignore[reportPrivateUsage]
             return True
         hooked = [path for path, module in self._installed.run_again.items() if has_hooks(module)]
+        if self._said or self._check is None:
+            return bool(hooked)
         new = [path for path in hooked if path not in self.plan.fingerprint.hooked]
-        if new and not self._said and self._check is not None:
+        if new:
             self._said = True
             more = f" and {len(new) - 1} more" if len(new) > 1 else ""
             warnings.warn(

@@ -102,7 +102,7 @@ class Selection:
         if (strictly and here) or (found is None and self.too_large(here)):
             return None
         if found is not None and warns:
-            self._warn(self._counts_too_little(self._last, batch))
+            self._say_what_counts(batch)
         return self._last
 
     def _counts_too_little(self, number: int, batch: Mapping[str, Any]) -> list[str]:
@@ -110,8 +110,12 @@ class Selection:
         wanted = self._left_out[number] & batch.keys()
         return sorted(wanted.difference(left_out(batch))) if wanted else []
 
-    def _warn(self, names: Sequence[str]) -> None:
-        if names and not self._said:
+    def _say_what_counts(self, batch: Mapping[str, Any]) -> None:
+        """Warn of a batch that the last plan counts too little for; once, and later ones are not looked into."""
+        if self._said:
+            return
+        names = self._counts_too_little(self._last, batch)
+        if names:
             self._said = True
             warnings.warn(
                 f"the plan was made for a batch whose {' and '.join(names)} changed nothing (no padding, one sequence "
@@ -133,7 +137,7 @@ class Selection:
                 f"the plan was made for {name} of shape {most}, this batch has {shape}",
                 remedies=["plan again for the larger batch: rematree.plan(model, batch, budget=...)"],
             )
-        self._warn(self._counts_too_little(self._last, batch))
+        self._say_what_counts(batch)
         return self._last
 
     def too_large(self, here: Shapes) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
