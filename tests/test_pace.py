@@ -1,15 +1,19 @@
 """One block of each kind, run for its time: what it scales, and that nobody notices it."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 from models import batch_for, build, gradients, with_lora
 from rematree.observation.observe import Twin
 from rematree.planning import pace
+from rematree.planning.head_pace import HeadClock
 from rematree.planning.planner import Planner
 from rematree.plans import Action, Decision, Levers
 from rematree.pricing.cost import Measured, Roofline
 from rematree.referee.simulate import Referee
+from rematree.referee.simulation import Simulation
 from rematree.regions import find_chain
 
 COST = Roofline(5e10, 1e10)
@@ -85,3 +89,25 @@ def test_only_where_the_weights_are_here() -> None:
     assert (
         Planner(with_lora(model), batch_for(model), cost=COST).observed.referee.pace == {}
     )  # prices of another device
+
+
+@pytest.mark.parametrize("disturbed", [0, 2])
+def test_of_two_visits_with_the_head_between_them_the_faster_counts(
+    disturbed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_lora(build("llama", layers=2), target_modules=["q_proj"])
+    head = HeadClock.seconds
+    order: list[str] = []
+
+    def visit(_model: torch.nn.Module, referee: Referee, _plain: Simulation) -> dict[int, float]:
+        order.append("blocks")
+        return dict.fromkeys(referee.kinds, 86400.0 if len(order) == disturbed + 1 else 2.0)
+
+    def between(clock: HeadClock, workspaces: Mapping[int | None, int]) -> dict[int | None, float]:
+        order.append("head")
+        return head(clock, workspaces)
+
+    monkeypatch.setattr("rematree.planning.observed.measure_pace", visit)
+    monkeypatch.setattr(HeadClock, "seconds", between)
+    assert set(Planner(model, batch_for(model), optimizer="none").observed.referee.pace.values()) == {2.0}
+    assert order == ["blocks", "head", "blocks"]

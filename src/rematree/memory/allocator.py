@@ -8,7 +8,7 @@ when memory runs short, so what counts against a device is the segments in use, 
 
 import bisect
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from rematree.units import KIB, MIB
 
@@ -150,29 +150,25 @@ Request = tuple[int, int]  # number of a piece of memory and its bytes; of one t
 
 
 class Recorder:
-    """A `CachingAllocator`, and what it was asked for between marks.
+    """What an allocator is asked for, between marks; most simulated steps are never asked what it would hold.
 
     Attributes:
-        heap: The allocator.
         requests: By mark.
     """
 
     def __init__(self) -> None:
-        self.heap = CachingAllocator()
         self.requests: list[list[Request]] = [[]]
         self._count = 0
 
-    def allocate(self, num_bytes: int) -> tuple[int, Any]:
+    def allocate(self, num_bytes: int) -> int:
         """What `release` is to be given."""
         self._count += 1
         self.requests[-1].append((self._count, num_bytes))
-        return self._count, self.heap.allocate(num_bytes)
+        return self._count
 
-    def release(self, held: tuple[int, Any]) -> None:
+    def release(self, number: int) -> None:
         """Give it back."""
-        number, block = held
         self.requests[-1].append((-number, 0))
-        self.heap.release(block)
 
     def mark(self) -> None:
         """What comes now is apart from what was before."""

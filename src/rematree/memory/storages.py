@@ -8,7 +8,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -29,7 +29,7 @@ class Entry:
         num_bytes: Its size, 0 if it is on another device.
         category: What it counts as.
         padding: Bytes that a GPU's allocator adds.
-        block: Where that allocator has put it.
+        number: What that allocator knows it by.
         reference: Gives the storage, or None when it is gone.
     """
 
@@ -37,7 +37,7 @@ class Entry:
     num_bytes: int
     category: str
     padding: int
-    block: Any
+    number: int
     reference: Callable[[], torch.UntypedStorage | None]
 
 
@@ -84,7 +84,7 @@ class Storages:
         device_type: Only storages on such a device count ("cpu", "cuda"); others weigh nothing.
         caches: Sizes are rounded and segments counted as a GPU's allocator does.
     Attributes:
-        allocator: Hands out what is counted, if it caches.
+        allocator: Is told what is counted, if it caches.
         category: What a storage counts as that is seen for the first time.
         label: The latest mark.
         segments: Those that have ended.
@@ -190,14 +190,14 @@ class Storages:
         self._next_uid += 1
         if self._noted is not None:
             self._noted.append(Event(born=self._next_uid, num_bytes=num_bytes, category=category))
-        padding, block = 0, None
+        padding = number = 0
         if self.allocator is not None:
-            padding, block = rounded(num_bytes) - num_bytes, self.allocator.allocate(num_bytes)
+            padding, number = rounded(num_bytes) - num_bytes, self.allocator.allocate(num_bytes)
         self.live_bytes += num_bytes + padding
         self.by_category[category] = self.by_category.get(category, 0) + num_bytes
         if padding:
             self.by_category[ROUNDING] = self.by_category.get(ROUNDING, 0) + padding
-        return Entry(self._next_uid, num_bytes, category, padding, block, _nowhere)
+        return Entry(self._next_uid, num_bytes, category, padding, number, _nowhere)
 
     def _free(self, key: int) -> None:
         entry = self._entries.pop(key, None)
@@ -211,7 +211,7 @@ class Storages:
         self.live_bytes -= entry.num_bytes + entry.padding
         self.by_category[entry.category] -= entry.num_bytes
         if self.allocator is not None:
-            self.allocator.release(entry.block)
+            self.allocator.release(entry.number)
             if entry.padding:
                 self.by_category[ROUNDING] -= entry.padding
         self._gone(entry)

@@ -18,7 +18,7 @@ from rematree.memory.optimizers import Found, Optimizer
 from rematree.observation.observe import Twin
 from rematree.observation.running import running_chain
 from rematree.planning.compile_profile import Profiler
-from rematree.planning.heads import tokens_of
+from rematree.planning.heads import survey_heads, tokens_of
 from rematree.planning.pace import is_live, is_measured, measure_pace
 from rematree.planning.scaling import scaled
 from rematree.planning.settings import Settings
@@ -158,21 +158,27 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
     plain = referee.run(Levers())
     whole = not (any_sharded(model) or any_partitioned(model))
     runs = is_measured(cost) and is_live(model, twin.device) and whole
-    if runs:
-        referee.pace = measure_pace(model, referee, plain)
-        plain = referee.paced(plain)
+    pace = measure_pace(model, referee, plain) if runs else {}
+    live = model if runs and settings.loss is None else None
+    heads = survey_heads(referee, chain, plain, chunk=settings.may("chunked_loss") and settings.loss is None, live=live)
+    if live is not None:  # once more, some seconds later: a block's one slow second would be every block's
+        again = measure_pace(model, referee, plain)
+        pace = {kind: min(ratio, again.get(kind, ratio)) for kind, ratio in pace.items()}
+    referee.pace, referee.head_pace = pace, heads.pace
+    plain = referee.paced(plain)
+    if plain.head.seconds > 0:
+        plain = plain.with_head(heads.plain_seconds / plain.head.seconds)
     around_modules = ranks is not None and ranks.engine == "zero3"  # Python around every module, which no graph holds
     options = survey(
         referee,
         chain,
         plain,
-        chunk=settings.may("chunked_loss") and settings.loss is None,
+        heads,
         lean=settings.may("lean_adapters"),
         slices=settings.may("sliced_attention"),
         # Their all-gathers are not priced, so a plan takes none but those of the step itself.
         groups=settings.may("groups") and not (ranks and ranks.gathers_for_groups),
         compiler=Profiler(model, settings.steps) if settings.compiles and not around_modules else None,
-        live=model if runs and settings.loss is None else None,
     )
     if runs and twin.device.type == "cuda":
         gc.collect()

@@ -5,8 +5,7 @@ which its options are enumerated; each option is then run by the referee on a sh
 the solver adds up are bytes the executor really allocates.
 """
 
-import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -17,15 +16,13 @@ from rematree.execute.attention_slices import is_core, sliced_cores
 from rematree.execute.norms import lean_norms
 from rematree.observation.observe import Twin
 from rematree.planning.compile_profile import NOT_COMPILED, CompiledKinds, Profiler
-from rematree.planning.head_pace import HeadClock
-from rematree.planning.heads import chunk_rows_of, measure_heads, rows_and_tokens_of, trains_tied_head
+from rematree.planning.heads import Heads, rows_and_tokens_of, shortened_chain, trains_tied_head
 from rematree.planning.options import lean_in, levers_of, merged, observe_block
 from rematree.planning.stages import length_for, measure_advances, measure_options
 from rematree.plans import Levers
-from rematree.referee.folding import shortened
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
-from rematree.regions import ATTENTION_SUFFIX, Chain, block_kind, join_path
+from rematree.regions import ATTENTION_SUFFIX, Chain, join_path
 from rematree.solve.block import BlockOption, enumerate_options
 from rematree.solve.chain import ChainChoice, ChainProblem
 from rematree.solve.groups import by_block
@@ -102,13 +99,12 @@ def survey(
     referee: Referee,
     chain: Chain,
     plain: Simulation,
+    heads: Heads,
     *,
-    chunk: bool,
     lean: bool,
     slices: bool,
     groups: bool,
     compiler: Profiler | None = None,
-    live: nn.Module | None = None,
 ) -> Survey:
     """Survey the twin of `referee`.
 
@@ -116,24 +112,21 @@ def survey(
         referee: Runs the whole step.
         chain: Its blocks.
         plain: What it says of a step without any lever.
-        chunk: Whether chunked loss may be used.
+        heads: Ways to compute the loss.
         lean: Whether adapter layers, and norms beside them, may be lean.
         slices: Whether attention may be computed in slices.
         groups: Whether blocks may be recomputed in groups.
         compiler: Compiles and measures blocks, if they may be compiled.
-        live: The model itself, if its head may be run for its time.
     Cost:
-        About 15 simulated steps of a few blocks; seconds for a model of any size.
+        About 10 simulated steps of a few blocks; seconds for a model of any size.
     """
     twin, cost, accumulate = referee.twin, referee.cost, referee.accumulate
     kinds, representatives = _kinds(referee, plain)
-    clock = None if live is None else HeadClock(live, twin, chain.blocks, plain)
     compiled = NOT_COMPILED
     if compiler is not None:
         compiled = compiler.measure(referee, plain, representatives)
         referee.profiles = compiled.profiles
     layers = _lean_layers(twin, chain, adapters=lean, cores=slices)
-    chunks = chunk_rows_of(twin) if chunk else []
     gradients = tuple(0 if accumulate else referee.layout.gradients_left(k) for k in range(len(chain.blocks)))
 
     def referee_of(blocks: tuple[str, ...]) -> Referee:
@@ -150,7 +143,7 @@ def survey(
         )
 
     length = min(len(chain.blocks), max(representatives) + 3) if chain.container else len(chain.blocks)
-    with _shortened(twin.model, chain, range(length)) as blocks:
+    with shortened_chain(twin.model, chain, range(length)) as blocks:
         aside = referee_of(blocks)
         beside = {each: _beside(each, aside, plain, representatives, layers) for each in _LEAN}
         options = [
@@ -171,36 +164,27 @@ def survey(
                 place = min(1, len(options[kind]) - 1)
                 options[kind][place:place] = compiled.options(twin.model.get_submodule(blocks[index]))
     enough = max(length, length_for(kinds, representatives, options)) if chain.container else length
-    with _shortened(twin.model, chain, range(enough)) as blocks:
+    with shortened_chain(twin.model, chain, range(enough)) as blocks:
         short = referee_of(blocks)
         # Behind a plain head the first block's backward ends with a copy of a tied weight's gradient; the smallest
         # plans have none, and an option that seems to need more than it does is not looked for at their budgets.
-        loss = chunks[0] if chunks and trains_tied_head(twin.model) else None
+        loss = heads.rows[1] if len(heads.rows) > 1 and trains_tied_head(twin.model) else None
         stages, released, options = measure_options(short, kinds, representatives, options, layers, gradients, loss)
         advances = measure_advances(short, kinds, stages, options, layers) if groups else []
-    few = _smallest(twin.model, chain, length)
-    with _shortened(twin.model, chain, few) as blocks:
-        few_kinds = [referee.kinds[index] for index in few]
-        smallest = Referee(twin, blocks, cost, "none", accumulate, kinds=few_kinds, ranks=referee.ranks)
-        rows, heads, referee.head_pace = measure_heads(smallest, chunks, clock)
-    if clock is not None and plain.head.seconds > 0:
-        # Its head is the one that was run. Its price is not quite that of the short chain: in the first simulated step
-        # no weight is in a cache yet.
-        plain = plain.with_head(heads[0].seconds / plain.head.seconds)
     # Where blocks train nothing the first one leaves less than it found; no solver is made for that, and few bytes are.
     first = tuple(replace(o, kept=max(0, o.kept - gone)) for o, gone in zip(stages[kinds[0]], released, strict=True))
     problem = ChainProblem(
         base=plain.forward(0).live_bytes,
         stages=(first, *(tuple(stages[kind]) for kind in kinds[1:])),
         gradients=gradients,
-        heads=tuple(heads),
+        heads=heads.options,
         advances=tuple(advances[kind] for kind in kinds) if any(advances) else (),
     )
     return Survey(
         chain,
         tuple(kinds),
         tuple(tuple(o) for o in options),
-        tuple(rows),
+        heads.rows,
         problem,
         plain,
         plain.seconds - plain.head.seconds,
@@ -289,21 +273,6 @@ def _limit(kinds: Sequence[int], kind: int) -> int:
     return _OPTIONS_OF_MANY if count >= _MANY else _OPTIONS_PER_KIND
 
 
-def _smallest(model: nn.Module, chain: Chain, length: int) -> Sequence[int]:
-    """The fewest blocks behind which the head is what it is in the whole chain: one that trains something.
-
-    And one of every make: a model of attention and other layers may ask its cache for an attention's.
-    """
-    makes: dict[Any, int] = {}
-    trained: int | None = None
-    for index in range(length):
-        block = model.get_submodule(chain.blocks[index])
-        makes.setdefault(block_kind(block), index)
-        if trained is None and any(p.requires_grad for p in block.parameters()):
-            trained = index
-    return range(length) if trained is None else sorted({trained, *makes.values()})
-
-
 def _kinds(referee: Referee, plain: Simulation) -> tuple[list[int], list[int]]:
     """Kind number of each block, and for each kind the block to measure: its second one if there is one."""
     numbers: dict[Any, int] = {}
@@ -313,13 +282,3 @@ def _kinds(referee: Referee, plain: Simulation) -> tuple[list[int], list[int]]:
         members = [index for index, k in enumerate(kinds) if k == kind]
         representatives.append(members[1] if len(members) > 2 else members[0])
     return kinds, representatives
-
-
-@contextlib.contextmanager
-def _shortened(model: nn.Module, chain: Chain, kept: Sequence[int]) -> Generator[tuple[str, ...]]:
-    """Only the blocks `kept` inside, if the model holds them in a list."""
-    if chain.container is None or len(kept) == len(chain.blocks):
-        yield chain.blocks
-        return
-    with shortened(model, chain.container, kept):
-        yield tuple(chain.blocks[index] for index in kept)

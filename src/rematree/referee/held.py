@@ -6,6 +6,7 @@ allocator was asked for in the simulated blocks is asked for again for every blo
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -41,7 +42,6 @@ class Held:
         chain: Fold,
         timeline: Sequence[Segment],
     ) -> None:
-        self._simulated = recorder.heap
         self._requests = recorder.requests
         self._labels = labels
         self._between = between
@@ -53,12 +53,12 @@ class Held:
     @functools.cached_property
     def slack_bytes(self) -> int:
         """Most that the segments in use held, beyond the most that was allocated."""
-        replayed = self._replayed() if self._chain.left_out else None
+        held = self._replayed() if self._chain.left_out else None
+        # Nothing was left out; or a block asks for other pieces than its image, and what was simulated must do.
+        slack = self._recorded() - self._simulated_peak if held is None else held - self._peak
         self._requests = []  # thousands, and not needed again
         self.__dict__.pop("_born", None)
-        if replayed is None:  # nothing was left out; or a block asks for other pieces than its image, and this must do
-            return max(0, self._simulated.peak_held_bytes - self._simulated_peak)
-        return max(0, replayed - self._peak)
+        return max(0, slack)
 
     def _order(self) -> Iterator[tuple[str, int, int | None]]:
         """Label, number of the simulated segment, and number of the block, for all segments of the whole step."""
@@ -76,8 +76,18 @@ class Held:
         for label in self._labels[max(*blocks, number[HEAD]) + 1 :]:
             yield label, number[label], None
 
+    def _recorded(self) -> int:
+        """Most bytes of segments in use over the simulated step."""
+        heap, there = CachingAllocator(), dict[int, Any]()
+        for number, num_bytes in itertools.chain.from_iterable(self._requests):
+            if number > 0:
+                there[number] = heap.allocate(num_bytes)
+            else:
+                heap.release(there.pop(-number))
+        return heap.peak_held_bytes
+
     def _replayed(self) -> int | None:
-        """Most bytes of segments in use; None if what is allocated is not what the timeline has."""
+        """The same over the whole step; None if what is allocated is not what the timeline has."""
         heap, live, unit = CachingAllocator(), 0, self._unit
         requests = [self._named(segment) for segment in range(len(self._labels))]
         there: dict[int, tuple[int, Any]] = {}
