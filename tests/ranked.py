@@ -5,8 +5,10 @@ import copy
 import gc
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -15,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rematree
 from models import batch_for, build, with_lora
+from rematree.execute.loss.head import find_head
+from rematree.execute.loss.logit_rows import LogitRows
 from rematree.fingerprint import describe_model
 from rematree.gloo import Settling
 from rematree.measure import PeakMeter
@@ -85,6 +89,17 @@ def gradients(model: nn.Module, step: nn.Module, batch: dict[str, torch.Tensor])
     return found
 
 
+def extra(model: nn.Module, step: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`gradients` with something added to the loss that reads the logits, as a distillation does."""
+
+    class Read(nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            out = step(**inputs)
+            return SimpleNamespace(loss=out.loss + out.logits.logsumexp(-1).mean())
+
+    return gradients(model, Read(), batch)
+
+
 class Collectives(TorchDispatchMode):
     """Counts them by name."""
 
@@ -124,6 +139,47 @@ def exactness(rank: int, ranks: Ranks, lora: bool, kind: str, first: bool, same:
     found["more gathers"] = with_plan.count["allgather_base"] - without.count["allgather_base"]
     found["more reduces"] = sum(with_plan.count[n] - without.count[n] for n in ("allreduce", "reduce_scatter_base"))
     return found
+
+
+def chunked(rank: int, ranks: Ranks, unit: str) -> dict[str, Any]:
+    """Gradients with the loss in chunks and without, how often all logits were made, and whether it was chunked.
+
+    Args:
+        rank: Of this process.
+        ranks: The engine. DDP looks for parameters without a gradient, as the Trainer has it where there are adapters.
+        unit: Of FSDP2 that the head is in: "root" or "head".
+    """
+    model = tiny(lora=True)
+    batch = batch_for(model)
+    plain = copy.deepcopy(model)
+
+    def under(module: nn.Module) -> nn.Module:
+        if ranks.engine == "ddp":
+            return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+        if unit == "head":
+            found = find_head(module)
+            assert found is not None
+            fully_shard(found[1])
+        return wrapped(module, ranks)
+
+    alone = under(plain)
+    found: dict[str, Any] = {"engine": gradients(plain, alone, batch), "engine extra": extra(plain, alone, batch)}
+    step, made = under(model), list[int]()
+    real = LogitRows.real
+
+    def spy(rows: LogitRows, **options: bool) -> torch.Tensor:
+        made.append(rows.hidden.shape.numel())
+        return real(rows, **options)
+
+    with warnings.catch_warnings(record=True) as said, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        patch.setattr(LogitRows, "real", spy)
+        with rematree.apply(Plan.of(Levers(loss_chunk_rows=16), describe_model(model)), step):
+            found["chunked"] = gradients(model, step, batch)
+            found["made"] = [*made]
+            found["chunked extra"] = extra(model, step, batch)
+    found["offered"] = rematree.Planner(step, batch, cost=roofline(), forbid=("groups",)).survey.rows
+    return found | {"void": any("no effect" in str(each.message) for each in said)}
 
 
 def losses(rank: int, ranks: Ranks, lora: bool, plan: Plan, steps: int) -> list[float]:
@@ -203,6 +259,12 @@ def planned_here(rank: int, ranks: Ranks) -> dict[str, Any]:
         rematree.agreed_plan(too_small)
     except rematree.RematreeError as error:
         found["error"] = type(error).__name__, error.message, error.__notes__
+    try:
+        rematree.agreed_plan(lambda: for_batch(16 // (1 - rank)))
+    except rematree.RematreeError as error:
+        found["broken"] = f"{type(error).__name__}: {error.message.split(': ')[1]}"
+    except ZeroDivisionError:
+        found["broken"] = "ZeroDivisionError"
     try:
         rematree.agreed_plan(lambda: for_batch(8, f"model {rank}"))
     except rematree.PlanMismatchError as error:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,3 +145,43 @@ def test_a_function_set_later_is_the_one_that_runs() -> None:
     regions.remove()
     assert calls == ["sdpa_attention_forward", "eager_attention_forward"]
     assert_same(expected, gradients(model, batch))
+
+
+def eager_attention_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x * 2.0
+
+
+def other_attention_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x * 3.0
+
+
+class Usual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_attn_implementation="eager")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        functions: Any = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        return functions.get_interface(self.config._attn_implementation, eager_attention_forward)(self, x)
+
+
+class Unusual(Usual):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        functions: Any = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        return functions.get_interface(self.config._attn_implementation, other_attention_forward)(self, x)
+
+
+def test_of_several_functions_in_a_file_each_module_has_its_own() -> None:
+    """As Llama 4's towers have; a module that names another is none whose core could be a region."""
+    model = nn.ModuleList([Usual(), Unusual()])
+    assert [path for path, _ in attention_modules(model)] == ["0"]
+    seen: list[float] = []
+
+    def around(inner: Any, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        seen.append(float(inner(module, x)))
+        return inner(module, x)
+
+    regions = AttentionRegions([(module, around) for _, module in attention_modules(model)])
+    assert [float(module(torch.ones(()))) for module in model] == [2.0, 3.0]
+    assert seen == [2.0]
+    regions.remove()

@@ -20,6 +20,7 @@ from command_line import Outcome, rematree, remedies
 from models import assert_same, batch_for, build, with_lora
 from rematree.errors import InfeasibleBudgetError, PlanMismatchError, UnsupportedModelError, UsageError
 from rematree.finetune import gguf_cache
+from rematree.planning.observed import _measured
 from rematree.pricing.cost import Roofline
 from rematree.units import GIB, KIB, MIB, format_bytes, parse_bytes
 from test_finetune_tiny import save_tiny_model, sums, tiny_model, tiny_tokenizer, write_jsonl
@@ -703,6 +704,21 @@ def test_a_forward_that_depends_on_values() -> None:
         )
         (line,) = caught.value.details
         assert re.fullmatch(r"aten\._local_scalar_dense\.default at test_bad_input\.py:\d+", line)
+
+
+@pytest.mark.parametrize("places", [{"model.layers.0": 0, "model.layers.1": 1}, {"": "cpu", "lm_head": "disk"}])
+def test_a_model_that_is_spread_over_devices(places: dict[str, Any]) -> None:
+    model: Any = with_lora(build("llama", layers=2))
+    model.base_model.model.hf_device_map = places
+    with pytest.raises(UsageError, match=r"the model is spread over .*; a plan is for one device"):
+        library.Planner(model, batch_for(model), cost=COST)
+    model.base_model.model.hf_device_map = {"": "cpu"}
+    assert library.Planner(model, batch_for(model), cost=COST).plan()
+
+
+def test_a_device_that_no_clock_waits_for() -> None:
+    with pytest.raises(UsageError, match="what ops take on mps is measured nowhere yet"):
+        _measured(torch.device("mps"))
 
 
 def test_a_model_with_nothing_to_train() -> None:

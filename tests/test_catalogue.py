@@ -148,6 +148,12 @@ def test_files_that_are_no_config_say_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xff")
     with pytest.raises(UsageError, match="not UTF-8 at byte 0"):
         read_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="nested too deeply"):
+        read_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": "nf4"}')
+    with pytest.raises(UsageError, match="quantization_config is 'nf4', not an object"):
+        read_config(str(tmp_path))
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UsageError, match="cannot be read: No such file"):

@@ -302,6 +302,18 @@ def test_all_labels_ignored_is_as_plain() -> None:
     assert all(not grad.any() for grad in zero_grads.values())
 
 
+def test_all_labels_ignored_gives_no_gradient_in_fp16_either() -> None:
+    """1/N is taken in backward there, of a gradient that is 0."""
+    model, batch = make("llama", torch.float16), make_batch()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    _, grads, _ = step(model, **batch)
+    handle = attach_chunked_loss(model, 7)
+    _, chunked_grads, _ = step(model, **batch)
+    assert handle.effective
+    assert all(not grad.any() for grad in grads.values())
+    assert all(torch.equal(grads[n], chunked_grads[n]) for n in grads)
+
+
 def test_shift_labels_are_honoured() -> None:
     model, batch = make("llama"), make_batch()
     shifted = torch.randint(3, V, (2, 23))
@@ -601,6 +613,28 @@ def test_gradient_through_read_logits() -> None:
     attach_chunked_loss(model, 7)
     for expected, extra in zip(plain, extras, strict=True):
         assert worst(expected, grads(extra)) <= 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("use", [lambda logits: logits.register_hook(lambda grad: 2 * grad), Tensor.retain_grad])
+def test_a_hook_that_would_see_no_gradient_is_refused(use: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
+    model, batch = make("llama", dtype), make_batch()  # the loss is that of a copy in fp32
+    attach_chunked_loss(model, 7)
+    logits = model(**batch).logits
+    with pytest.raises(UnsupportedModelError, match="their loss was computed in chunks"):
+        use(logits)
+
+
+def test_a_hook_before_the_loss_sees_the_gradient_and_changes_it() -> None:
+    """As where a model's own forward puts one on: the logits are real from then on."""
+    model, batch = make("llama"), make_batch()
+    head = model.lm_head.register_forward_hook(lambda *args: args[-1].register_hook(lambda grad: 2 * grad) and None)
+    _, expected, _ = step(model, **batch)
+    handle = attach_chunked_loss(model, 7, check=False)
+    _, found, _ = step(model, **batch)
+    head.remove()
+    assert not handle.effective
+    assert worst(expected, found) <= 5e-6
 
 
 def test_deferred_logits_make_no_reference_cycle() -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from command_line import Outcome, rematree, remedies
 from rematree.cli import output
 from rematree.cli.main import app
 from rematree.errors import VerificationError
+from rematree.finetune import base
 from rematree.finetune.config import TrainConfig
 from rematree.plans import Plan
 from rematree.pricing.cost import Roofline
@@ -336,6 +338,26 @@ def test_infeasible_training_leaves_nothing_and_says_what_works(folder: Path, mo
     assert model[-1] in larger
     assert larger[larger.index("--output-dir") + 1] == str(tmp_path / "run")
     assert larger[larger.index("--budget") + 1].endswith("MiB")
+
+
+def test_infeasible_training_lets_the_model_go_before_it_tries_what_works(
+    folder: Path, model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    own = base.load_base
+
+    def load(config: TrainConfig) -> Any:
+        assert not any(each() for each in loaded), "two copies of the weights"
+        found = own(config)
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    for module in ("setup", "synthetic"):
+        monkeypatch.setattr(f"rematree.finetune.{module}.load_base", load)
+    words: list[object] = ["train", *model, "--data", folder / "sums.jsonl", "--output-dir", tmp_path / "run"]
+    outcome = rematree(*words, "--budget", "300KiB", *ADAPTERS, "--batch-size", "1", "--max-length", "64")
+    assert outcome.code == 3
+    assert len(loaded) == 2
 
 
 @pytest.mark.parametrize(

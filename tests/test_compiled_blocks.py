@@ -309,6 +309,22 @@ def test_compiling_counts_against_a_short_job(planned: Planned, monkeypatch: pyt
     assert not short.plan().compiled
 
 
+def test_what_was_measured_with_one_batch_is_not_offered_for_another(planned: Planned):
+    model, _, planner = planned
+    other = planner.for_batch(batch_for(model, tokens=16))
+    assert any(option.compiled is not None for options in planner.survey.options for option in options)
+    assert not any(option.compiled is not None for options in other.survey.options for option in options)
+    assert [len(stages) for stages in other.survey.problem.stages] == [
+        len(other.survey.options[kind]) for kind in other.survey.kinds
+    ]
+    assert len(other.survey.released) == len(other.survey.options[other.survey.kinds[0]])
+    eager = tuple(tuple(each for each in known if each.compiled is None) for known in planner.survey.options)
+    assert other.survey.options == eager
+    least, fastest = other.frontier(3)[0], other.plan()
+    assert not fastest.compiled
+    assert least.predicted_peak_bytes <= fastest.predicted_peak_bytes
+
+
 def test_an_unknown_profile_is_an_error_of_usage(planned: Planned):
     _, _, planner = planned
     with pytest.raises(UsageError, match="no profile of this block"):

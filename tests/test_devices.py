@@ -26,7 +26,7 @@ from rematree.pricing.devices import (
     overhead_of,
     read_profile,
 )
-from rematree.pricing.roofline import Roofline
+from rematree.pricing.roofline import Rates, Roofline
 from rematree.pricing.workload import Kind
 from rematree.pricing.workspaces import cublas_workspace_bytes, hipblas_workspace_bytes, workspace_here
 from rematree.report.devices import device_markdown
@@ -86,9 +86,18 @@ def test_figures_as_published() -> None:
     assert h100.bytes_per_second == 3.35e12
     assert h100.host_bytes_per_second == pytest.approx(63.0e9, rel=1e-3)
     assert (h100.context_bytes, h100.workspace_bytes) == (512 * MIB, 32 * MIB)
+    # Their ECC takes a sixteenth of the memory, and it is on as they come.
+    for name, gib in (("t4", 16), ("a10", 24), ("a10g", 24), ("l4", 24), ("a40", 48), ("l40s", 48)):
+        assert find_device(name).usable_bytes < 0.941 * gib * GIB
     assert find_device("4090").workspace_bytes == 8320 * KIB
     assert find_device("gh200").host_bytes_per_second == 450e9
     assert find_device("m4-max").host_bytes_per_second is None
+
+
+def test_products_of_int8_are_not_priced_as_slow_as_fp32_where_nobody_timed_them() -> None:
+    timed = Rates({"bf16": 3e14, "fp32": 2e13}, 1e12)
+    assert timed.peak(torch.int8) == timed.peak(torch.bfloat16) == 3e14
+    assert timed.peak(torch.float64) == 2e13
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a run may be asked for, and how two runs are told apart."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ def config(**changes: Any) -> TrainConfig:
             {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7},
             "--learning-rate is 1e-07; the polynomial schedule ends at 1e-07 and must begin above that",
         ),
+        ({"learning_rate": math.nan}, "--learning-rate is nan; it must be a finite number"),
+        ({"heldout": math.inf}, "--heldout is inf; it must be a finite number"),
+        ({"seed": -1}, "--seed is -1; it must be at least 0 and below 4294967296"),
         ({"dtype": "int4"}, '--dtype is \'int4\'; it can be "auto", "float32" or "bfloat16"'),
         (
             {"load_in_4bit": True, "load_in_8bit": True},

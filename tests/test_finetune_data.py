@@ -46,6 +46,19 @@ def chat(*turns: tuple[str, str]) -> Record:
             'no message has the role "assistant", so there is nothing to train on',
         ),
         (
+            b'{"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}',
+            'message 1 has "tool_calls", which is not read: a turn is role and content',
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a", "weight": 0}]}',
+            'message 1 has a "weight", which is not read: every answer is trained on',
+        ),
+        (b'{"prompt": "a", "completion": "b", "tools": [{}]}', '"tools" is not read: a conversation is its messages'),
+        (
+            b'{"prompt": "a", "completion": "cut: \\ud83d"}',
+            "half of a character, '\\ud83d', which no tokenizer takes",
+        ),
+        (
             b'{"messages": [{"role": "assistant", "content": "a"}]}',
             'the first message has the role "assistant", so there is nothing to answer',
         ),
@@ -153,6 +166,33 @@ def test_template_that_rewrites_the_prompt_is_refused():
     template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UsageError, match="changes the prompt once the answer is there"):
         tokenize(chat(("user", "a"), ("assistant", "b")), tiny_tokenizer(template))
+
+
+def test_what_is_empty_beside_the_content_of_a_turn_is_no_matter():
+    turns = [
+        {"role": "user", "content": "a", "tool_calls": None},
+        {"role": "assistant", "content": "b", "tool_calls": [], "weight": 1, "name": "x"},
+    ]
+    assert parse_record({"messages": turns, "tools": None}) == parse_record({"prompt": "a", "completion": "b"})
+
+
+def test_a_conversation_that_the_template_refuses_is_shown():
+    template = "{{ raise_exception('system turns are not supported') }}"
+    with pytest.raises(UsageError, match="refuses a conversation: system turns are not supported") as error:
+        tokenize(chat(("system", "be brief"), ("user", "a"), ("assistant", "b")), tiny_tokenizer(template))
+    assert error.value.details == ("its turns: system, user", "it begins: 'be brief'")
+
+
+def test_the_question_is_one_that_can_be_answered(tmp_path: Path):
+    rows = [{"prompt": "p" * 30 + str(i), "completion": "a"} for i in range(40)]
+    path = str(write_jsonl(tmp_path / "d.jsonl", [*rows, *sums(10)]))
+    split = load_data(path, tiny_tokenizer(), max_length=60, heldout=40)
+    first = load_data(path, tiny_tokenizer(), max_length=60, heldout=40, longest_prompt=20).question
+    assert split.question is not None
+    assert split.question.answer == "a"  # a long one is first
+    assert first is not None
+    assert first.answer != "a"
+    assert load_data(path, tiny_tokenizer(), max_length=60, heldout=40, longest_prompt=-4).question is None
 
 
 def test_long_examples_are_cut_and_counted_once(tmp_path: Path):

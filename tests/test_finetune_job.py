@@ -178,7 +178,7 @@ def test_whom_the_umask_lets_read_can_read_all_of_a_run(whole: tuple[TrainResult
     out, adapter = Path(whole[0].output_dir), Path(whole[0].adapter)
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    files = [*out.glob("*.json"), *adapter.iterdir()]
+    files = [*out.glob("*.json"), *adapter.iterdir(), *(path for path in out.glob("checkpoint-*/*") if path.is_file())]
     assert {"plan.json", "run.json", "result.json", "adapter_model.safetensors"} <= {path.name for path in files}
     assert {mode(path) for path in files} == {mode(tmp_path / "file")}
     assert mode(adapter) == mode(tmp_path / "folder")
@@ -289,6 +289,19 @@ def test_torn_checkpoint_is_removed_and_the_one_before_used(
     assert result.losses == whole[0].losses
     assert result.heldout_loss_after == whole[0].heldout_loss_after
     assert not (path / ".adapter-half").exists()
+
+
+def test_a_file_of_someone_elses_does_not_make_a_checkpoint_torn(
+    whole: tuple[TrainResult, str], config: TrainConfig, engine: Engine, tmp_path: Path
+):
+    path = copy_run(whole[0], tmp_path)
+    shutil.rmtree(path / "adapter")
+    (path / "checkpoint-9" / ".DS_Store").write_bytes(b"\0")
+    (path / "checkpoint-9" / "notes").mkdir()
+    (path / "checkpoint-9" / "notes" / "README.md").write_text("mine")
+    no_steps = dataclasses.replace(engine, apply=refuses, meter=refuses)
+    assert run(dataclasses.replace(config, output_dir=path), screen(), engine=no_steps).losses == whole[0].losses
+    assert (path / "checkpoint-9" / "notes" / "README.md").read_text() == "mine"
 
 
 def test_run_killed_after_its_last_step_makes_no_step_more(

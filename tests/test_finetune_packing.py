@@ -1,13 +1,20 @@
 """Packed rows keep every token once and let no example see another."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rematree.errors import UsageError
+from rematree.finetune.base import meta_base
 from rematree.finetune.data import collate
-from rematree.finetune.packing import best_fit_decreasing, pack, pad
+from rematree.finetune.packing import best_fit_decreasing, pack, pad, refuse_leaks
 from rematree.finetune.tokens import IGNORED, TokenizedExample
-from test_finetune_tiny import tiny_model
+from test_finetune_tiny import tiny_config, tiny_model
 
 CAPACITY = 16
 PAD = 2
@@ -92,3 +99,37 @@ def test_packed_loss_is_the_loss_of_the_examples_one_by_one():
         packed = model(**batch(pack(made, CAPACITY, PAD)), use_cache=False).loss
         torch.testing.assert_close(packed, mean, rtol=1e-6, atol=0)
         torch.testing.assert_close(model(**batch(pad(made, CAPACITY, PAD))).loss, mean, rtol=1e-6, atol=0)
+
+
+def hybrid() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(
+        vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.Lfm2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_model_whose_examples_leak_into_each_other_is_refused(rows: int) -> None:
+    for attention in ("eager", "sdpa"):
+        model = tiny_model(attn_implementation=attention).train().requires_grad_(False)
+        model.config.use_cache = False
+        random = torch.get_rng_state()
+        refuse_leaks(model, rows)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert not model.get_input_embeddings()._forward_hooks
+        model.config.use_cache = True  # transformers looks for several examples in a row only without a cache
+        with pytest.raises(UsageError, match="an example depends on those before it in its row") as error:
+            refuse_leaks(model, rows)
+        assert error.value.remedies == ("--no-packing",)
+    with pytest.raises(UsageError, match="an example depends on those before it in its row"):
+        refuse_leaks(hybrid().train(), rows)
+
+
+def test_layers_that_run_on_along_a_row_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(hybrid().config.to_json_string())
+    with pytest.raises(UsageError, match="layers of conv, whose state runs on along a row"):
+        meta_base(tiny_config(tmp_path, model=str(tmp_path)))
+    model, _ = meta_base(tiny_config(tmp_path, model=str(tmp_path), packing=False))
+    assert next(model.parameters()).is_meta

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -35,10 +36,23 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads(path.read_text()) == {"x": 1}
 
 
-@pytest.mark.parametrize(("text", "reason"), [("{", "Expecting property name"), ("[1]", "not a JSON object")])
-def test_damaged_file_is_named(tmp_path: Path, text: str, reason: str):
+def test_what_is_no_number_is_null(tmp_path: Path):
+    write_json(tmp_path / "a.json", {"losses": [1.5, math.nan], "rate": (math.inf, {"x": -math.inf})})
+    assert read_json(tmp_path / "a.json") == {"losses": [1.5, None], "rate": [None, {"x": None}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"{", "Expecting property name"),
+        (b"[1]", "not a JSON object"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 100_000, "maximum recursion depth exceeded"),
+    ],
+)
+def test_damaged_file_is_named(tmp_path: Path, text: bytes, reason: str):
     path = tmp_path / "run.json"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(UsageError, match=rf"run\.json is damaged: {reason}"):
         read_json(path)
 

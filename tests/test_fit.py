@@ -253,6 +253,7 @@ def test_exports_are_yaml_with_what_they_leave_out(stored: Path, trainer: str, m
         assert set(settings) <= settings_of_trl()
         assert settings["model_name_or_path"] == model
         assert settings["dtype"] == "bfloat16"  # without it, TRL takes float32
+        assert settings["bf16"] is False  # without it, TRL computes under autocast to bf16
         assert settings["activation_checkpointing"] is True
         assert settings["lora_target_modules"] == ["down_proj"]
     else:
@@ -286,11 +287,14 @@ def test_exports_that_cannot_be_made_say_why(stored: Path, tmp_path: Path) -> No
     outcome = rematree("export", stored, "--to", "torchtune")
     assert (outcome.code, outcome.err) == (2, "error: --to is 'torchtune'; it can be trl or axolotl\n")
     data = json.loads(stored.read_text())
-    data["run"] = {}
-    (tmp_path / "old.json").write_text(json.dumps(data))
-    outcome = rematree("export", tmp_path / "old.json", "--to", "trl")
-    assert outcome.code == 2
-    assert outcome.err.startswith("error: the plan does not say what run it was made for")
+    broken = {**data["run"], "gradient_accumulation_steps": "two"}
+    for run, command in (({}, "export"), ({"model": "x"}, "export"), (broken, "export"), (broken, "verify")):
+        (tmp_path / "old.json").write_text(json.dumps({**data, "run": run}))
+        words = ["--to", "trl"] if command == "export" else ["--model", "x"]
+        outcome = rematree(command, tmp_path / "old.json", *words)
+        assert outcome.code == 2
+        said = "the plan does not say what run it was made for" if command == "export" else "not a plan: its run has"
+        assert said in outcome.err
 
 
 @pytest.mark.parametrize(

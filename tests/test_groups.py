@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -485,4 +486,59 @@ def test_every_option_of_the_survey_is_exact_in_nested_groups(planners: Planners
         levers = known.levers(ChainChoice(blocks, 0, 0.0, ((0, count), (0, 4), (1, 3), (6, 9))))
         plan = Plan.of(levers, plan_of(model, batch, {}).fingerprint)
         with rematree.apply(plan, model):
+            assert_same(expected, gradients(model, batch))
+
+
+def test_lean_layers_that_read_the_input_of_a_group_under_autocast() -> None:
+    """OLMo 2 norms what attention returns: its adapters read the block's own input, and autocast knows leaves."""
+    model = with_lora(build("olmo2"))
+    batch = batch_for(model)
+    blocks = find_chain(model).blocks
+    lean = tuple(f"{blocks[1]}.self_attn.{name}_proj" for name in "qkv")
+
+    def step() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = step()
+    plan = dataclasses.replace(grouped(model, batch, ((1, 3),)), lean=lean)
+    with rematree.apply(plan, model):
+        assert_same(expected, step())
+
+
+class Scaled(nn.Module):
+    """A block that is given a weight of the model, or a view of it, and saves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x) * table)
+
+
+class GivenWeights(nn.Module):
+    def __init__(self, views: bool) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(8))
+        self.blocks = nn.ModuleList(Scaled() for _ in range(4))
+        self.views = views
+
+    def forward(self, x: torch.Tensor, **_: Any) -> Any:
+        for block in self.blocks:
+            x = block(x, self.table.unsqueeze(0).expand(len(x), -1) if self.views else self.table)
+        return SimpleNamespace(loss=x.square().mean())
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_a_block_that_is_given_a_weight(views: bool) -> None:
+    torch.manual_seed(0)
+    model, batch = GivenWeights(views).train(), {"x": torch.randn(5, 8)}
+    expected = gradients(model, batch)
+    for groups in (((0, 4),), ((0, 4), (0, 2)), ((1, 3),)):
+        with under(model, batch, groups):
             assert_same(expected, gradients(model, batch))

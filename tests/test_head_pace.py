@@ -22,7 +22,7 @@ from rematree.pricing.cost import Roofline, probe_bytes
 from rematree.referee.simulate import Referee
 from rematree.regions import find_chain
 from rematree.solve.chain import HeadOption
-from rematree.units import MIB
+from rematree.units import KIB, MIB
 
 COST = Roofline(5e10, 1e10)
 
@@ -151,3 +151,34 @@ def test_a_larger_chunk_is_offered_only_where_it_is_clearly_faster() -> None:
     assert _worth_their_memory(heads) == [None, 64, 32]
     assert _worth_their_memory({None: heads[None]}) == [None]
     assert _worth_their_memory({None: heads[None], 32: heads[32]}) == [None, 32]
+
+
+class Encoded(nn.Module):
+    """What runs before the blocks of the language model keeps `size` numbers for backward."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.language: Any = build("llama", layers=2)
+        self.config = self.language.config
+        self.encoder = nn.Linear(48, size)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language.lm_head
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> Any:
+        embedded = features + self.encoder(features).tanh().sum(-1, keepdim=True)
+        return self.language(inputs_embeds=embedded, labels=labels)
+
+
+def test_what_runs_before_the_blocks_counts_and_nothing_is_drawn_from_the_users_generator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Encoded(4096).train()
+    batch = {"features": torch.randn(1, 8, 48), "labels": torch.ones(1, 8, dtype=torch.int64)}
+    twin, random = Twin(model, batch), torch.get_rng_state()
+    blocks = find_chain(twin.model).blocks
+    plain = Referee(twin, blocks, COST).run(Levers())
+    for room, runs in ((2 * MIB, True), (KIB, False)):  # what is kept of 8 rows of 4096 numbers is 128 KiB
+        monkeypatch.setattr(head_pace, "probe_bytes", lambda device, room=room: room)
+        assert bool(HeadClock(model, twin, blocks, plain).seconds({None: 0})) == runs
+    assert torch.equal(torch.get_rng_state(), random)

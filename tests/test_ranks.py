@@ -5,6 +5,7 @@ number. With data of their own they must have, to the bit, what the engine has w
 sees all the data only the order of sums differs, which is what the tolerance is for.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ EXACT = [
     ("fsdp2", True, "group", False, False),
 ]
 ENGINES = {"ddp": Ranks("ddp", 2), "fsdp2": Ranks("fsdp2", 2)}
+CHUNKED = [("ddp", "root"), ("fsdp2", "root"), ("fsdp2", "head")]  # engine, and the unit that the head is in
 SETTINGS = [(Ranks("ddp", 2, bucket_view=True), True), (Ranks("fsdp2", 2), False)]
 MORE = [
     (ranks, lora)
@@ -76,6 +78,8 @@ def two(plans: dict[Any, list[Plan]]) -> Results:
         tasks["losses", ranks, lora] = (ranked.losses, ranks, lora, made[0], STEPS)
         for index, plan in enumerate(made):
             tasks["peak", ranks, lora, index] = (ranked.peak, ranks, lora, plan, TALL)
+    for engine, unit in CHUNKED:
+        tasks["chunked", engine, unit] = (ranked.chunked, ENGINES[engine], unit)
     tasks["planned"] = (ranked.planned_here, ENGINES["fsdp2"])
     return Results(2, tasks)
 
@@ -102,6 +106,17 @@ def test_recomputation_gathers_nothing_and_reduces_nothing_unless_blocks_are_gro
         assert found["more reduces"] == 0
         # A group is rerun in the backward of its last block: the other two are gathered once more.
         assert found["more gathers"] == (2 if (engine, kind) == ("fsdp2", "group") else 0)
+
+
+@pytest.mark.parametrize(("engine", "unit"), CHUNKED)
+def test_a_loss_in_chunks_makes_no_logits_under_an_engine(two: Results, engine: str, unit: str) -> None:
+    """DDP clones what a model returns and FSDP2 hooks it; the head of a unit of its own is not left for later."""
+    for found in two["chunked", engine, unit]:
+        assert found["void"] == (unit == "head")
+        assert not found["made"]
+        assert found["offered"] == ((None,) if unit == "head" else (None, 32))
+        torch.testing.assert_close(found["chunked extra"], found["engine extra"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found["chunked"], found["engine"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -194,6 +209,21 @@ def plan_for(rows: int, tokens: int, dtype: str = "int64", model: str = "Llama")
 def test_the_plan_of_the_lowest_rank_that_holds_all_batches_is_taken() -> None:
     made = [plan_for(2, 8), plan_for(2, 16), plan_for(1, 16), plan_for(2, 16)]
     assert chosen_plan(made) is made[1]
+
+
+def test_where_a_rank_has_padding_its_mask_counts() -> None:
+    plans = [plan_for(2, 16), plan_for(2, 8)]
+    ones, padded = replace(plans[0].fingerprint, left_out=("attention_mask",)), plans[1].fingerprint
+    with pytest.raises(PlanMismatchError, match="no rank's longest batch"):
+        chosen_plan([Plan.of(Levers(), ones), Plan.of(Levers(), padded)])
+    both = [Plan.of(Levers(), replace(ones, left_out=())), Plan.of(Levers(), ones)]
+    assert chosen_plan(both) is both[0]
+    assert chosen_plan(both[::-1]) is both[0]
+
+
+def test_an_error_that_is_none_of_the_librarys_leaves_no_rank_waiting(two: Results) -> None:
+    for rank, found in enumerate(two["planned"]):
+        assert found["broken"] == ("ZeroDivisionError" if rank == 1 else "RematreeError: ZeroDivisionError")
 
 
 def test_ranks_none_of_which_holds_all_batches_are_refused() -> None:

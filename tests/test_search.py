@@ -56,3 +56,11 @@ def test_every_point_of_a_frontier_is_a_plan_where_weights_are_most_of_the_peak(
     found = search(lambda saved: MIB, dataclasses.replace(PROBLEM, base=10 * GIB)).frontier(12)
     assert len({entry.choice for entry in found}) == 12
     assert found[-1].choice.blocks == ALL_SAVED.blocks
+
+
+def test_a_frontier_where_slack_grows_as_memory_is_saved() -> None:
+    """Then the smallest peak is not at the smallest limit; the least of all that were confirmed comes first."""
+    within = search(lambda saved: max(0, saved - 400 * MIB) * 2)
+    found = within.frontier(5)
+    assert found[0].peak_bytes == min(entry.peak_bytes for entry in within._confirmed.values())
+    assert found[0].choice != within._at(within._least_limit).choice  # pyright: ignore[reportOptionalMemberAccess]

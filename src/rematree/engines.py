@@ -75,6 +75,23 @@ def refuse_copies(model: nn.Module, count: int = 1) -> None:
         )
 
 
+def refuse_spread(model: nn.Module) -> None:
+    """Refuse a model whose weights are on several devices: a plan's bytes are those of one.
+
+    Raises:
+        UsageError: names the devices.
+    """
+    stated = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    whole = (p for p in model.parameters() if not p.is_meta and not is_partitioned(p))
+    found = {str(parameter.device) for parameter in whole}
+    places = stated if len(stated) > 1 else found
+    if len(places) > 1:
+        raise UsageError(
+            f"the model is spread over {', '.join(sorted(places))}; a plan is for one device",
+            remedies=['device_map={"": 0} (accelerate), where it fits one', "FSDP2, which shards weights over ranks"],
+        )
+
+
 def not_counted(what: str) -> UsageError:
     """The error for a model that DeepSpeed trains in a way whose bytes are not counted."""
     return UsageError(

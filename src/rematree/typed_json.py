@@ -1,4 +1,4 @@
-"""Decoded JSON as typed, frozen data: every value has the declared type, or the error names the place.
+"""Decoded JSON as typed, frozen data: every value has the declared type, or the error names the place. And back.
 
 `json.loads` gives whatever is in the file. A dataclass does not look at what it is given, and a wrong type would come
 to light far away, in the executor.
@@ -9,8 +9,8 @@ import enum
 import math
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, cast
 
 _NAMES: Final[Mapping[type, str]] = {
     int: "a whole number",
@@ -56,6 +56,17 @@ def read_typed(kind: Any, value: Any, place: str) -> Any:
             raise ValueError(f"{place}: expected one of {options}, found {_shown(value)}")
         return kind(value)
     return _expect(kind, value, place)
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None for every float that JSON has no word for: a training that diverged has losses of these."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: without_nan(item) for name, item in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in cast(Sequence[Any], value)]
+    return value
 
 
 def _read_fields(kind: Any, value: Any, place: str) -> Any:

@@ -84,9 +84,14 @@ def _from_file(path: Path) -> ModelConfig:
         raw: Any = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path}: not a config: nested too deeply") from error
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: not a config: a JSON {type(raw).__name__} where an object is needed")
-    return ModelConfig(_as_object(raw, str(path)), str(path), raw.get("quantization_config"))  # pyright: ignore[reportUnknownArgumentType]
+    packed: Any = raw.get("quantization_config")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    if packed is not None and not isinstance(packed, dict):
+        raise UsageError(f"{path}: quantization_config is {packed!r:.40}, not an object")
+    return ModelConfig(_as_object(raw, str(path)), str(path), packed)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _from_hub(spec: str, revision: str | None) -> ModelConfig:

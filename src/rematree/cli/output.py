@@ -12,6 +12,7 @@ from rich.console import Console
 from rematree.errors import UsageError
 from rematree.plans import Plan
 from rematree.report.tables import Columns
+from rematree.typed_json import without_nan
 
 
 def hint(line: str) -> None:
@@ -20,8 +21,8 @@ def hint(line: str) -> None:
 
 
 def emit_json(data: Any) -> None:
-    """`data` as indented JSON."""
-    typer.echo(json.dumps(data, indent=1))
+    """`data` as indented JSON, null for what is no number."""
+    typer.echo(json.dumps(without_nan(data), indent=1, allow_nan=False))
 
 
 def emit_table(columns: Columns) -> None:

@@ -1,5 +1,7 @@
 """`rematree train`: the fine-tuning job."""
 
+import gc
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -98,6 +100,9 @@ def train(
     try:
         result = run(config)
     except InfeasibleBudgetError as error:
+        # Frames that are left hold the model, and the one that what would work is tried on is loaded anew.
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
         changes = working_changes(error, config, hint)
         raise error.with_remedies(command_with(ctx, **change) for change in changes) from None
     if as_json:

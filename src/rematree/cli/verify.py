@@ -45,6 +45,9 @@ def verify(
             f"{plan} is for one of {stored.run['ranks']} ranks, and this command runs one process: its peak is another",
             remedies=["rematree plan ... without --ranks, and verify that"],
         )
+    passes = stored.run.get("gradient_accumulation_steps", "1")
+    if not passes.isdecimal() or int(passes) < 1:
+        raise UsageError(f"{plan}: not a plan: its run has gradient_accumulation_steps {passes!r}")
     config = options.train_config(ctx)
     from rematree.finetune.synthetic import shape_of_plan
     from rematree.verification import verify as run_both
@@ -52,8 +55,7 @@ def verify(
     hint(f"loading {config.model}")
     shape = shape_of_plan(config, stored.fingerprint.batch, full=full)
     hint("running steps with and without the plan")
-    accumulation_steps = int(stored.run.get("gradient_accumulation_steps", 1))
-    result = run_both(stored, shape.model, shape.batch, accumulation_steps=accumulation_steps, rounds=rounds)
+    result = run_both(stored, shape.model, shape.batch, accumulation_steps=int(passes), rounds=rounds)
     if as_json:
         emit_json(asdict(result))
     else:

@@ -11,7 +11,6 @@ Falcon calls torch's function then. So the name is a string that is equal to <na
 import copy
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -92,7 +91,21 @@ def _resolve(name: str, module: nn.Module) -> Callable[..., Any]:
 
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
-    return sys.modules[type(module).__module__].eager_attention_forward
+    own = _own_eager(module)
+    assert own is not None  # else it is none of `attention_modules`
+    return own
+
+
+def _own_eager(module: nn.Module) -> Callable[..., Any] | None:
+    """The function that the forward of `module` names for "eager"; None if it names another.
+
+    A file may have several, each with its own scaling and softmax.
+    """
+    forward = inspect.unwrap(own_class(module).forward)
+    code = getattr(forward, "__code__", None)
+    if code is None or _EAGER not in code.co_names:
+        return None
+    return forward.__globals__.get(_EAGER)
 
 
 @functools.cache
@@ -119,9 +132,7 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         if getattr(config, "reorder_and_upcast_attn", False):  # GPT-2 calls another function when it sees "eager"
             continue
-        if name.removeprefix(_PREFIX) == "eager" and not hasattr(
-            sys.modules.get(type(module).__module__), "eager_attention_forward"
-        ):
+        if name.removeprefix(_PREFIX) == "eager" and _own_eager(module) is None:
             continue
         found.append((path, module))
     return found
@@ -132,13 +143,8 @@ def eager_core(module: nn.Module) -> Callable[..., Any] | None:
 
     Others than attentions hold a config, too; they do not name that function.
     """
-    config, kind = _plain(module.__dict__.get("config")), own_class(module)
-    if getattr(config, "_attn_implementation", None) != "eager":
-        return None
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    if code is None or _EAGER not in code.co_names:
-        return None
-    return getattr(sys.modules.get(kind.__module__), _EAGER, None)
+    config = _plain(module.__dict__.get("config"))
+    return _own_eager(module) if getattr(config, "_attn_implementation", None) == "eager" else None
 
 
 class AttentionRegions:

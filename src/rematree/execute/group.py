@@ -96,7 +96,7 @@ class _Frame:
 
     def pack(self, tensor: Tensor) -> _Holder | Kept:
         if is_weight(tensor):
-            return Kept.of(tensor, None)
+            return Kept.of(tensor.detach(), None)
         holder = _Holder(self, len(self.slots))
         self.slots.append(_Slot(weakref.ref(holder), tensor.shape, tensor.dtype))
         return holder

@@ -21,22 +21,27 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A tensor that is kept: detached, because what made it may hold what keeps it."""
+    """A tensor that is kept: detached, because what made it may hold what keeps it; but a weight as it is."""
 
     packed: Any
     unpack: Callable[[Any], Tensor] | None  # of the hooks around the group
     version: int | None
     requires_grad: bool
+    is_leaf: bool
+    is_weight: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor, hooks: Hooks | None) -> Self:
         """`tensor`, by the hooks around the group if there are any."""
+        like = tensor.requires_grad, tensor.is_leaf
+        if is_weight(tensor):  # what is saved of it in a rerun must be told for a weight's again
+            return cls(tensor, None, version_of(tensor), *like, True)
         if hooks is None:
-            return cls(tensor.detach(), None, version_of(tensor), tensor.requires_grad)
-        return cls(hooks[0](tensor.detach()), hooks[1], None, tensor.requires_grad)
+            return cls(tensor.detach(), None, version_of(tensor), *like)
+        return cls(hooks[0](tensor.detach()), hooks[1], None, *like)
 
     def again(self, region: str) -> Tensor:
-        """A leaf with its values.
+        """A tensor with its values, a leaf if it was one: autocast, and adapters beside it, treat leaves differently.
 
         Raises:
             RecomputeMismatchError: it was written to since the forward.
@@ -48,7 +53,10 @@ class Kept:
                 "forward pass; running the region again would use other values",
                 remedies=["pass a copy to the model, or write to it after backward"],
             )
-        return tensor.detach().requires_grad_(self.requires_grad)
+        if self.is_weight:
+            return tensor
+        given = tensor.detach().requires_grad_(self.requires_grad)
+        return given.view_as(given) if self.requires_grad and not self.is_leaf else given
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:

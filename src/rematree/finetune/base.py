@@ -13,11 +13,14 @@ from rematree.catalogue.meta_model import build_meta_model, on_meta
 from rematree.errors import UsageError
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.model import LoadedModel, load_model, preferred_dtype, refuse_other_quantisation
+from rematree.finetune.packing import not_kept_apart
 from rematree.fingerprint import dtype_name
 from rematree.integrations.bitsandbytes import Quantisation
 from rematree.measure import storage_bytes
 from rematree.units import format_bytes
 
+# Of transformers' kinds of layers those that mix tokens by a convolution or a recurrence.
+_RUN_ON: Final = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"})
 _STACK_DIMENSIONS: Final = 3  # of the weights of all experts in one: linear layers have two
 
 
@@ -105,16 +108,29 @@ def _check_rows(model: Any, config: TrainConfig) -> None:
             f"--max-length is {config.max_length}, the model has {positions} positions",
             remedies=[f"--max-length {positions}"],
         )
-    if config.packing and "position_ids" not in inspect.signature(model.forward).parameters:
+    if not config.packing:
+        return
+    if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UsageError("the model takes no position_ids, so examples cannot be packed", remedies=["--no-packing"])
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if running := sorted(_RUN_ON.intersection(layers)):
+        raise not_kept_apart(f"the model has layers of {', '.join(running)}, whose state runs on along a row")
+
+
+def leave_caches_out(base: Any) -> None:
+    """Switch the cache off, also where a model inside of `base` reads it.
+
+    With it on, packed examples are not kept apart. The Trainer switches it off too, but after the planning.
+    """
+    for config in (base.config, base.config.get_text_config()):
+        config.use_cache = False
 
 
 def add_adapters(base: Any, config: TrainConfig) -> Any:
     """`base` under LoRA as `config` says, in training mode; on the meta device if it is there."""
     from peft import LoraConfig, get_peft_model
 
-    # With the cache on, packed examples are not kept apart. The Trainer switches it off too, but after the planning.
-    base.config.use_cache = False
+    leave_caches_out(base)
     # The place of k-bit preparation. Freezing is all of it: norms, embeddings and head stay in the model's dtype, as
     # with upcast="none", so the residual stream, of which every recomputed layer keeps a piece, stays as narrow.
     base.requires_grad_(False)

@@ -6,6 +6,7 @@ Light on purpose: the command line reads the defaults from here without importin
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +28,7 @@ SCHEDULES: Final = (
 _POLYNOMIAL_END: Final = 1e-7  # transformers' default, which the rate must begin above
 # Where a run is kept and how much of it is printed change nothing that is computed.
 _NOT_COMPARED: Final = frozenset({"output_dir", "logging_steps"})
+_SEEDS: Final = 2**32  # NumPy takes no more
 _POSITIVE: Final = (
     "budget",
     "max_length",
@@ -121,6 +123,12 @@ class TrainConfig:
     compare_hf: bool = False
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{flag(item.name)} is {value}; it must be a finite number")
+        if not 0 <= self.seed < _SEEDS:
+            raise UsageError(f"--seed is {self.seed}; it must be at least 0 and below {_SEEDS}")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value <= 0:

@@ -11,7 +11,7 @@ import torch
 from rematree.errors import UsageError
 from rematree.finetune.packing import pack, pad
 from rematree.finetune.records import Record, read_records
-from rematree.finetune.tokens import TokenizedExample, prompt_text, tokenize
+from rematree.finetune.tokens import TokenizedExample, prompt_text, prompt_tokens, tokenize
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DataSplit:
     Attributes:
         train: Columns `input_ids`, `labels` and `position_ids` (packed) or `attention_mask`, all of `max_length`.
         heldout: Columns `input_ids`, `labels`; one example a row at its own length, in random order.
-        question: The first held-out example, or None when nothing is held out.
+        question: The first held-out example whose prompt is short enough to be answered, or None without one.
         report: What became of the examples.
     """
 
@@ -95,6 +95,7 @@ def load_data(
     packing: bool = True,
     heldout: float = 0.1,
     seed: int = 0,
+    longest_prompt: int | None = None,
 ) -> DataSplit:
     """Read, split, tokenise and pack the examples that `spec` names.
 
@@ -105,6 +106,7 @@ def load_data(
         packing: Several examples in one row.
         heldout: Share (below 1) or number (1 and more) of examples held out; 0 holds out none.
         seed: Chooses which ones.
+        longest_prompt: Tokens that the question may have; `max_length` at most.
     Raises:
         UsageError: no such data, a malformed line, or nothing left to train on.
     Not covered:
@@ -133,7 +135,8 @@ def load_data(
         max_length=max_length,
     )
     rest_columns = {"input_ids": [e.input_ids for e in rest], "labels": [e.labels for e in rest]}
-    question = _question(heldout_records[0], tokenizer) if heldout_records else None
+    room = max_length if longest_prompt is None else min(max_length, longest_prompt)
+    question = _question(heldout_records, tokenizer, room)
     table: Any = datasets.Dataset
     return DataSplit(table.from_dict(columns), table.from_dict(rest_columns), question, report)
 
@@ -206,6 +209,11 @@ def _tokenize_all(
     return examples, num_cut, num_dropped
 
 
-def _question(record: Record, tokenizer: Any) -> HeldoutQuestion:
-    turn = next(i for i, message in enumerate(record.messages) if message.role == "assistant")
-    return HeldoutQuestion(prompt_text(record.messages[:turn], tokenizer), record.messages[turn].content)
+def _question(records: Sequence[Record], tokenizer: Any, longest: int) -> HeldoutQuestion | None:
+    """The first of `records` whose prompt has at most `longest` tokens."""
+    for record in records:
+        turn = next(i for i, message in enumerate(record.messages) if message.role == "assistant")
+        text = prompt_text(record.messages[:turn], tokenizer)
+        if len(prompt_tokens(text, tokenizer)["input_ids"]) <= longest:
+            return HeldoutQuestion(text, record.messages[turn].content)
+    return None

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch.nn.functional import cross_entropy
 
-from rematree.finetune.tokens import IGNORED
+from rematree.finetune.tokens import IGNORED, prompt_tokens
 
 # Logits of one example can be larger than everything a budgeted step holds: 512 tokens by 49152 words in float32 are
 # 96 MiB, and the loss makes copies. 128 rows are 24 MiB.
@@ -47,8 +47,7 @@ def generate_answer(model: Any, tokenizer: Any, text: str, max_new_tokens: int) 
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    # A chat template has already put the special tokens into the text.
-    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(device)
+    tokens = prompt_tokens(text, tokenizer, return_tensors="pt").to(device)
     try:
         output = model.generate(
             input_ids=tokens["input_ids"],

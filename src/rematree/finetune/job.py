@@ -116,7 +116,7 @@ def run(
 
 def _train(
     config: TrainConfig, setup: Setup, plan: Plan, engine: Engine, folder: RunFolder, out: Console
-) -> list[float]:
+) -> list[float | None]:
     """Train under the plan from the last whole checkpoint. Returns the loss of every step of the run."""
     checkpoint, torn = folder.recover()
     for name in torn:
@@ -168,7 +168,7 @@ def _frontier(engine: Engine, plan: Plan, out: Console) -> dict[str, Any] | None
         return None
 
 
-def _losses(log: list[dict[str, Any]]) -> list[float]:
+def _losses(log: list[dict[str, Any]]) -> list[float | None]:
     return [float(entry["loss"]) for entry in log if "loss" in entry]
 
 

@@ -3,13 +3,19 @@
 The plan holds for one batch shape, so every row has exactly `max_length` tokens. Packed rows carry no attention mask:
 transformers reads from the restarting `position_ids` where one example ends and the next begins, and lets none attend
 to another. It looks only when there is no key-value cache: with `use_cache` on, packed examples would leak into each
-other, so the job switches the cache off before anything else.
+other, so the job switches the cache off before anything else. What a model makes of that is tried before it is trained.
 """
 
 import bisect
 from collections.abc import Sequence
+from typing import Any, Final, cast
 
+import torch
+
+from rematree.errors import UsageError
 from rematree.finetune.tokens import IGNORED, TokenizedExample
+
+_EACH: Final = 8  # tokens of an example that is made up
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -69,3 +75,45 @@ def pad(examples: Sequence[TokenizedExample], max_length: int, pad_id: int) -> d
         columns["labels"].append([IGNORED, *example.labels[1:]] + [IGNORED] * room)
         columns["attention_mask"].append([1] * length + [0] * room)
     return columns
+
+
+def refuse_leaks(model: Any, rows: int) -> None:
+    """Refuse a model in which what one example of a row predicts depends on another example of that row.
+
+    A gradient tells: that of the logits of the last of two examples is zero on the embeddings of the first, exactly,
+    unless something leads from one to the other, be it a mask that was not made, a convolution or a recurrence. Not
+    found is what leads there in longer rows alone.
+
+    Args:
+        model: With its weights; their gradients and all random generators are left as they were.
+        rows: In a batch: some kernels keep examples apart in one row alone.
+    Raises:
+        UsageError: there is such a dependence.
+    Cost:
+        A forward and a backward of at most 2 rows of 16 tokens.
+    """
+    embedding: Any = model.get_input_embeddings()
+    device = embedding.weight.device
+    embedded: list[torch.Tensor] = []
+
+    def keep(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    ids = torch.arange(2 * _EACH, device=device).remainder(embedding.weight.shape[0]).repeat(min(rows, 2), 1)
+    positions = torch.arange(_EACH, device=device).repeat(len(ids), 2)
+    hook = embedding.register_forward_hook(keep)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            logits: torch.Tensor = model(input_ids=ids, position_ids=positions).logits
+            found = torch.autograd.grad(logits[:, _EACH:].float().sum(), embedded[:1], allow_unused=True)
+            found = cast("tuple[torch.Tensor | None, ...]", found)
+    finally:
+        hook.remove()
+    if any(gradient is not None and (gradient[:, :_EACH].nan_to_num() != 0).any() for gradient in found):
+        raise not_kept_apart("in this model an example depends on those before it in its row")
+
+
+def not_kept_apart(why: str) -> UsageError:
+    """The error for a model that must not be given several examples in one row."""
+    return UsageError(f"{why}, so examples cannot be packed", remedies=["--no-packing"])

@@ -20,6 +20,8 @@ _FORMS: Final = (
     "--data trl-lib/Capybara   (an id on the Hub; needs a network or a filled cache)",
 )
 _MAX_SHOWN: Final = 80
+# What a chat template may put into a turn beside its content; without it another conversation would be trained on.
+_NOT_READ: Final = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def parse_record(row: Any) -> Record:
     if not isinstance(row, Mapping):
         raise ValueError(f"a JSON {_kind(row)}, not an object")
     row = cast(Mapping[str, Any], row)
+    if row.get("tools"):
+        raise ValueError('"tools" is not read: a conversation is its messages')
     if "messages" in row:
         messages = _parse_messages(row["messages"])
     elif "prompt" in row and "completion" in row:
@@ -82,7 +86,10 @@ def parse_record(row: Any) -> Record:
         names = ", ".join(f'"{name}"' for name in row) or "no fields"
         raise ValueError(f'an object with {names}, without "prompt" and "completion" or "messages"')
     text = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False)
-    return Record(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), messages)
+    try:
+        return Record(hashlib.sha256(text.encode("utf-8")).hexdigest(), messages)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a character, {text[error.start]!a}, which no tokenizer takes") from error
 
 
 def _parse_messages(value: Any) -> tuple[Message, ...]:
@@ -93,9 +100,14 @@ def _parse_messages(value: Any) -> tuple[Message, ...]:
         if not isinstance(item, Mapping):
             raise ValueError(f"message {number} is a {_kind(item)}, not an object")
         item = cast(Mapping[str, Any], item)
+        for name in _NOT_READ:
+            if item.get(name):
+                raise ValueError(f'message {number} has "{name}", which is not read: a turn is role and content')
         for name in ("role", "content"):
             if not isinstance(item.get(name), str):
                 raise ValueError(f'message {number} has no "{name}" that is a string')
+        if item.get("weight", 1) not in (1, None):
+            raise ValueError(f'message {number} has a "weight", which is not read: every answer is trained on')
         messages.append(Message(item["role"], item["content"]))
     if all(message.role != "assistant" for message in messages):
         raise ValueError('no message has the role "assistant", so there is nothing to train on')

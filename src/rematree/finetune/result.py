@@ -30,7 +30,7 @@ class TrainResult:
         question: A held-out question; "" when nothing is held out.
         generated_before: The model's answer to it before training.
         generated_after: The same after training.
-        losses: Training loss of every step.
+        losses: Training loss of every step; None, once it was stored, for one that was no number.
         output_dir: Where the run is.
         adapter: Directory for `PeftModel.from_pretrained`.
         device: What it ran on.
@@ -51,7 +51,7 @@ class TrainResult:
     question: str
     generated_before: str
     generated_after: str
-    losses: list[float]
+    losses: list[float | None]
     output_dir: str
     adapter: str
     device: str

@@ -19,12 +19,13 @@ import shutil
 from collections.abc import Generator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from rematree.errors import UsageError
 from rematree.finetune.config import differences
-from rematree.finetune.storage import is_disk_full, read_json, write_json, write_text
+from rematree.finetune.storage import apply_umask, is_disk_full, read_json, write_json, write_text
 from rematree.plans import Plan
+from rematree.typed_json import without_nan
 from rematree.units import format_bytes
 
 _MARK: Final = "complete.json"
@@ -66,7 +67,7 @@ class RunFolder:
             raise UsageError(f"{self.path} cannot be written: {nearest} does not allow it", remedies=remedies[:1])
         if nearest != self.path.absolute():
             return RunState.NEW
-        there = read_json(self.path / "run.json")
+        there = self.about()
         if there is None:
             # Files that start with a dot are what a killed start leaves behind, or a file browser.
             own = {"plan.json", "frontier.json"}
@@ -86,6 +87,17 @@ class RunFolder:
                 remedies=[*remedies, "the settings of that run, to resume it"],
             )
         return RunState.FINISHED if (self.path / "result.json").exists() else RunState.STARTED
+
+    def about(self) -> dict[str, Any] | None:
+        """What `run.json` holds, or None without one.
+
+        Raises:
+            UsageError: it is damaged.
+        """
+        there = read_json(self.path / "run.json")
+        if there is not None and not isinstance(there.get("config"), dict):
+            raise UsageError(f"{self.path / 'run.json'} is damaged: there is no config in it")
+        return there
 
     def nearest(self) -> Path:
         """The directory itself, or while it is not there the closest one above it."""
@@ -121,7 +133,7 @@ class RunFolder:
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
                     file.write(b"\n")
-            file.write(json.dumps(entry).encode() + b"\n")
+            file.write(json.dumps(without_nan(entry)).encode() + b"\n")
 
     def steps(self) -> list[dict[str, Any]]:
         """What is known of every step, in order; of one that was made again after a kill, the last time counts."""
@@ -140,6 +152,7 @@ class RunFolder:
     def mark_complete(self, step: int) -> None:
         """Note the files of a checkpoint and their sizes; a checkpoint without this note is torn."""
         folder = self.path / f"checkpoint-{step}"
+        apply_umask(folder)
         write_json(folder / _MARK, {"files": _sizes(folder)})
 
     def drop_old_checkpoints(self) -> None:
@@ -210,4 +223,8 @@ def _is_whole(folder: Path) -> bool:
         mark = read_json(folder / _MARK)
     except UsageError:
         return False
-    return mark is not None and bool(mark.get("files")) and mark["files"] == _sizes(folder)
+    files = None if mark is None else mark.get("files")
+    if not isinstance(files, dict) or not files:
+        return False
+    there = _sizes(folder)  # a file browser's or a user's own may be among them
+    return all(there.get(name) == size for name, size in cast("dict[str, Any]", files).items())

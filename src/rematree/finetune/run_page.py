@@ -32,7 +32,7 @@ def run_page(path: Path, say: Callable[[str], None]) -> Page:
         UsageError: there is no run, or a file of it is damaged; or it has no frontier and none can be made.
     """
     folder = RunFolder(path)
-    run = folder.read("run.json")
+    run = folder.about()
     if run is None:
         raise UsageError(
             f"{path} holds no run: there is no run.json in it",

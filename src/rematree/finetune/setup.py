@@ -11,6 +11,7 @@ from rematree.finetune.base import add_adapters, load_base, training_device
 from rematree.finetune.callbacks import MakeMeter
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.data import DataSplit, load_data, planning_batch
+from rematree.finetune.packing import refuse_leaks
 from rematree.planning.planner import Planner
 from rematree.plans import Plan
 from rematree.report.stored_frontier import StoredFrontier, stored_frontier
@@ -92,6 +93,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None]) -> Setup:
         UsageError: the model or the data is not there or not usable, or a setting does not fit them.
     """
     loaded = load_base(config)
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     data = load_data(
         config.data,
         loaded.tokenizer,
@@ -99,10 +101,13 @@ def prepare(config: TrainConfig, say: Callable[[str], None]) -> Setup:
         packing=config.packing,
         heldout=config.heldout,
         seed=config.seed,
+        longest_prompt=None if positions is None else positions - config.max_new_tokens,
     )
     for line in data.report.lines():
         say(line)
     batch = planning_batch(data.train, config.per_device_train_batch_size)
     device = training_device()
     model = add_adapters(loaded.model, config).to(device)
+    if config.packing:
+        refuse_leaks(model, config.per_device_train_batch_size)
     return Setup(model, loaded.tokenizer, data, {name: tensor.to(device) for name, tensor in batch.items()})

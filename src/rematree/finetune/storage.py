@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rematree.errors import UsageError
+from rematree.typed_json import without_nan
 
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Writers below Python report a full disk in their own words: safetensors (Rust), torch.save (C++).
@@ -68,20 +69,20 @@ def check_place(path: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """`write_text` of indented JSON."""
-    write_text(path, json.dumps(data, indent=1) + "\n")
+    """`write_text` of indented JSON, null for what is no number."""
+    write_text(path, json.dumps(without_nan(data), indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file that `write_json` wrote, or None when there is no such file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    try:
-        data = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is damaged: {error.msg} at line {error.lineno}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path} is damaged: not a JSON object")
     return data  # pyright: ignore[reportUnknownVariableType]

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from rematree.errors import UsageError
-from rematree.finetune.base import add_adapters, load_base, meta_base, training_device
+from rematree.finetune.base import add_adapters, leave_caches_out, load_base, meta_base, training_device
 from rematree.finetune.config import TrainConfig
 from rematree.finetune.tokens import IGNORED
 
@@ -141,7 +141,7 @@ def _load_trained(config: TrainConfig, full: bool) -> Any:
 def _trained(base: Any, config: TrainConfig, full: bool) -> Any:
     if not full:
         return add_adapters(base, config)
-    base.config.use_cache = False
+    leave_caches_out(base)
     return base.requires_grad_(True).train()
 
 

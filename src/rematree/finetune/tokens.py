@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from jinja2 import TemplateError
+
 from rematree.errors import UsageError
 from rematree.finetune.records import Message, Record
 
 IGNORED: Final = -100
+_MAX_SHOWN: Final = 80
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ def prompt_text(messages: Sequence[Message], tokenizer: Any) -> str:
     return messages[0].content
 
 
+def prompt_tokens(text: str, tokenizer: Any, **options: Any) -> Any:
+    """What the tokenizer makes of a prompt; a chat template has already put the special tokens into its text."""
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template, **options)
+
+
 def _segments(messages: tuple[Message, ...], tokenizer: Any) -> list[tuple[str, bool]]:
     """The conversation as text, in pieces: (text, is it trained on)."""
     if not tokenizer.chat_template:
@@ -93,4 +101,11 @@ def _render_turns(messages: tuple[Message, ...], turns: list[int], tokenizer: An
 
 def _render(messages: Sequence[Message], tokenizer: Any, *, answer_next: bool) -> str:
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next)
+    except TemplateError as error:
+        roles = ", ".join(message.role for message in messages)
+        raise UsageError(
+            f"the chat template of the tokenizer refuses a conversation: {error}",
+            details=[f"its turns: {roles}", f"it begins: {messages[0].content[:_MAX_SHOWN]!r}"],
+        ) from error

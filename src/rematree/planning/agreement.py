@@ -15,8 +15,6 @@ import torch
 from rematree.errors import PlanMismatchError, RematreeError
 from rematree.plans import Fingerprint, Plan
 
-_Batch = tuple[tuple[str, tuple[int, ...], str], ...]
-
 
 def agreed_plan(make: Callable[[], Plan], group: Any = None) -> Plan:
     """The plan that all ranks of `group` take; what `make` returns where there is one process.
@@ -28,7 +26,8 @@ def agreed_plan(make: Callable[[], Plan], group: Any = None) -> Plan:
         group: Of processes; default: all.
     Raises:
         PlanMismatchError: the ranks hold different models, or none of their batches is as large as all others.
-        RematreeError: planning failed on some rank, for example because the budget is infeasible: that rank's error.
+        RematreeError: planning failed on some rank, for example because the budget is infeasible: that rank's error;
+            where it was none of this library's, that rank raises it as it is.
     Cost:
         One gather of the plans, kilobytes each.
     """
@@ -37,12 +36,17 @@ def agreed_plan(make: Callable[[], Plan], group: Any = None) -> Plan:
         return make()
     made: Plan | None = None
     error: RematreeError | None = None
+    own: Exception | None = None
     try:
         made = make()
     except RematreeError as raised:
         error = raised
+    except Exception as raised:  # noqa: BLE001  out of memory, say: the others wait for this rank all the same
+        own, error = raised, RematreeError(f"planning failed: {type(raised).__name__}: {raised}")
     said: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(said, (error, None if made is None else made.to_json()), group=group)
+    if own is not None:
+        raise own
     for rank, (failure, _) in enumerate(said):
         if failure is not None:
             failure.add_note(f"on rank {rank} of {len(said)}")
@@ -62,14 +66,14 @@ def chosen_plan(plans: list[Plan]) -> Plan:
         if differences:
             lines = [line.replace("planned for", "rank 0 has").replace("here", f"rank {rank}") for line in differences]
             raise PlanMismatchError("the ranks hold different models: one plan cannot hold for all", details=lines)
-    batches = [plan.fingerprint.batch for plan in plans]
-    large = [plan for plan in plans if all(_holds(plan.fingerprint.batch, batch) for batch in batches)]
-    if large:  # where one rank's is padded and another's is not, the mask is counted
-        return min(large, key=lambda plan: len(plan.fingerprint.left_out))
+    batches = [plan.fingerprint for plan in plans]
+    for plan in plans:
+        if all(_holds(plan.fingerprint, other) for other in batches):
+            return plan
     raise PlanMismatchError(
         "no rank's longest batch is as large as those of all others",
         details=[f"rank {rank}: {_shown(batch)}" for rank, batch in enumerate(batches)],
-        remedies=["plan on every rank for one batch that is as long and has as many rows as any"],
+        remedies=["plan on every rank for one batch that is as long and has as many rows as any, padded if one is"],
     )
 
 
@@ -77,8 +81,14 @@ def _without_batch(fingerprint: Fingerprint) -> Fingerprint:
     return replace(fingerprint, batch=(), left_out=(), hooked=())
 
 
-def _holds(large: _Batch, small: _Batch) -> bool:
-    """Whether a plan for `large` covers `small`: the same tensors, none larger in any dimension."""
+def _holds(large_for: Fingerprint, small_for: Fingerprint) -> bool:
+    """Whether a plan for one covers the other: the same tensors, none larger in any dimension, none left out alone.
+
+    What is left out is a mask of ones; where another rank's batch is padded, its mask counts.
+    """
+    large, small = large_for.batch, small_for.batch
+    if not set(large_for.left_out) <= set(small_for.left_out):
+        return False
     if [(name, len(shape), dtype) for name, shape, dtype in large] != [(n, len(s), d) for n, s, d in small]:
         return False
     return all(
@@ -88,5 +98,8 @@ def _holds(large: _Batch, small: _Batch) -> bool:
     )
 
 
-def _shown(batch: _Batch) -> str:
-    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape, _ in batch)
+def _shown(made_for: Fingerprint) -> str:
+    return ", ".join(
+        f"{name} {'x'.join(map(str, shape))}{' of ones' if name in made_for.left_out else ''}"
+        for name, shape, _ in made_for.batch
+    )

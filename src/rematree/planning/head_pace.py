@@ -10,6 +10,7 @@ import copy
 import functools
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,7 @@ from rematree.engines import copy_without_engine
 from rematree.execute.handle import forget_handle
 from rematree.execute.loss.attach import attach_chunked_loss
 from rematree.execute.override import ForwardOverride
+from rematree.memory.ledger import BEFORE_THE_BLOCKS
 from rematree.observation.observe import Twin, loss_of
 from rematree.planning.pace import CANNOT_RUN, between_runs, cleared, made_up, now
 from rematree.pricing.cost import probe_bytes
@@ -44,7 +46,8 @@ class HeadClock:
         plain: The step without any lever, simulated.
     Cost:
         Three to six runs of the head with each loss, and what one needs in memory beside the weights. Within some
-        12 seconds for all of them; what is left then gets no answer.
+        12 seconds for all of them; what is left then gets no answer. What a model runs before its blocks is run each
+        time, an encoder for example; if that takes more memory than `probe_bytes`, nothing is.
     """
 
     def __init__(self, model: nn.Module, twin: Twin, blocks: Sequence[str], plain: Simulation) -> None:
@@ -52,9 +55,13 @@ class HeadClock:
         self._plain = plain
         self._model: nn.Module | None = None
         self._spent = 0.0
+        first = plain.segment(BEFORE_THE_BLOCKS)
+        if first is None or first.peak_bytes - first.live_bytes > probe_bytes(self._device):
+            return
         try:
             self._real = functools.partial(made_up, device=self._device)
-            self._batch: Any = tree_map_only(FakeTensor, self._real, twin.batch)
+            with self._own_random():
+                self._batch: Any = tree_map_only(FakeTensor, self._real, twin.batch)
             self._behind = _output_of(twin, blocks[-1])
             self._model = self._without_blocks(model, blocks)
         except CANNOT_RUN:
@@ -80,7 +87,7 @@ class HeadClock:
     def _seconds(self, workspaces: Mapping[int | None, int]) -> dict[int | None, float]:
         room = probe_bytes(self._device)
         times: dict[int | None, list[float]] = {rows: [] for rows, size in workspaces.items() if size <= room}
-        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+        with self._own_random():
             for rows in list(times)[:1]:
                 self._run(rows)  # whatever is done once
             for _ in range(_MOST_RUNS):
@@ -96,7 +103,7 @@ class HeadClock:
 
     def _run(self, rows: int | None) -> float | None:
         assert self._model is not None
-        chunked = None
+        chunked, begun = None, now(self._device)
         try:
             if rows is not None:
                 chunked = attach_chunked_loss(self._model, rows, check=False)
@@ -112,8 +119,12 @@ class HeadClock:
         finally:
             if chunked is not None:
                 chunked.remove()
-        self._spent += seconds
+        self._spent += now(self._device) - begun
         return seconds
+
+    def _own_random(self) -> AbstractContextManager[None]:
+        """What is drawn inside is not drawn from the user's generators."""
+        return torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
 
     def _no_block(self, _inner: Any, *_args: Any, **_kwargs: Any) -> Any:
         """The output of every block."""

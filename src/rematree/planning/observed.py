@@ -9,8 +9,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from rematree.engines import any_partitioned, any_sharded, refuse_copies, without_engine
+from rematree.engines import any_partitioned, any_sharded, refuse_copies, refuse_spread, without_engine
 from rematree.errors import UnsupportedModelError, UsageError
+from rematree.execute.loss.head import is_sharded_alone
 from rematree.execute.own_compile import refuse_compiled
 from rematree.fingerprint import describe_batch, describe_model
 from rematree.memory.found import found_optimizer
@@ -67,12 +68,12 @@ class Observed:
 
     def for_batch(self, batch: Mapping[str, Any]) -> "Observed":
         """The same of `batch`, the same tensors in other shapes; see `Planner.for_batch`."""
-        twin = self.twin.with_batch(batch)
+        twin, eager = self.twin.with_batch(batch), self.survey.eager()
         return dataclasses.replace(
             self,
             twin=twin,
             referee=self.referee.for_twin(twin),
-            survey=scaled(self.survey, tokens_of(batch) / tokens_of(self.twin.batch)),
+            survey=scaled(eager, tokens_of(batch) / tokens_of(self.twin.batch)),
             fingerprint=_made_for(self.fingerprint, batch, twin),
             is_scaled=True,
         )
@@ -102,6 +103,20 @@ def _known(
             remedies=[f'optimizer="{kind}", if it keeps as much' for kind in ("adamw", "adamw_8bit", "sgd")],
         )
     return found
+
+
+def _measured(device: torch.device) -> Measured:
+    """Prices of what ops take on `device`.
+
+    Raises:
+        UsageError: no clock waits for it.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(
+            f"what ops take on {device.type} is measured nowhere yet, so a plan for it would mean nothing",
+            remedies=["pass cost=, say a Roofline of its published rates", "the model on a CPU or a CUDA device"],
+        )
+    return Measured(device)
 
 
 def _chain_of(twin: Twin) -> tuple[Chain, dict[str, int]]:
@@ -136,6 +151,7 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
     ranks = ranks_of(model) if settings.ranks is None else settings.ranks
     refuse_copies(model)
     model = without_engine(model)
+    refuse_spread(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("no parameter of the model requires grad: there is no training step to plan")
     refuse_compiled(model)
@@ -143,7 +159,7 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
     fingerprint = _made_for(dataclasses.replace(describe_model(model), device=twin.device.type), batch, twin)
     if not twin.model.training:
         twin.model.train()
-    cost = settings.cost if settings.cost is not None else Measured(twin.device)
+    cost = settings.cost if settings.cost is not None else _measured(twin.device)
     chain, kinds = _chain_of(twin)
     referee = Referee(
         twin,
@@ -160,7 +176,8 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
     runs = is_measured(cost) and is_live(model, twin.device) and whole
     pace = measure_pace(model, referee, plain) if runs else {}
     live = model if runs and settings.loss is None else None
-    heads = survey_heads(referee, chain, plain, chunk=settings.may("chunked_loss") and settings.loss is None, live=live)
+    chunk = settings.may("chunked_loss") and settings.loss is None and not is_sharded_alone(model)
+    heads = survey_heads(referee, chain, plain, chunk=chunk, live=live)
     if live is not None:  # once more, some seconds later: a block's one slow second would be every block's
         again = measure_pace(model, referee, plain)
         pace = {kind: min(ratio, again.get(kind, ratio)) for kind, ratio in pace.items()}

@@ -74,7 +74,8 @@ class Planner:
         """A planner for `batch`, the same tensors in other shapes, from this one's survey, in milliseconds.
 
         The solver chooses by numbers scaled with the tokens (`scaling.py`); the referee confirms every plan at
-        its own shape, whose bytes and seconds it is given.
+        its own shape, whose bytes and seconds it is given. Compiled blocks, which were measured with one batch, are
+        not among its options.
 
         Raises:
             UsageError: it has other tensors.
@@ -85,7 +86,7 @@ class Planner:
 
     def scales_to(self, batch: Mapping[str, Any]) -> bool:
         """Whether `for_batch` has the levers that a planner made for `batch` would have."""
-        return self.survey.holds_for(self.observed.twin.model, batch)
+        return not self.observed.referee.profiles and self.survey.holds_for(self.observed.twin.model, batch)
 
     def bytes_before(self) -> int:
         """What there is before the step begins, and what the device needs beside the tensors of any step."""

@@ -192,7 +192,7 @@ class Search:
 
     def frontier(self, points: int) -> list[Confirmed]:
         """Pareto-optimal plans from the smallest peak to the fastest step, at most `points` of them."""
-        low = self.least()
+        self.least()
         self._at(self._top)
         fastest = self.best_within(None)
         assert fastest is not None
@@ -204,7 +204,6 @@ class Search:
         for entry in sorted(self._confirmed.values(), key=lambda e: (e.peak_bytes, e.choice.seconds)):
             if not front or entry.choice.seconds < front[-1].choice.seconds:
                 front.append(entry)
-        assert front[0].peak_bytes == low.peak_bytes
         if len(front) > points:
             front = [front[round(i * (len(front) - 1) / max(1, points - 1))] for i in range(points)]
         return front

@@ -184,13 +184,13 @@ def _profile(result: Simulation, index: int, count: int, later: int, extra: floa
     """Numbers of block `index` of `count`; the gradients of those behind it are `later` bytes.
 
     What the first block was given counts as live throughout (`_released`), though it is gone by backward if no block
-    keeps it.
+    keeps it. A block that trains nothing may leave less than it found; no solver is made for that.
     """
     forward, backward = result.forward(index), result.backward(index)
     after = result.forward(index + 1) if index + 1 < count else result.head
     gone = result.released_bytes if index else 0
     return StageOption(
-        kept=after.live_bytes - forward.live_bytes,
+        kept=max(0, after.live_bytes - forward.live_bytes),
         forward=forward.peak_bytes - forward.live_bytes,
         backward=backward.peak_bytes - (forward.live_bytes - gone) - later if backward else 0,
         seconds=extra,

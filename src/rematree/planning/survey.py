@@ -79,6 +79,22 @@ class Survey:
         known = {path for layers in self.lean.values() for path in layers if is_core(path)}
         return known == {path for block in self.chain.blocks for path in _cores_in(model, block, batch)}
 
+    def eager(self) -> "Survey":
+        """The same without compiled blocks."""
+        kept = [[place for place, each in enumerate(known) if each.compiled is None] for known in self.options]
+        options = tuple(tuple(known[place] for place in kept[kind]) for kind, known in enumerate(self.options))
+        stages = tuple(
+            tuple(each[place] for place in kept[kind])
+            for kind, each in zip(self.kinds, self.problem.stages, strict=True)
+        )
+        return replace(
+            self,
+            options=options,
+            problem=replace(self.problem, stages=stages),
+            released=tuple(self.released[place] for place in kept[self.kinds[0]]),
+            compiled=NOT_COMPILED,
+        )
+
     def left_by(self, choice: ChainChoice) -> list[tuple[int, float]]:
         """For each block, (bytes that its forward leaves until backward, extra seconds)."""
         (kept, seconds), *others = by_block(self.problem, choice)

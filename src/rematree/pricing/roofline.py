@@ -25,7 +25,7 @@ class Rates:
 
     Attributes:
         flops_per_second: Dense peak of the matmul units by dtype: "bf16", "fp16", "tf32", "fp32", "int8". A dtype that
-            is not in it computes at the rate of "fp32", or the slowest there is.
+            is not in it computes at the rate of "fp32", or the slowest there is; "int8", at the fastest.
         bytes_per_second: Memory bandwidth.
         efficiency: Fraction of the peak that real kernels reach, by kind of work. Of the FLOP rate for matmuls and
             attention, of the bandwidth for everything else.
@@ -47,7 +47,8 @@ class Rates:
         if name == "fp32" and self.tf32:
             name = "tf32"
         known = self.flops_per_second
-        return known.get(name) or known.get("fp32") or min(known.values())
+        otherwise = max(known.values()) if name == "int8" else known.get("fp32") or min(known.values())
+        return known.get(name) or otherwise
 
     def seconds(self, work: Work) -> float:
         """Time of `work` at the stated efficiencies."""

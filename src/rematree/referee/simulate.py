@@ -123,7 +123,7 @@ class Referee:
         self._neighbours: Neighbours | None = Neighbours()  # until the first run has shown that blocks see no others
 
     def for_twin(self, twin: Twin) -> "Referee":
-        """A referee of the same model with another batch."""
+        """A referee of the same model with another batch; blocks were compiled and measured with this one."""
         other = Referee(
             twin,
             self.blocks,
@@ -133,7 +133,6 @@ class Referee:
             kinds=self.kinds,
             folds=self._container is not None,
             pace=self.pace,
-            profiles=self.profiles,
             ranks=self.ranks,
         )
         other.head_pace = self.head_pace

@@ -81,7 +81,12 @@ def export_plan(plan: Plan, trainer: str, weights: str | None = None) -> Export:
         )
     every, lost = _layers(plan)
     model = weights or plan.run["model"]
-    settings = _trl(plan, model, every) if trainer == TRL else _axolotl(plan, model, every)
+    try:
+        settings = _trl(plan, model, every) if trainer == TRL else _axolotl(plan, model, every)
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"the plan does not say what run it was made for: {type(error).__name__} in its run, {error}"
+        ) from error
     if model.startswith(_BUNDLED) or model.endswith((".json", ".gguf")):
         lost.insert(0, f"the weights: {trainer} loads a folder or an id on the Hub, and {model} is none")
     lost += [*_loss(plan, trainer), *_levers(plan)]
@@ -169,6 +174,7 @@ def _trl(plan: Plan, model: str, every: int) -> dict[str, Any]:
     if "revision" in run:
         out["model_revision"] = run["revision"]
     out["dtype"] = run.get("dtype", "auto")  # without it, TRL loads and computes in float32
+    out["bf16"] = False  # without it, TRL computes under autocast to bf16, and the plan is for a step without
     for bits in (4, 8):
         if f"load_in_{bits}bit" in run:
             out[f"load_in_{bits}bit"] = True

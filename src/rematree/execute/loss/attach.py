@@ -12,7 +12,7 @@ chunk by chunk.
 
 Transparent without labels, in `eval()` and without grad mode. Real logits, and so no saving, for: class-probability
 targets, `weight` with `label_smoothing`, `reduction="none"` or a gradient hook on a parameter together with a trainable
-head.
+head, and a head that FSDP2 shards as a unit of its own.
 """
 
 import functools
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rematree.engines import any_sharded
 from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.loss.chunked import chunked_loss
 from rematree.execute.loss.deferred import defer_head
@@ -141,6 +142,8 @@ class ChunkedLoss:
         hidden = args[0] if args else None
         if not self._armed or len(args) != 1 or kwargs or not isinstance(hidden, Tensor) or hidden.ndim < 2:
             return inner(*args, **kwargs)
+        if any_sharded(self._head):  # a unit of FSDP2's own: its weight is gone once it has run
+            return inner(*args, **kwargs)
         autocast = autocast_now(hidden.device.type)
         num_classes, dtype, device = self._probe(inner, hidden, autocast)
         params = tuple(param for param in self._head.parameters() if param.requires_grad)
@@ -197,5 +200,5 @@ class ChunkedLoss:
         if self._check_pending:
             with dropout_off(self._head):
                 self._check_pending = not verify_window(rows, job, type(self._head).__name__)
-        self.effective = True
+        self.effective = head.fate.chunked = True
         return chunked_loss(job, rows.hidden if tracked else rows.hidden.detach())

@@ -44,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_hidden[part] = chunk_grad
                 del chunk_grad  # not beside the next chunk's logits
         loss = job.reduce(torch.cat(losses))
-        late = job.denominator(torch.float32).reciprocal() if mean and job.scale_late else None
+        late = job.late_factor() if mean and job.scale_late else None
         ctx.save_for_backward(late, grad_hidden, *sums)
         ctx.dtypes = [param.dtype for param in params]
         ctx.given_away = job.given_away

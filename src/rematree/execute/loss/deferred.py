@@ -8,7 +8,8 @@ their gradient, and goes on with them.
 Letters: B batch, T tokens, D model width, V vocabulary, N = B*T rows. [..., D] is any number of leading row dimensions.
 
 Not covered: logits read after an optimizer step are those of the new weights, and a head with dropout draws a new mask
-for every reading.
+for every reading. A hook for the gradient of logits whose loss was computed in chunks is refused: that gradient never
+is one tensor. Hooks of torch's engines are not: DDP and FSDP2 put theirs on whatever a model returns.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rematree.errors import UnsupportedModelError
 from rematree.execute.loss.head import HeadCall
@@ -27,6 +28,7 @@ from rematree.execute.loss.row_ops import record
 _QUERIES = frozenset(
     {".shape", ".dtype", ".device", ".ndim", ".layout", ".requires_grad", ".is_leaf", ".grad_fn", ".is_cuda", ".is_cpu"}
     | {
+        "._base",
         ".is_meta",
         ".is_sparse",
         ".is_quantized",
@@ -49,6 +51,10 @@ _QUERIES = frozenset(
         "__hash__",
     }
 )
+
+
+_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
+_ENGINES = "torch.distributed."
 
 
 class DeferredLogits(Tensor):
@@ -77,6 +83,14 @@ class DeferredLogits(Tensor):
         if name in _QUERIES:
             with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
                 return func(*args, **kwargs)
+        if torch.is_grad_enabled():
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, DeferredLogits) and _requires_grad(leaf):
+                    # DDP clones what a model returns inside of an autograd function, where grad mode is off.
+                    leaf.rows.tracked = True
+        if name in _HOOKS and _may_wait(name, args, kwargs):
+            with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+                return func(*args, **kwargs)
         if args and isinstance(args[0], DeferredLogits) and args[0].rows.source.real is None:
             outcome = record(args[0].rows, name, func, args[1:], kwargs)
             if outcome is not None:
@@ -99,6 +113,29 @@ class DeferredLogits(Tensor):
         return func(*real_args, **real_kwargs)
 
 
+def _requires_grad(logits: DeferredLogits) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+        return logits.requires_grad
+
+
+def _may_wait(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a hook for the gradient of deferred logits can be put on these themselves: an engine's can.
+
+    Raises:
+        UnsupportedModelError: it is another's, and would not be called any more.
+    """
+    logits, *others = args
+    hook = others[0] if others else kwargs.get("hook")
+    if (getattr(hook, "__module__", None) or "").startswith(_ENGINES):
+        return True
+    if logits.rows.source.head.fate.chunked:
+        raise UnsupportedModelError(
+            f"logits.{name}: their loss was computed in chunks, and their gradient with it, before this was called",
+            remedies=["apply a plan without the chunked loss: forbid=('chunked_loss',)"],
+        )
+    return False
+
+
 def _with_real_logits(tree: Any, *, shared: bool = False) -> Any:
     def real(leaf: object) -> object:
         return leaf.rows.real(shared=shared) if isinstance(leaf, DeferredLogits) else leaf
@@ -112,15 +149,18 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: LogitRows, *inputs: Tensor) -> DeferredLogits:
         ctx.rows = rows
+        ctx.set_materialize_grads(False)
         return DeferredLogits(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows: LogitRows = ctx.rows
+        inputs = (rows.source.hidden, *rows.source.head.params)
+        if grad_outputs[0] is None:  # DDP runs every node behind what a model returns, also where nothing reaches it
+            return None, *(None for _ in inputs)
         with torch.enable_grad():
             logits = rows.real(shared=True)
-        inputs = (rows.source.hidden, *rows.source.head.params)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         grads = iter(torch.autograd.grad(logits, wanted, grad_outputs, retain_graph=True, allow_unused=True))
         return None, *(next(grads) if tensor.requires_grad else None for tensor in inputs)

@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rematree.engines import any_sharded
 
 Unary = Callable[[Tensor], Tensor]
 
@@ -30,6 +32,23 @@ def find_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
             return None
 
 
+def is_sharded_alone(model: nn.Module) -> bool:
+    """Whether FSDP2 shards the head of `model`, or something in it, as a unit of its own or with some other modules."""
+    found = find_head(model)
+    return found is not None and any_sharded(found[1])
+
+
+@dataclass(eq=False, slots=True)
+class Fate:
+    """What became of the output of one call of the head, and of all that was made of it.
+
+    Attributes:
+        chunked: A loss of it was computed in chunks.
+    """
+
+    chunked: bool = False
+
+
 @dataclass(frozen=True)
 class HeadCall:
     """All that is needed to run a head later as it would have run now.
@@ -43,6 +62,7 @@ class HeadCall:
         autocast: Device type and dtype of the autocast that was on, None if it was off.
         chunk_rows: Rows computed at once where an operation allows it.
         cross_entropy: Called as `cross_entropy(rows, target, **options)`; None means: not supported, use real logits.
+        fate: Of what the call returned.
     """
 
     forward: Unary
@@ -53,6 +73,7 @@ class HeadCall:
     autocast: tuple[str, torch.dtype] | None
     chunk_rows: int
     cross_entropy: Callable[..., Tensor | None]
+    fate: Fate = field(default_factory=Fate)
 
 
 def autocast_now(device_type: str) -> tuple[str, torch.dtype] | None:

@@ -70,6 +70,11 @@ class RowLoss:
             return counts.sum().to(dtype)
         return (self.weight[self.target.where(counts, 0)] * counts).sum().to(dtype)
 
+    def late_factor(self) -> Tensor:
+        """1/N in fp32, for `scale_late`; 0 where no row counts: plain gradients are 0 there, not 0/0."""
+        counts = (self.target != self.ignore_index).any()
+        return torch.where(counts, self.denominator(torch.float32).reciprocal(), 0.0)
+
     def reduce(self, losses: Tensor) -> Tensor:
         """[N] -> the loss. Goes through the plain kernel on one class, so that it adds in the plain order."""
         if self.weight is not None and self.reduction == "mean":
