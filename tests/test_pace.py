@@ -91,17 +91,14 @@ def test_only_where_the_weights_are_here() -> None:
     )  # prices of another device
 
 
-@pytest.mark.parametrize("disturbed", [0, 2])
-def test_of_two_visits_with_the_head_between_them_the_faster_counts(
-    disturbed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_mean_of_two_visits_with_the_head_between_them_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(build("llama", layers=2), target_modules=["q_proj"])
     head = HeadClock.seconds
     order: list[str] = []
 
     def visit(_model: torch.nn.Module, referee: Referee, _plain: Simulation) -> dict[int, float]:
         order.append("blocks")
-        return dict.fromkeys(referee.kinds, 86400.0 if len(order) == disturbed + 1 else 2.0)
+        return dict.fromkeys(referee.kinds, 1.0 + len(order))  # 2 and 4
 
     def between(clock: HeadClock, workspaces: Mapping[int | None, int]) -> dict[int | None, float]:
         order.append("head")
@@ -109,5 +106,5 @@ def test_of_two_visits_with_the_head_between_them_the_faster_counts(
 
     monkeypatch.setattr("rematree.planning.observed.measure_pace", visit)
     monkeypatch.setattr(HeadClock, "seconds", between)
-    assert set(Planner(model, batch_for(model), optimizer="none").observed.referee.pace.values()) == {2.0}
+    assert set(Planner(model, batch_for(model), optimizer="none").observed.referee.pace.values()) == {3.0}
     assert order == ["blocks", "head", "blocks"]

@@ -178,9 +178,9 @@ def observe(model: nn.Module, batch: Mapping[str, Any], settings: Settings) -> O
     live = model if runs and settings.loss is None else None
     chunk = settings.may("chunked_loss") and settings.loss is None and not is_sharded_alone(model)
     heads = survey_heads(referee, chain, plain, chunk=chunk, live=live)
-    if live is not None:  # once more, some seconds later: a block's one slow second would be every block's
+    if live is not None:  # once more, some seconds later: a machine's speed changes, and a step sees all of it
         again = measure_pace(model, referee, plain)
-        pace = {kind: min(ratio, again.get(kind, ratio)) for kind, ratio in pace.items()}
+        pace = {kind: (ratio + again.get(kind, ratio)) / 2 for kind, ratio in pace.items()}
     referee.pace, referee.head_pace = pace, heads.pace
     plain = referee.paced(plain)
     if plain.head.seconds > 0:
