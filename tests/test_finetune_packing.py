@@ -1,6 +1,7 @@
 """Packed rows keep every token once and let no example see another."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rematree.errors import UsageError
-from rematree.finetune.base import meta_base
+from rematree.finetune.base import leave_caches_out, meta_base
 from rematree.finetune.data import collate
 from rematree.finetune.packing import best_fit_decreasing, pack, pad, refuse_leaks
 from rematree.finetune.tokens import IGNORED, TokenizedExample
@@ -125,6 +126,14 @@ def test_a_model_whose_examples_leak_into_each_other_is_refused(rows: int) -> No
         assert error.value.remedies == ("--no-packing",)
     with pytest.raises(UsageError, match="an example depends on those before it in its row"):
         refuse_leaks(hybrid().train(), rows)
+
+
+def test_the_cache_is_left_out_where_an_inner_model_reads_it() -> None:
+    """Gemma 3n makes one in its text model, whose config is another's part, before any mask."""
+    config = transformers.Gemma3nConfig()
+    leave_caches_out(SimpleNamespace(config=config))
+    assert not config.use_cache  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    assert not config.get_text_config().use_cache
 
 
 def test_layers_that_run_on_along_a_row_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
