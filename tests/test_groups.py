@@ -110,21 +110,23 @@ def test_saved_regions_in_groups() -> None:
             assert_same(expected, gradients(model, batch))
 
 
+def under_autocast(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Gradients of a step whose forward, and not its backward, runs under autocast."""
+    torch.manual_seed(3)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def test_autocast_of_the_forward_is_that_of_the_rerun() -> None:
     model = with_lora(build("llama"))
     batch = batch_for(model)
 
-    def step() -> dict[str, torch.Tensor]:
-        torch.manual_seed(3)
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch).loss
-        loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    expected = step()
+    expected = under_autocast(model, batch)
     with under(model, batch, ((0, 3),), {1: {"": AGAIN}}):
-        assert_same(expected, step())
+        assert_same(expected, under_autocast(model, batch))
 
 
 def test_accumulated_gradients_and_a_kept_graph() -> None:
@@ -496,18 +498,10 @@ def test_lean_layers_that_read_the_input_of_a_group_under_autocast() -> None:
     blocks = find_chain(model).blocks
     lean = tuple(f"{blocks[1]}.self_attn.{name}_proj" for name in "qkv")
 
-    def step() -> dict[str, torch.Tensor]:
-        torch.manual_seed(3)
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch).loss
-        loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    expected = step()
+    expected = under_autocast(model, batch)
     plan = dataclasses.replace(grouped(model, batch, ((1, 3),)), lean=lean)
     with rematree.apply(plan, model):
-        assert_same(expected, step())
+        assert_same(expected, under_autocast(model, batch))
 
 
 class Scaled(nn.Module):
