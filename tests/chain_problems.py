@@ -52,3 +52,14 @@ def layers(count: int, kept: int = 30, boundary: int = 1) -> ChainProblem:
     advance = Advance(boundary, boundary + 4, boundary, 1.0)
     heads = (HeadOption(60, 5.0), HeadOption(15, 6.0))
     return ChainProblem(100, (stage,) * count, (0,) * count, heads, (advance,) * count)
+
+
+def one_long_row() -> ChainProblem:
+    """SmolLM2's chain for one row of 4096 tokens, with the one option that it has at the smallest peak.
+
+    Outputs are a whole number of quanta, gradients are not: those of 30 blocks are room for two outputs.
+    """
+    option = StageOption(4_718_592, 72_356_800, 119_785_480, 0.115, 0.0)
+    advance = Advance(4_718_592, 94_376_896, 9_437_184, 0.128)
+    heads = (HeadOption(51_904_520, 1.2),)
+    return ChainProblem(284_664_704, ((option,),) * 30, (325_632,) * 30, heads, (advance,) * 30)

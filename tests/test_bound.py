@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chain_problems import alike, layers, problems
+from chain_problems import alike, layers, one_long_row, problems
 from rematree.solve import bound, labels
-from rematree.solve.bound import certify
+from rematree.solve.bound import certify, tightened
 from rematree.solve.chain import ChainProblem, least_peak, solve_chain
 from rematree.solve.exhaustive import solve_exhaustively
 from rematree.solve.groups import choice_peak
 from rematree.solve.nested import least_grouped_peak, quantum_for, solve_groups
+from rematree.solve.relaxation import Prices
+from rematree.units import KIB
 
 
 @settings(max_examples=80, deadline=None)
@@ -26,6 +28,7 @@ def test_no_choice_is_below_it(problem: ChainProblem, limit: int, quantum: int) 
     found = certify(problem, limit, quantum).seconds
     if best is not None:
         assert found <= best.seconds
+        assert tightened(problem, limit, found, best.seconds) <= best.seconds
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,8 +37,8 @@ def test_any_multipliers_give_a_bound(problem: ChainProblem, limit: int, prices:
     """HiGHS may be as wrong as it likes: the certificate does not trust it."""
     best = solve_exhaustively(problem, limit)
     count = len(problem.stages)
-    wrong = bound._Prices(np.array(prices[:count]), np.array(prices[6 : 6 + count]), prices[12])
-    with mock.patch.object(bound, "_relaxation", return_value=(0.0, wrong, np.zeros(count + 1))):
+    wrong = Prices(np.array(prices[:count]), np.array(prices[6 : 6 + count]), prices[12])
+    with mock.patch.object(bound, "relaxation", return_value=(0.0, wrong, np.zeros(count + 1))):
         found = certify(problem, limit, 1).seconds
     if best is not None:
         assert found <= best.seconds
@@ -112,8 +115,8 @@ def test_wrong_prices_lose_no_label(problem: ChainProblem, limit: int, prices: l
     bare = dataclasses.replace(problem, advances=())
     best, begun = solve_exhaustively(bare, limit), solve_chain(bare, limit, 9)
     count = len(bare.stages)
-    wrong = bound._Prices(np.array(prices[:count]), np.array(prices[6 : 6 + count]), prices[12])
-    with mock.patch.object(bound, "_relaxation", return_value=(0.0, wrong, np.zeros(count + 1))):
+    wrong = Prices(np.array(prices[:count]), np.array(prices[6 : 6 + count]), prices[12])
+    with mock.patch.object(bound, "relaxation", return_value=(0.0, wrong, np.zeros(count + 1))):
         found = certify(bare, limit, 9)
     if best is not None and begun is not None and best.seconds < begun.seconds * (1 - 1e-4):
         assert found.choice is not None
@@ -131,6 +134,18 @@ def test_at_the_smallest_peak_it_is_what_the_solver_finds() -> None:
             assert choice.groups
             thousandfold = _times(problem, 1000)  # not a whole number of quanta above the base
             assert certify(thousandfold, 1000 * limit + 7, 1).seconds == pytest.approx(choice.seconds, rel=1e-9)
+
+
+def test_at_the_smallest_peak_finer_quanta_close_the_bound() -> None:
+    problem = one_long_row()
+    least = least_grouped_peak(problem, KIB, least_peak(problem, KIB))
+    for limit in (least, least + 60_000):
+        choice = solve_groups(problem, limit, quantum_for(problem, limit) // 4)
+        assert choice is not None
+        assert choice.groups
+        found = certify(problem, limit, KIB, choice.seconds).seconds
+        assert found < choice.seconds * 0.97
+        assert tightened(problem, limit, found, choice.seconds) == pytest.approx(choice.seconds, rel=1e-9)
 
 
 def _times(problem: ChainProblem, factor: int) -> ChainProblem:

@@ -6,26 +6,27 @@ from typing import Any
 
 import pytest
 
-from chain_problems import layers
+from chain_problems import layers, one_long_row
 from rematree.planning.search import Search
 from rematree.solve.chain import ChainChoice, ChainProblem
 from rematree.solve.groups import choice_peak
+from rematree.solve.nested import quantum_for, solve_groups
 from rematree.units import GIB, MIB
 
 PROBLEM = layers(20, kept=30 * MIB, boundary=MIB)
 ALL_SAVED = ChainChoice((2,) * 20, 0, 0.0)
 
 
-def search(slack: Any, problem: ChainProblem = PROBLEM) -> Search:
-    """Over a step of 20 blocks that takes what the solver adds up and `slack` of it."""
-    plain = choice_peak(problem, ALL_SAVED)
+def search(slack: Any, problem: ChainProblem = PROBLEM, seconds: float = 100.0) -> Search:
+    """Over a step that takes what the solver adds up and `slack` of it, and `seconds` with nothing recomputed."""
+    plain = choice_peak(problem, ChainChoice(tuple(len(stage) - 1 for stage in problem.stages), 0, 0.0))
 
     def run(choice: ChainChoice) -> Any:
         taken = choice_peak(problem, choice)
         return SimpleNamespace(misread=(), peak_bytes=taken, slack_bytes=slack(plain - taken))
 
     survey: Any = SimpleNamespace(
-        problem=problem, plain=SimpleNamespace(peak_bytes=plain, seconds=100.0), levers=lambda choice: choice
+        problem=problem, plain=SimpleNamespace(peak_bytes=plain, seconds=seconds), levers=lambda choice: choice
     )
     referee: Any = SimpleNamespace(run=run)
     return Search(survey, referee, 0)
@@ -64,3 +65,33 @@ def test_a_frontier_where_slack_grows_as_memory_is_saved() -> None:
     found = within.frontier(5)
     assert found[0].peak_bytes == min(entry.peak_bytes for entry in within._confirmed.values())
     assert found[0].choice != within._at(within._least_limit).choice  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_near_the_smallest_peak_quanta_are_finer() -> None:
+    """Of some budgets there a coarse quantum would lose a forward or five, and no bound would show it."""
+    problem, lost = one_long_row(), 0
+    for limit in range(418_611_188, 420_500_000, 150_000):
+        best, coarse = (solve_groups(problem, limit, quantum_for(problem, limit) // parts) for parts in (48, 1))
+        within = search(lambda saved: 0, problem)
+        within.around(limit)
+        found = within.best_within(limit)
+        assert found is not None
+        assert best is not None
+        assert found.choice.seconds <= best.seconds * 1.04
+        assert within.bound(found, limit) == pytest.approx(best.seconds, rel=1e-6)
+        lost += coarse is None or coarse.seconds > found.choice.seconds
+    assert lost > 2
+
+
+def test_the_smallest_peak_is_that_of_a_step_somebody_would_wait_for() -> None:
+    """The last 2.5 of 134 MiB would make the step half as long again, and its simulation as well."""
+    problem, plain = one_long_row(), 5.0
+    within = search(lambda saved: 0, problem, plain)
+    least = within.least()
+    patient = search(lambda saved: 0, problem).least()
+    assert patient.choice.seconds > 3 * plain
+    assert plain < least.choice.seconds <= 3 * plain
+    assert patient.peak_bytes < least.peak_bytes < 1.02 * patient.peak_bytes
+    within.around(patient.peak_bytes)
+    assert all(entry.choice.seconds <= 3 * plain for entry in within._confirmed.values())
+    assert within.best_within(patient.peak_bytes) is None

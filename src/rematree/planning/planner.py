@@ -93,7 +93,7 @@ class Planner:
         return bytes_before(self.survey.plain) + self.observed.fixed_bytes
 
     def min_peak_bytes(self) -> int:
-        """Smallest confirmed peak of any plan."""
+        """Smallest confirmed peak of any plan that takes no longer than four plain steps."""
         return self._search.least().peak_bytes
 
     def plan(self, budget: int | str | None = None) -> Plan:

@@ -14,7 +14,7 @@ from rematree.planning.survey import Survey
 from rematree.plans import Levers
 from rematree.referee.simulate import Referee
 from rematree.referee.simulation import Simulation
-from rematree.solve.bound import Certified, certify
+from rematree.solve.bound import Certified, certify, tightened
 from rematree.solve.chain import ChainChoice, in_runs, least_peak, solve_chain
 from rematree.solve.groups import Group, choice_peak
 from rematree.solve.nested import least_grouped_peak, quantum_for, solve_groups
@@ -24,6 +24,8 @@ _RESOLUTION: Final = 16384  # quanta of the chain solver between the first block
 _MAX_CONFIRMATIONS: Final = 6  # simulated steps spent on one budget
 _WORTH_GROUPS: Final = 0.003  # of the step: groups that win less are left alone
 _WORTH_SEARCHING: Final = 0.001  # of the step: when no plan in between can win more, the search for one ends
+_FINER: Final = 4  # parts of a quantum near the smallest peak
+_LONGEST: Final = 4  # plain steps: for the last hundredth of memory, groups in groups can take thirty of 80 blocks
 _NEAR_LEAST: Final = 3  # limits tried for the smallest peak
 
 
@@ -72,7 +74,12 @@ class Search:
         """The smallest limit at which the solver finds something; asked for only where a budget comes near it."""
         problem = self._survey.problem
         least = least_peak(problem, self._quantum)
-        return least_grouped_peak(problem, self._quantum, least) if problem.advances else least
+        return least_grouped_peak(problem, self._quantum, least, self._most) if problem.advances else least
+
+    @property
+    def _most(self) -> float:
+        """Seconds of a choice, beyond a step in which nothing is recomputed, that are too many."""
+        return (_LONGEST - 1) * self._survey.plain.seconds
 
     def peak(self, simulation: Simulation) -> int:
         """All that the device must have: the sum of the ledger."""
@@ -106,7 +113,11 @@ class Search:
             alone = in_runs(problem, alone, limit)
         if not problem.advances or (alone is not None and self._groups_cannot_win(alone, limit)):
             return alone
-        grouped = solve_groups(problem, limit, quantum_for(problem, limit))
+        # Near the smallest peak, where there is nothing without groups, a quantum more or less is a whole forward.
+        quantum = quantum_for(problem, limit)
+        grouped = solve_groups(problem, limit, max(1, quantum // _FINER) if alone is None else quantum)
+        if grouped is not None and grouped.seconds > self._most:
+            return alone
         if alone is None or grouped is None:
             return alone or grouped
         wins = alone.seconds - grouped.seconds
@@ -122,14 +133,17 @@ class Search:
 
         It is more where the referee found less live than the solver had added up.
         """
-        limit = choice_peak(self._survey.problem, entry.choice)
+        problem = self._survey.problem
+        limit = choice_peak(problem, entry.choice)
         if budget is not None:
             limit = max(limit, min(budget - self._beside, self._top))
-        return self._certify(limit).seconds
+        within = (e.choice for e in self._confirmed.values() if choice_peak(problem, e.choice) <= limit)
+        known = min(choice.seconds for choice in within)
+        return tightened(problem, limit, self._certify(limit, known).seconds, known)
 
-    def _certify(self, limit: int) -> Certified:
+    def _certify(self, limit: int, known: float = math.inf) -> Certified:
         if limit not in self._certified:
-            self._certified[limit] = certify(self._survey.problem, limit, self._quantum)
+            self._certified[limit] = certify(self._survey.problem, limit, self._quantum, known)
         return self._certified[limit]
 
     def simulation_of(self, levers: Levers) -> Simulation | None:

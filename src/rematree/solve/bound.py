@@ -8,9 +8,9 @@ choice within the limit (Lagrangian duality holds for any multipliers that are n
 last sum is left, and what it can amount to is subtracted.
 
 Near the smallest peak shares of a path say little. There the dynamic program itself is the better witness, run a second
-time with everything rounded in favour of the choices: what it returns is below all of them as well. Elsewhere what a
-path split into shares wins is closed by looking at the whole paths that are left between the bound and the fastest
-choice known (`labels.py`); they are few.
+time with everything rounded in favour of the choices: what it returns is below all of them as well, and closer in finer
+quanta. Elsewhere what a path split into shares wins is closed by looking at the whole paths that are left between the
+bound and the fastest choice known (`labels.py`); they are few.
 
 Groups, of which there are thousands, enter the LP only when that cheapest path takes them (column generation). What a
 group takes and costs is read off tables that round in its favour, so that the bound holds for nested ones as well.
@@ -19,52 +19,25 @@ group takes and costs is read off tables that round in its favour, so that the b
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
-from scipy.optimize import linprog
 
 from rematree.solve.chain import ChainChoice, ChainProblem, solve_chain
 from rematree.solve.labels import Remaining, settle
 from rematree.solve.nested import quantum_for, seconds_at_least
+from rematree.solve.relaxation import Prices, Span, relaxation
 from rematree.solve.tables import Tables, beside_of, runs_of
 
 _ROUNDS: Final = 12  # of column generation
 _CLOSE: Final = 1e-4  # of the bound: closer to the LP's value it cannot get by more groups
 _STATES: Final = 400  # of the tables for groups: coarser ones only lower the bound
-_PENALTY: Final = 100.0  # seconds for the whole limit once more, in units of all seconds there are
+_HALVINGS: Final = 3  # of the quantum
+_WORTH_LOOKING: Final = 1e-3  # of the bound: what is closer is close enough
 _CHEAPEST: Final = 40  # groups taken in at a time, beside those on the cheapest path
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """One way to pass blocks start..stop-1: bytes as of `StageOption`, gradients of later blocks in `backward`."""
-
-    start: int
-    stop: int
-    kept: int
-    forward: int
-    backward: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Prices:
-    """Seconds a byte at each position.
-
-    Attributes:
-        forward: In the forward of each block.
-        backward: In its backward.
-        head: In the head.
-    """
-
-    forward: Floats
-    backward: Floats
-    head: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +70,7 @@ def certify(problem: ChainProblem, limit: int, quantum: int, known: float = math
     """
     later = [sum(problem.gradients[block + 1 :]) for block in range(len(problem.stages))]
     columns = [
-        _Span(block, block + 1, o.kept, o.forward, o.backward + later[block], o.seconds)
+        Span(block, block + 1, o.kept, o.forward, o.backward + later[block], o.seconds)
         for block, stage in enumerate(problem.stages)
         for o in stage
     ]
@@ -105,9 +78,7 @@ def certify(problem: ChainProblem, limit: int, quantum: int, known: float = math
     swept, tables = seconds_at_least(problem, limit, fine)
     if not math.isfinite(swept):
         return Certified(swept)  # nothing fits
-    size = abs(swept) + sum(max(abs(o.seconds) + o.fill for o in stage) for stage in problem.stages)
-    size += max(abs(head.seconds) for head in problem.heads)
-    rounding = float((8 * len(columns) + 64) * np.finfo(np.float64).eps) * size  # of sums of fewer terms than columns
+    rounding = _rounding(problem, swept)
     alone = solve_chain(problem, limit, quantum)
     if alone is not None:
         known = min(known, alone.seconds)
@@ -116,7 +87,7 @@ def certify(problem: ChainProblem, limit: int, quantum: int, known: float = math
         return Certified(best)
     groups = _Groups(problem, limit, fine, later)
     for _ in range(_ROUNDS):
-        value, prices, potentials = _relaxation(problem, columns, limit)
+        value, prices, potentials = relaxation(problem, columns, limit)
         found, path, least = _cheapest(problem, columns, groups, prices, limit)
         if remaining is None or found > best:
             remaining = least
@@ -139,6 +110,37 @@ def certify(problem: ChainProblem, limit: int, quantum: int, known: float = math
             return Certified(best, better)
     known = min(known, settled.seconds, math.inf if better is None else better.seconds)
     return Certified(max(best, known - rounding), better)
+
+
+def tightened(problem: ChainProblem, limit: int, best: float, known: float) -> float:
+    """A bound of `best` seconds, or what the dynamic program says in finer quanta, until it is what is `known`.
+
+    Near the smallest peak, what a quantum gives away of each thing that is kept can be room for one thing more, which
+    is a whole forward less.
+
+    Args:
+        problem: As of `certify`.
+        limit: Bytes at any position.
+        best: What `certify` found.
+        known: Seconds of the fastest choice within `limit` that is known.
+    Cost:
+        Nothing where they are close; at most three more runs of the dynamic program, the last in quanta of an eighth.
+    """
+    quantum = quantum_for(problem, limit)
+    for _ in range(_HALVINGS):
+        quantum //= 2
+        if not quantum or known - best <= _WORTH_LOOKING * abs(best):
+            break
+        swept, _ = seconds_at_least(problem, limit, quantum)
+        best = max(best, swept - _rounding(problem, swept))
+    return best
+
+
+def _rounding(problem: ChainProblem, swept: float) -> float:
+    """What `swept` can be off by, as a sum of fewer terms than there are options."""
+    size = abs(swept) + sum(max(abs(o.seconds) + o.fill for o in stage) for stage in problem.stages)
+    size += max(abs(head.seconds) for head in problem.heads)
+    return float((8 * sum(map(len, problem.stages)) + 64) * np.finfo(np.float64).eps) * size
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -178,11 +180,11 @@ class _Groups:
         self.cost = self._seconds + kept * behind[self.stop] + peak * inside_forward + need * inside_backward
         return self.cost
 
-    def span(self, index: int) -> _Span:
+    def span(self, index: int) -> Span:
         """Group number `index`."""
-        return _Span(*self._spans[index])
+        return Span(*self._spans[index])
 
-    def below(self, prices: _Prices, potentials: Floats) -> Iterable[_Span]:
+    def below(self, prices: Prices, potentials: Floats) -> Iterable[Span]:
         """Those that cost least against the potentials of the LP; call after `priced` with the same `prices`."""
         if not len(self.cost):
             return []
@@ -213,8 +215,8 @@ def _right_of(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) 
 
 
 def _cheapest(
-    problem: ChainProblem, options: Sequence[_Span], groups: _Groups, prices: _Prices, limit: int
-) -> tuple[float, list[_Span], Remaining]:
+    problem: ChainProblem, options: Sequence[Span], groups: _Groups, prices: Prices, limit: int
+) -> tuple[float, list[Span], Remaining]:
     """The bound at `prices`, the groups on the path behind it, and the same from every block on."""
     count, room = len(problem.stages), limit - problem.base
     forward = np.concatenate(([0.0], np.cumsum(prices.forward)))
@@ -239,7 +241,7 @@ def _cheapest(
         for stop, price, index in starts[start]:
             if price + least[stop] < least[start]:
                 least[start], goes[start] = price + least[stop], index
-    path: list[_Span] = []
+    path: list[Span] = []
     start = 0
     while start < count:
         if goes[start] >= 0:
@@ -251,77 +253,3 @@ def _cheapest(
     from_each = [value - float(error) for value in least]
     remaining = Remaining(behind, from_each, [[(stop, price) for stop, price, _ in each] for each in starts])
     return least[0] - room * total - float(error), path, remaining
-
-
-# -- the linear program -----------------------------------------------------------------------------------------------
-
-
-def _relaxation(problem: ChainProblem, columns: Sequence[_Span], limit: int) -> tuple[float, _Prices, Floats]:
-    """Value of the LP over `columns`, its multipliers, and the potential of every position between blocks.
-
-    Variables: share of every column, share of every head, bytes live in front of every position, and how far the limit
-    is exceeded (so that there is always a solution). Bytes are in units of what is above the base.
-    """
-    count, room = len(problem.stages), max(1, limit - problem.base)
-    heads = problem.heads
-    first_head, first_live = len(columns), len(columns) + len(heads)
-    excess = first_live + count + 1
-    equal, most = _Rows(), _Rows()
-    for position in range(count):  # what leaves a position has arrived there
-        equal.right.append(1.0 if position == 0 else 0.0)
-    for number, c in enumerate(columns):
-        equal.put(c.start, number, 1.0)
-        if c.stop < count:
-            equal.put(c.stop, number, -1.0)
-        equal.put(count + c.stop, number, c.kept / room)
-        for block in range(c.start, c.stop):
-            most.put(2 * block, number, c.forward / room)
-            most.put(2 * block + 1, number, c.backward / room)
-    for position in range(count + 1):  # live bytes are those of before and what the columns that end here keep
-        equal.right.append(0.0)
-        equal.put(count + position, first_live + position, -1.0)
-        if position:
-            equal.put(count + position, first_live + position - 1, 1.0)
-    equal.right.append(1.0)
-    for number, head in enumerate(heads):
-        equal.put(2 * count + 1, first_head + number, 1.0)
-        most.put(2 * count, first_head + number, head.peak / room)
-    for row in range(2 * count + 1):
-        most.right.append(1.0)
-        most.put(row, first_live + row // 2, 1.0)
-        most.put(row, excess, -1.0)
-    seconds = [c.seconds for c in columns] + [h.seconds for h in heads]
-    penalty = _PENALTY * (1e-9 + sum(max((o.seconds for o in s), default=0.0) for s in problem.stages) + max(seconds))
-    bounds = [(0, None)] * first_live + [(None, None)] * (count + 1) + [(0, None)]
-    solved: Any = linprog(
-        np.array([*seconds, *[0.0] * (count + 1), penalty]),
-        A_ub=most.matrix(excess + 1),
-        b_ub=most.right,
-        A_eq=equal.matrix(excess + 1),
-        b_eq=equal.right,
-        bounds=bounds,
-        method="highs",
-    )
-    if solved.ineqlin.marginals is None or not math.isfinite(solved.fun or math.nan):
-        return math.inf, _Prices(np.zeros(count), np.zeros(count), 0.0), np.zeros(count + 1)
-    multipliers = np.maximum(0.0, -np.asarray(solved.ineqlin.marginals, dtype=np.float64)) / room
-    potentials = np.concatenate((np.asarray(solved.eqlin.marginals, dtype=np.float64)[:count], [0.0]))
-    prices = _Prices(multipliers[0:-1:2], multipliers[1:-1:2], float(multipliers[-1]))
-    return float(solved.fun), prices, potentials
-
-
-class _Rows:
-    """Sparse rows under construction."""
-
-    def __init__(self) -> None:
-        self.right: list[float] = []
-        self._entries: list[tuple[int, int, float]] = []
-
-    def put(self, row: int, column: int, value: float) -> None:
-        """Set one entry."""
-        self._entries.append((row, column, value))
-
-    def matrix(self, width: int) -> Any:
-        """All of them, with `width` columns."""
-        rows, columns, values = zip(*self._entries, strict=True)
-        return sparse.csr_matrix((values, (rows, columns)), shape=(len(self.right), width))

@@ -167,18 +167,20 @@ def _from(seconds: Floats, free: int, states: int) -> Floats:
     return np.concatenate((np.full(more, seconds[-1]), known, np.full(states - more - len(known), _INFINITY)))
 
 
-def least_grouped_peak(problem: ChainProblem, quantum: int, high: int) -> int:
+def least_grouped_peak(problem: ChainProblem, quantum: int, high: int, most: float = _INFINITY) -> int:
     """Smallest limit, to within `quantum` and the coarser one used there, at which `solve_groups` finds a choice.
 
     Args:
         problem: With advances.
         quantum: Bytes.
         high: A limit at which there is a choice.
+        most: Seconds that a choice may take.
     """
     low = problem.base - 1
     while high - low > quantum:
         middle = (low + high) // 2
-        if solve_groups(problem, middle, quantum_for(problem, middle)) is None:
+        choice = solve_groups(problem, middle, quantum_for(problem, middle))
+        if choice is None or choice.seconds > most:
             low = middle
         else:
             high = middle
