@@ -66,6 +66,8 @@ def test_a_device_that_is_here_is_not_taken_for_absent() -> None:
         ((12, 0), 128, torch.bfloat16, {}, "flash"),
         ((7, 5), 64, torch.float16, {}, "efficient"),
         ((7, 5), 64, torch.bfloat16, {}, "math"),
+        ((7, 0), 64, torch.float16, {"mask": True}, "efficient"),
+        ((7, 0), 64, torch.bfloat16, {"mask": True}, "math"),
     ],
 )
 def test_choice(capability: Any, size: int, dtype: torch.dtype, options: dict[str, Any], kernel: str) -> None:

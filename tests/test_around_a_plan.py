@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,47 @@ def test_blocks_that_run_again_whole_need_no_plan_in_backward() -> None:
     assert_same(expected, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
+def test_layers_whose_own_checkpointing_comes_back_with_the_plan_gone_are_refused() -> None:
+    """The rerun would find it on, and checkpoint once more."""
+    model: Any = adapted()
+    batch = batch_for(model)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    refused_backward(plan_of(model, batch, dict.fromkeys(find_chain(model).blocks, AGAIN)), model, batch)
+    assert all(block.gradient_checkpointing for block in model.get_base_model().model.layers)
+
+
+def test_attention_in_slices_cannot_run_again_whole() -> None:
+    model: Any = adapted()
+    model.set_attn_implementation("eager")
+    batch = batch_for(model)
+    blocks = find_chain(model).blocks
+    whole = plan_of(model, batch, dict.fromkeys(blocks, AGAIN))
+    sliced = dataclasses.replace(whole, lean=tuple(f"{block}.self_attn#attention" for block in blocks))
+    refused_backward(sliced, model, batch)
+
+
 # -- hooks ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["in eval mode", "inside the wrapper"])
+def test_a_hook_reads_what_the_forward_made_however_the_model_is_called(call: str) -> None:
+    """Regions run again wherever there is a graph: also without dropout, and where the outermost forward is not run."""
+    model: Any = adapted()
+    batch = batch_for(model)
+    found = [plan for plan in plans(model, batch) if plan.recomputes]
+    read: list[torch.Tensor] = []
+    path = f"{find_chain(model).blocks[1]}.self_attn.q_proj"
+    model.get_submodule(path).register_forward_hook(lambda *args: read.append(args[-1].pow(2).mean()))
+    model.train(call != "in eval mode")
+    inner = model.get_base_model() if call == "inside the wrapper" else model
+    expected = step(inner, batch, read)
+    for plan in found:
+        model.train()
+        with rematree.apply(plan, model):
+            model.train(call != "in eval mode")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* got forward hooks after the plan was made", UserWarning)
+                assert_same(expected, step(inner, batch, read))
 
 
 @pytest.mark.parametrize("target", ["self_attn.q_proj", "self_attn", "mlp.down_proj", "post_attention_layernorm"])

@@ -88,6 +88,51 @@ def test_an_id_of_the_catalogue_needs_no_network() -> None:
     assert read.config.hidden_size == 4096
 
 
+@pytest.mark.parametrize("name", WITH_VISION)
+def test_an_id_of_the_hub_means_its_vision_tower_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = find_shape(name)
+    assert shape is not None
+    text = {key: value for key, value in shape.config.items() if key != "model_type"}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    asked: list[str] = []
+
+    def get(spec: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        asked.append(spec)
+        return whole, {}
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", get)
+    alone = read_config(name)
+    assert (alone.config.model_type, alone.notes, asked) == ("gemma3_text", (shape.note,), [])
+    for spec in (shape.hub, shape.hub.upper()):
+        read = read_config(spec)
+        assert (read.config.model_type, read.source, read.notes) == ("gemma3", spec, ())
+    assert asked == [shape.hub, shape.hub.upper()]
+
+
+@pytest.mark.parametrize("name", WITH_VISION)
+def test_without_the_network_a_vision_tower_is_not_left_out_in_silence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = find_shape(name)
+    assert shape is not None
+
+    def fail(spec: str, revision: str | None) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", fail)
+    with pytest.raises(UsageError) as caught:
+        read_config(shape.hub)
+    assert caught.value.message == f"model {shape.hub!r} is not there"
+    assert caught.value.remedies[0] == name  # the text model alone, by its own name
+
+
+def test_shapes_that_are_a_part_of_a_model_say_so() -> None:
+    parts = [shape for shape in shapes() if shape.partial]
+    assert {shape.name for shape in parts} == set(WITH_VISION)
+    assert all(shape.note.startswith("Text model alone.") for shape in parts)
+    assert not any("alone" in shape.note for shape in shapes() if not shape.partial)
+
+
 def test_an_unknown_id_of_the_hub_names_shapes_that_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError) as caught:

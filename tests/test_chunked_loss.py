@@ -11,7 +11,7 @@ import copy
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rematree.errors import UnsupportedModelError, UsageError, VerificationError
+from rematree.errors import RecomputeMismatchError, UnsupportedModelError, UsageError, VerificationError
 from rematree.execute.loss.attach import attach_chunked_loss
 from rematree.execute.loss.chunked import chunked_loss
 from rematree.execute.loss.deferred import DeferredLogits
@@ -587,6 +587,70 @@ def test_logits_can_be_used_like_any_tensor(access: str) -> None:
         assert torch.equal(uses[access](outputs.logits), uses[access](logits))
 
 
+def test_the_bits_of_the_logits_can_be_read() -> None:
+    model, batch = make("llama", torch.bfloat16), make_batch()
+    _, _, plain = step(model, **batch)
+    attach_chunked_loss(model, 7)
+    logits = model(**batch).logits
+    assert torch.equal(logits.view(torch.int16), plain.logits.view(torch.int16))
+    assert isinstance(logits, DeferredLogits)
+
+
+KEPT = 150  # classes that are not padding of the vocabulary
+
+
+MASKS: dict[str, Callable[[Tensor], object]] = {
+    "data": lambda logits: logits.data[..., KEPT:].fill_(-1e4),
+    "detach": lambda logits: logits.detach()[..., KEPT:].fill_(-1e4),
+    "narrow": lambda logits: logits.narrow(-1, KEPT, V - KEPT).fill_(-1e4),
+    "slice": lambda logits: logits[..., KEPT:].fill_(-1e4),
+    "unbind": lambda logits: logits.unbind(-1)[KEPT].detach().fill_(-1e4),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("part", [False, True], ids=["all-rows", "some-rows"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad], ids=["grad", "no-grad"])
+def test_what_is_written_to_a_view_of_the_logits_is_in_their_loss(
+    mode: Callable[[], contextlib.AbstractContextManager[None]], part: bool, mask: Callable[[Tensor], object]
+) -> None:
+    """As where a model hides the padding of its vocabulary: the logits are real from then on."""
+
+    def masked(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        shifted = logits[:, :-1]
+        with mode():
+            mask(shifted if part else logits)
+        return F.cross_entropy(shifted.reshape(-1, V), labels[:, 1:].reshape(-1) % KEPT)
+
+    model, batch = make("llama"), make_batch(num_ignored=0)
+    model.loss_function = masked
+    loss, grads, _ = step(model, **batch)
+    handle = attach_chunked_loss(model, 7, check=False)
+    chunked_loss, chunked_grads, outputs = step(model, **batch)
+    assert handle.effective is False
+    assert torch.equal(loss, chunked_loss)
+    assert worst(grads, chunked_grads) == 0.0
+    assert bool((outputs.logits[:, :-1, KEPT] == -1e4).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_a_hook_of_the_head_writes_is_in_the_loss(dtype: torch.dtype) -> None:
+    def hide(*args: Any) -> None:
+        with torch.no_grad():
+            args[-1][..., KEPT:].fill_(-1e4)
+
+    model, batch = make("llama", dtype), make_batch()
+    batch["labels"].clamp_(max=KEPT - 1)
+    model.lm_head.register_forward_hook(hide)
+    loss, grads, plain = step(model, **batch)
+    handle = attach_chunked_loss(model, 7, check=False)
+    chunked_loss, chunked_grads, outputs = step(model, **batch)
+    assert handle.effective is False
+    assert torch.equal(loss, chunked_loss)
+    assert worst(grads, chunked_grads) == 0.0
+    assert torch.equal(outputs.logits, plain.logits)
+
+
 def test_gradient_through_read_logits() -> None:
     """A further loss on the logits reaches all parameters, also when a custom autograd function takes them raw."""
 
@@ -615,8 +679,104 @@ def test_gradient_through_read_logits() -> None:
         assert worst(expected, grads(extra)) <= 5e-6
 
 
+def with_teacher(**options: Any) -> Any:
+    """With two adapters of the head, of which the first is active."""
+    model = peft_llama(**options)
+    model.add_adapter("teacher", model.peft_config["default"])
+    return model.train()
+
+
+@contextlib.contextmanager
+def teaching(model: Any) -> Generator[None]:
+    model.set_adapter("teacher")
+    yield
+    model.set_adapter("default")
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Generator[None]:
+    model.eval()
+    yield
+    model.train()
+
+
+SWITCHES: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
+    "another": teaching,
+    "none": lambda model: model.disable_adapter(),
+    "eval": evaluating,
+}
+
+
+@pytest.mark.parametrize("switched", SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["exact", "dropout"])
+def test_logits_read_later_are_those_of_the_adapters_of_the_forward(
+    dropout: float, switched: Callable[[Any], contextlib.AbstractContextManager[None]]
+) -> None:
+    model, batch = with_teacher(target_modules=["lm_head"], lora_dropout=dropout), make_batch()
+    head = model.get_base_model().lm_head
+
+    def switches() -> tuple[Any, ...]:
+        flags = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+        return head.active_adapters, head.disable_adapters, *flags
+
+    torch.manual_seed(1)
+    expected = model(**batch).logits
+    attach_chunked_loss(model, 7)
+    outputs = model(**batch)
+    with switched(model):
+        before = switches()
+        if not dropout:
+            assert torch.equal(outputs.logits.argmax(-1), expected.argmax(-1))  # in chunks
+        torch.manual_seed(1)  # the mask of a dropout is drawn when logits are read
+        assert torch.equal(outputs.logits, expected)
+        assert switches() == before
+
+
+@pytest.mark.parametrize("switched", [teaching, SWITCHES["none"]], ids=["another", "none"])
+@pytest.mark.parametrize("target_modules", [["q_proj", "lm_head"], ["lm_head"]], ids=["below", "head-alone"])
+def test_a_loss_of_logits_read_beside_a_teacher_trains_the_adapter_of_the_forward(
+    target_modules: list[str], switched: Callable[[Any], contextlib.AbstractContextManager[None]]
+) -> None:
+    model, batch = with_teacher(target_modules=target_modules), make_batch()
+
+    def grads() -> dict[str, Tensor]:
+        model.zero_grad()
+        outputs = model(**batch)
+        with switched(model):
+            with torch.no_grad():
+                taught = model(input_ids=batch["input_ids"]).logits.log_softmax(-1)
+            labels = batch["labels"][:, 1:].reshape(-1)
+            again = F.cross_entropy(outputs.logits[:, :-1].reshape(-1, V), labels, label_smoothing=0.1)
+            apart = F.kl_div(outputs.logits.log_softmax(-1), taught, log_target=True, reduction="batchmean")
+        (outputs.loss + again + apart).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = grads()
+    handle = attach_chunked_loss(model, 7)
+    chunked = grads()
+    assert handle.effective
+    assert any("lm_head" in name for name in plain)
+    assert worst(plain, chunked) <= 5e-6
+
+
+def test_logits_are_not_read_through_a_head_that_was_merged_since() -> None:
+    model, batch = with_teacher(), make_batch()
+    attach_chunked_loss(model, 7)
+    logits = model(**batch).logits
+    model.merge_adapter()
+    with pytest.raises(RecomputeMismatchError, match=r"the logits: adapters \['default'\] are merged now"):
+        logits.sum()
+    model.unmerge_adapter()
+    total = logits.sum()
+    model.merge_adapter()
+    assert torch.equal(logits.sum(), total)  # they are computed by now
+
+
+HOOKS: list[Callable[[Tensor], Any]] = [lambda logits: logits.register_hook(lambda grad: 2 * grad), Tensor.retain_grad]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("use", [lambda logits: logits.register_hook(lambda grad: 2 * grad), Tensor.retain_grad])
+@pytest.mark.parametrize("use", HOOKS, ids=["register_hook", "retain_grad"])
 def test_a_hook_that_would_see_no_gradient_is_refused(use: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
     model, batch = make("llama", dtype), make_batch()  # the loss is that of a copy in fp32
     attach_chunked_loss(model, 7)
@@ -635,6 +795,22 @@ def test_a_hook_before_the_loss_sees_the_gradient_and_changes_it() -> None:
     head.remove()
     assert not handle.effective
     assert worst(expected, found) <= 5e-6
+
+
+@pytest.mark.parametrize(
+    "part", [lambda logits: logits[:, :-1], lambda logits: logits.view(-1, V)[3:]], ids=["tokens", "rows"]
+)
+@pytest.mark.parametrize("use", HOOKS, ids=["register_hook", "retain_grad"])
+def test_a_hook_on_a_part_of_the_logits_is_refused(
+    use: Callable[[Tensor], Any], part: Callable[[Tensor], Tensor]
+) -> None:
+    """Before the loss, too: the part that the loss is of would be another tensor."""
+    model, batch = make("llama"), make_batch()
+    model.lm_head.register_forward_hook(lambda *args: use(part(args[-1])) and None)
+    model(**batch).loss.backward()
+    attach_chunked_loss(model, 7)
+    with pytest.raises(UnsupportedModelError, match="a part of the logits"):
+        model(**batch)
 
 
 def test_deferred_logits_make_no_reference_cycle() -> None:
@@ -661,21 +837,63 @@ class Lying(nn.Linear):
         return self.mix(super().forward(input))
 
 
-@pytest.mark.parametrize(
-    "mix",
-    [
-        lambda logits: logits - logits.mean(-2, keepdim=True),
-        lambda logits: logits.softmax(-2),
-        lambda logits: logits - logits.mean(0, keepdim=True),
-        lambda logits: logits * (1 + torch.arange(logits.shape[-2], dtype=logits.dtype)[:, None]),
-    ],
-    ids=["centred-tokens", "softmax-tokens", "centred-batch", "by-position"],
-)
+MIXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "centred-tokens": lambda logits: logits - logits.mean(-2, keepdim=True),
+    "softmax-tokens": lambda logits: logits.softmax(-2),
+    "centred-batch": lambda logits: logits - logits.mean(0, keepdim=True),
+    "by-position": lambda logits: logits * (1 + torch.arange(logits.shape[-2], dtype=logits.dtype)[:, None]),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_self_check_finds_a_head_that_is_not_row_wise(mix: Callable[[Tensor], Tensor]) -> None:
     model, batch = make("llama"), make_batch()
     model.lm_head = Lying(32, V, bias=False)
     model.lm_head.mix = mix
     attach_chunked_loss(model, 7)
+    with pytest.raises(VerificationError, match="differs from the whole"):
+        model(**batch)
+
+
+def sure_of_its_labels(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model whose logits are about 40 to 70 for the label and 25 less for the next class: every row's loss is 0."""
+    model, batch = make("llama", dtype), make_batch(num_ignored=0)
+    model.lm_head = Lying(32, V, bias=False, dtype=dtype)
+    nn.init.normal_(model.lm_head.weight)
+    weight = model.lm_head.weight.detach().float()
+    top, second = (weight @ weight.T)[batch["labels"]].topk(2).values.unbind(-1)
+    hidden = weight[batch["labels"]] * (25 / (top - second)).unsqueeze(-1)
+    outputs = BaseModelOutputWithPast(last_hidden_state=hidden.roll(-1, 1).to(dtype))
+    model.model.forward = lambda **_: outputs
+    return model, batch
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_self_check_finds_it_in_rows_that_are_sure_of_their_labels(
+    dtype: torch.dtype, mix: Callable[[Tensor], Tensor]
+) -> None:
+    model, batch = sure_of_its_labels(dtype)
+    model.lm_head.mix = mix
+    attach_chunked_loss(model, 7)
+    with pytest.raises(VerificationError, match="differs from the whole"):
+        model(**batch)
+
+
+def test_rows_that_are_sure_of_their_labels_leave_the_self_check_to_another_batch() -> None:
+    """Their gradients are e to the minus what rounding moves by one part in a hundred: they say nothing of the head."""
+
+    def rounded_otherwise(logits: Tensor) -> Tensor:
+        few = logits.shape[:-1].numel() <= 4
+        return logits * (1 + 2**-7) if few else logits  # one step of bf16, or two
+
+    model, batch = sure_of_its_labels(torch.bfloat16)
+    model.lm_head.mix = rounded_otherwise
+    handle = attach_chunked_loss(model, 7)
+    loss, _, _ = step(model, **batch)
+    assert handle.effective
+    assert float(loss) < 1e-6
+    model.lm_head.mix = MIXES["centred-tokens"]
     with pytest.raises(VerificationError, match="differs from the whole"):
         model(**batch)
 

@@ -1,5 +1,6 @@
 """The table of devices, their names, and profiles that are carried to another machine."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -17,6 +18,7 @@ from rematree.calibration import calibrate
 from rematree.cli.main import main
 from rematree.errors import UsageError
 from rematree.finetune.target import Target
+from rematree.observation.attention_kernels import choose_kernel
 from rematree.pricing.devices import (
     Device,
     Profile,
@@ -79,7 +81,9 @@ def test_every_figure_has_a_source_and_a_sensible_size() -> None:
 
 def test_figures_as_published() -> None:
     h100 = find_device("h100")
-    assert (h100.memory_bytes, h100.usable_bytes) == (80 * GIB, 81559 * MIB)
+    assert (h100.memory_bytes, h100.usable_bytes) == (80 * GIB, (81559 - 512) * MIB)
+    assert h100.usable_source == "nvidia-smi, total as reported by users, less 512 MiB"
+    assert find_device("rtx-3090").usable_bytes == int(0.97 * 24 * GIB)  # estimated: the driver's share is in it
     assert h100.flops_per_second == pytest.approx(
         {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12, "int8": 1978.9e12}
     )
@@ -89,7 +93,8 @@ def test_figures_as_published() -> None:
     # Their ECC takes a sixteenth of the memory, and it is on as they come.
     for name, gib in (("t4", 16), ("a10", 24), ("a10g", 24), ("l4", 24), ("a40", 48), ("l40s", 48)):
         assert find_device(name).usable_bytes < 0.941 * gib * GIB
-    assert find_device("4090").workspace_bytes == 8320 * KIB
+    for name in ("4090", "t4", "v100"):
+        assert find_device(name).workspace_bytes == 8320 * KIB
     assert find_device("gh200").host_bytes_per_second == 450e9
     assert find_device("m4-max").host_bytes_per_second is None
 
@@ -178,6 +183,31 @@ def test_a_profile_is_a_device_wherever_it_is_carried(profile: Profile, tmp_path
     assert find_device(str(path)) == read_profile(path) == profile.device
     assert Profile.from_json(profile.to_json(), "here") == profile
     assert json.loads(profile.to_json())["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("hip", "backend", "capability"), [("7.0", "rocm", 0), (None, "cuda", 9)])
+def test_a_profile_of_an_amd_gpu_is_one_of_rocm(
+    hip: str | None, backend: str, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To torch it is a CUDA device of capability 9.4, which is the number of its architecture."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(gcnArchName="gfx942"))
+    monkeypatch.setattr("rematree.calibration._matmuls", lambda *_: {"bf16": 1e14, "fp32": 1e13})
+    for name in ("_bandwidth", "_launch", "_host_link"):
+        monkeypatch.setattr(f"rematree.calibration.{name}", lambda *_: 1.0)
+    for name in ("_streams", "_narrow", "_dequantisation", "_attention"):
+        monkeypatch.setattr(f"rematree.calibration.{name}", lambda *_: dict[str, float]())
+    made = calibrate(torch.device("cuda", 0), 3 * GIB)
+    device = Profile.from_json(made.to_json(), "here").device
+    assert (device.backend, device.capability, device.context_bytes) == (backend, capability, 512 * MIB)
+    assert device.overhead.caches
+    told = asked_of_the_planner(Target(device), monkeypatch)
+    assert told["device"] == torch.device("cuda", 0)
+    assert told["capability"] == (capability or 8, 0)
 
 
 def change(text: str, **fields: Any) -> str:
@@ -346,13 +376,47 @@ def test_under_rocm_the_workspace_is_that_of_hipblas(
     assert hipblas_workspace_bytes("gfx1100") == 32 * MIB  # of a device elsewhere
 
 
-@pytest.mark.parametrize(("name", "major"), [("h100", 9), ("rtx-4090", 8), ("b200", 10), ("mi300x", 8)])
-def test_attention_is_that_of_the_device_asked_for(name: str, major: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of another one that may be here."""
+def asked_of_the_planner(target: Target, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """With what options a planner is made for `target`."""
     told: dict[str, Any] = {}
     monkeypatch.setattr("rematree.planning.planner.Planner", lambda model, batch, **options: told.update(options))
     shape: Any = SimpleNamespace(model=torch.nn.Linear(1, 1), batch={})
     config: Any = SimpleNamespace(gradient_accumulation_steps=1, max_grad_norm=1.0, forbid=(), compile=False)
-    Target.named(name).planner(shape, config)
+    target.planner(shape, config)
+    return told
+
+
+MAJORS = [("h100", 9), ("rtx-4090", 8), ("b200", 10), ("mi300x", 8), ("t4", 7), ("v100-16gb", 7), ("v100-32gb", 7)]
+
+
+@pytest.mark.parametrize(("name", "major"), MAJORS)
+def test_attention_is_that_of_the_device_asked_for(name: str, major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of another one that may be here."""
+    told = asked_of_the_planner(Target.named(name), monkeypatch)
     assert told["device"] == torch.device("cuda", 0)
     assert told["capability"] == (major, 0)
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("t4", "math"), ("v100", "math"), ("a100", "efficient")])
+def test_without_bf16_units_its_attention_keeps_the_probabilities(
+    name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability = asked_of_the_planner(Target.named(name), monkeypatch)["capability"]
+    heads = torch.empty(2, 8, 40, 64, dtype=torch.bfloat16, device="meta")
+    mask = torch.ones(2, 1, 40, 40, dtype=torch.bool, device="meta")
+    assert choose_kernel(heads, heads, heads, mask, capability=capability) == kernel
+
+
+@pytest.mark.parametrize(
+    ("rates", "dtype"),
+    [
+        ({"bf16": 3e13, "fp16": 3e13, "fp32": 8e12}, torch.bfloat16),
+        ({"bf16": 3e13}, torch.bfloat16),
+        ({"fp32": 8e12}, torch.bfloat16),  # nothing is known of it
+        ({"fp16": 6e13, "fp32": 8e12}, torch.float32),
+        ({"bf16": 7e12, "fp16": 6e13, "fp32": 8e12}, torch.float32),  # measured where it is emulated
+        ({"bf16": 8e12, "fp32": 8e12}, torch.float32),
+    ],
+)
+def test_weights_are_in_bf16_where_that_is_not_emulated(rates: dict[str, float], dtype: torch.dtype) -> None:
+    assert Target(dataclasses.replace(find_device("t4"), flops_per_second=rates)).dtype is dtype

@@ -2,16 +2,18 @@
 
 import contextlib
 import io
+import random
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
 
-from both_paths import AGAIN, EVERY_WAY, NOT_REENTRANT, SAVE, Ours, by_plan, plan_of
+from both_paths import AGAIN, EVERY_WAY, KEEP, NOT_REENTRANT, SAVE, Ours, by_plan, plan_of
 from models import assert_same, batch_for, build, with_lora
 from rematree.errors import RecomputeMismatchError
 from rematree.execute.module_state import ChangingBuffers, ModuleState
@@ -271,3 +273,67 @@ def test_a_weight_that_an_optimizer_changed_in_backward_is_kept_from_the_rerun()
         first.weight.add_(1)
     with contextlib.ExitStack() as undo, pytest.raises(RecomputeMismatchError, match=r"block\.0\.weight was modified"):
         state.restore("block", undo)
+
+
+class _Draws(nn.Module):
+    """Draws from a generator that is not torch's, in calls of a certain number and those after."""
+
+    def __init__(self, draw: Callable[[], float], since: int = 0) -> None:
+        super().__init__()
+        self._draw, self._since, self._calls = draw, since, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._calls += 1
+        return x * (1 + self._draw()) if self._calls > self._since else x
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("draw", [random.random, np.random.random], ids=["python", "numpy"])
+def test_a_rerun_draws_again_from_generators_that_are_not_torchs(ours: Ours, draw: Callable[[], float]) -> None:
+    """As many calls of the layer as steps and reruns; the run goes on from where the forward left the generators."""
+    after: list[float] = []
+
+    def step(model: Any, batch: Mapping[str, Any]) -> None:
+        random.seed(3)
+        np.random.seed(3)
+        for _ in range(3):
+            _once(model, batch)
+        after.append(draw())
+
+    _same(lambda: _Net(lambda: _Draws(draw)), ours, step)
+    assert after[0] == after[1]
+
+
+@pytest.mark.parametrize("path", ["layers.1.a", "layers.1.extra"])
+def test_a_saved_region_is_skipped_with_what_it_drew(path: str) -> None:
+    decisions = {**dict.fromkeys(("layers.0", "layers.1", "layers.2"), AGAIN), path: KEEP}
+
+    def step(model: Any, batch: Mapping[str, Any]) -> None:
+        random.seed(3)
+        _once(model, batch)
+
+    _same(lambda: _Net(lambda: _Draws(random.random)), lambda model, batch: by_plan(model, batch, decisions), step)
+
+
+def test_numbers_that_are_drawn_in_later_steps_alone_are_said_once() -> None:
+    model = _Net(lambda: _Draws(random.random, since=4))  # two calls a step: the forward's, and its rerun's
+    with by_plan(model, X):
+        _once(model, X)
+        _once(model, X)
+        with pytest.warns(UserWarning, match="was drawn from in a forward for the first time"):
+            _once(model, X)
+        _once(model, X)  # warnings are errors
+
+
+@EVERY_WAY
+def test_numbers_drawn_outside_of_what_runs_again_are_as_they_were(ours: Ours) -> None:
+    class Skips(_Net):
+        def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+            return super().forward(x * random.random(), **options)
+
+    def step(model: Any, batch: Mapping[str, Any]) -> None:
+        random.seed(3)
+        _once(model, batch)
+        _once(model, batch)
+
+    _same(Skips, ours, step)

@@ -18,6 +18,7 @@ from rematree.finetune.fit import find_device as smallest_device
 from rematree.finetune.largest import Grid, Probe, find_first, find_largest
 from rematree.finetune.planned import described
 from rematree.finetune.remedies import working_changes
+from rematree.finetune.side_by_side import DevicePlan, plan_each
 from rematree.finetune.target import Target
 from rematree.plans import Plan
 from rematree.pricing.devices import MEASURED, find_device
@@ -195,6 +196,36 @@ def test_devices_beside_each_other(model: str) -> None:
     assert [line.split()[-1] for line in small.out.splitlines()[1:]] == ["no", "no"]
 
 
+def test_the_optimizer_steps_once_for_all_passes_that_are_accumulated(model: str) -> None:
+    run: dict[str, Any] = {"model": model, "data": "", "budget": 1, "output_dir": Path(), "max_length": 32}
+    run |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "lora_target_modules": ("down_proj",)}
+    config = TrainConfig(**run, forbid=("groups", "lean_adapters"))
+    (column,) = plan_each(config, [Target.named("h100")], None, say=lambda line: None)
+    assert column.plan is not None
+    step, once = column.plan.predicted_step_seconds, column.optimizer_seconds
+    assert 0 < once < step
+    assert (column.tokens, column.passes) == (64, 4)
+    assert column.tokens_per_second == pytest.approx(4 * 64 / (4 * (step - once) + once))
+    assert column.facts()["tokens_per_second"] == column.tokens_per_second
+    mostly = replace(column, plan=replace(column.plan, predicted_step_seconds=3.0), optimizer_seconds=2.0)
+    assert mostly.tokens_per_second == pytest.approx(256 / 6)
+    assert replace(mostly, passes=1).tokens_per_second == pytest.approx(64 / 3)
+    assert DevicePlan("a device", GIB, 2 * GIB, 64, None, 4).tokens_per_second == 0
+
+
+def test_a_frontier_is_of_what_the_device_can_use(model: str) -> None:
+    words = ["frontier", model, *ADAPTERS, *SHAPE, "--device", "h100", "--json", "--budgets"]
+    usable = find_device("h100").usable_bytes
+    outcome = rematree(*words, "1GiB,81500MiB,80GiB")
+    assert outcome.code == 0, outcome.err
+    points = outcome.data["points"]
+    assert [point["budget_bytes"] for point in points] == [GIB, usable]
+    assert all(point["fits"] and point["predicted_peak_bytes"] <= outcome.data["usable_bytes"] for point in points)
+    outcome = rematree(*words, "1GiB,81GiB")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "81.00 GiB is more than H100 SXM5 80GB has" in outcome.err
+
+
 @pytest.fixture(scope="module")
 def stored(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan that recomputes one of two layers, in a file."""
@@ -260,7 +291,73 @@ def test_exports_are_yaml_with_what_they_leave_out(stored: Path, trainer: str, m
         assert settings["base_model"] == model
         assert (settings["adapter"], settings["micro_batch_size"], settings["sequence_len"]) == ("lora", 8, 128)
         assert settings["gradient_checkpointing_kwargs"]["use_reentrant"] is False
-        assert settings["bf16"] is True
+        assert (settings["bf16"], settings["bfloat16"]) == (False, True)  # bf16 is autocast there
+        assert (settings["sample_packing"], settings["sdp_attention"]) == (True, True)  # without, nothing is masked
+
+
+def exported(stored: Path, folder: Path, trainer: str, **run: str) -> tuple[dict[str, Any], str]:
+    """The settings of `stored` for `trainer`, had it been made for another `run`, and what they leave out."""
+    data = json.loads(stored.read_text())
+    (folder / "plan.json").write_text(json.dumps({**data, "run": data["run"] | run}))
+    outcome = rematree("export", folder / "plan.json", "--to", trainer, "--json")
+    assert outcome.code == 0, outcome.err
+    return outcome.data["settings"], "\n".join(outcome.data["not_expressed"])
+
+
+def test_exports_to_axolotl_are_in_the_dtype_of_the_plan(stored: Path, tmp_path: Path) -> None:
+    settings, _ = exported(stored, tmp_path, "axolotl", dtype="float32", packing="false")
+    assert (settings["bf16"], settings["bfloat16"]) == (False, False)
+    assert settings["sample_packing"] is False
+    assert "sdp_attention" not in settings
+
+
+@pytest.mark.parametrize(
+    ("trainer", "run", "said"),
+    [
+        ("trl", {}, True),
+        ("trl", {"per_device_train_batch_size": "1"}, False),
+        ("trl", {"packing": "false"}, False),
+        ("axolotl", {}, False),
+    ],
+)
+def test_exports_to_trl_say_that_packed_rows_become_one(
+    stored: Path, tmp_path: Path, trainer: str, run: dict[str, str], said: bool
+) -> None:
+    _, lost = exported(stored, tmp_path, trainer, **run)
+    assert ("8 packed rows beside each other: TRL lays them end to end" in lost) is said
+    assert ("packed rows" in lost) is said
+
+
+PACKED = {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": "true"}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "run", "said"),
+    [
+        ("trl", PACKED, True),
+        ("trl", {"load_in_8bit": "true"}, True),
+        ("trl", {}, False),
+        ("axolotl", PACKED, False),
+    ],
+)
+def test_exports_to_trl_say_that_adapters_of_packed_weights_are_in_bf16(
+    stored: Path, tmp_path: Path, trainer: str, run: dict[str, str], said: bool
+) -> None:
+    _, lost = exported(stored, tmp_path, trainer, **run)
+    assert ("adapters in fp32, with their gradients and moments: TRL trains those" in lost) is said
+
+
+@pytest.mark.parametrize("trainer", ["trl", "axolotl"])
+def test_exports_say_that_the_weights_are_of_more_than_was_planned(stored: Path, tmp_path: Path, trainer: str) -> None:
+    hub = "google/gemma-3-4b-pt"
+    name = "model_name_or_path" if trainer == "trl" else "base_model"
+    settings, lost = exported(stored, tmp_path, trainer, model="gemma-3-4b")
+    assert settings[name] == hub
+    assert lost.startswith("what was planned: Text model alone.")
+    for whole in (hub, "qwen3-8b"):  # by its id, all of it was planned
+        settings, lost = exported(stored, tmp_path, trainer, model=whole)
+        assert settings[name] in (hub, "Qwen/Qwen3-8B")
+        assert "what was planned" not in lost
 
 
 def test_exports_name_the_weights_and_every_lever(stored: Path, tmp_path: Path) -> None:
@@ -307,7 +404,7 @@ def test_exports_that_cannot_be_made_say_why(stored: Path, tmp_path: Path) -> No
         ),
         (
             ["plan", "llama-3-8b", "--device", "h100", "--budget", "90GiB"],
-            "--budget 90.00 GiB is more than H100 SXM5 80GB has, 80.00 GiB\n  79.65 GiB of it can be used",
+            "--budget 90.00 GiB is more than H100 SXM5 80GB has, 80.00 GiB\n  79.15 GiB of it can be used",
         ),
         (["compare", "phi-4", "--device", "h100,rtx-4090", "--budget", "30GiB"], "--budget 30.00 GiB is more than"),
         (["plan", "llama-3-8b"], "Missing option '--budget': the bytes that the step may take"),
@@ -412,8 +509,8 @@ def test_a_run_that_no_budget_and_no_fewer_tokens_help_is_told_of_a_device(model
 @pytest.mark.parametrize(
     ("size", "options", "expected"),
     [
-        (16384, [], [{"--load-in-4bit"}, {"--device=l4"}]),
-        (8192, ["--full"], [set(), {"--full", "--device=l4"}]),  # adapters fit as they are
+        (16384, [], [{"--load-in-4bit"}, {"--device=a10"}]),
+        (8192, ["--full"], [set(), {"--full", "--device=a10"}]),  # adapters fit as they are
         (16384, ["--full"], [{"--load-in-4bit"}, {"--full", "--device=a100-80gb"}]),
     ],
     ids=str,

@@ -246,6 +246,11 @@ def test_a_frontier_is_told_against_the_plain_step() -> None:
     room = ("A device", min(point.plan.predicted_peak_bytes for point in POINTS if point.plan is not None))
     said = f"A device: {format_bytes(room[1])} may be taken, 1 of {len(POINTS)} points fit"
     assert list(frontier_columns(POINTS, plain, room).below) == [said]
+    facts = frontier_facts(POINTS, plain, room)
+    assert [point["fits"] for point in facts["points"]] == [False, True]
+    facts = frontier_facts(POINTS, plain, (room[0], room[1] - 1))
+    assert [point["fits"] for point in facts["points"]] == [False, False]
+    assert facts["points"][1]["predicted_peak_bytes"] == room[1]
     facts = frontier_facts(POINTS, plain)
     assert [point["fits"] for point in facts["points"]] == [False, True]
     assert facts["points"][1]["predicted_peak_bytes"] == PLAN.predicted_peak_bytes
@@ -309,6 +314,16 @@ def test_the_largest_budget_leaves_room_for_the_process_and_can_be_typed(free: i
     assert rows["largest budget now"] == text
     assert machine.facts()["largest_budget_bytes"] == (parse_bytes(text) if text.endswith("MiB") else 0)
     assert rows["memory"] == f"4.00 GiB, free {format_bytes(free)}"
+
+
+@pytest.mark.parametrize(
+    ("free", "budget"), [(2 * GIB + MIB // 2, 2560 * MIB), (4 * GIB - 100 * MIB, 4 * GIB), (0, 512 * MIB)]
+)
+def test_the_largest_budget_of_a_gpu_holds_the_context_that_this_process_has(free: int, budget: int) -> None:
+    """What is free is without it, and a budget is with it."""
+    machine = Machine("cuda", "A GPU", 2, 4 * GIB, free, True, {"torch": "2"})
+    assert machine.facts()["largest_budget_bytes"] == budget
+    assert dict(machine.rows())["largest budget now"] == f"{budget // MIB}MiB"
 
 
 @pytest.mark.parametrize("command", ["show", "explain"])

@@ -1,18 +1,21 @@
 """Steps that run out of memory: undone, planned tighter, run again, and the run ends with the same numbers."""
 
+import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import rematree
-from models import build, with_lora
+from models import assert_same, build, with_lora
 from rematree import BudgetCallback
 from rematree.errors import OutOfMemoryError, UsageError
-from rematree.integrations.survival import StepGuard, _reason, survive_out_of_memory
+from rematree.integrations.survival import StepGuard, _Before, _reason, survive_out_of_memory
 from rematree.pricing.cost import Roofline
 from trainers import QUICK, pad, quiet_arguments, rows_of
 
@@ -29,10 +32,13 @@ class Fails(nn.Module):
         self.inner = inner
         self.calls = self.raised = 0
         self.fail_at: dict[int, str] = {}
+        self.steps_early = False
+        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and not torch._C._len_torch_dispatch_stack():
             self.calls += 1
+            self.seen += 1  # running statistics
             place = self.fail_at.pop(self.calls, "")
             torch.rand(3)  # whoever restores the generators has something to restore
             if place == "forward":
@@ -43,11 +49,14 @@ class Fails(nn.Module):
 
     def _raise(self, *_: torch.Tensor) -> None:
         self.raised += 1
+        if self.steps_early:
+            with torch.no_grad():
+                next(p for p in self.inner.parameters() if p.requires_grad).add_(1.0)
         raise RuntimeError(SAID)
 
 
 def run(
-    folder: Path, fail_at: dict[int, str], *, guard: bool = True, **settings: Any
+    folder: Path, fail_at: dict[int, str], *, guard: bool = True, change: Any = None, **settings: Any
 ) -> tuple[Any, list[float], list[str]]:
     model: Any = with_lora(build("llama"), target_modules=["q_proj", "down_proj"])  # less to plan, again and again
     layers = model.get_base_model().model.layers
@@ -62,6 +71,8 @@ def run(
     if guard:
         survive_out_of_memory(trainer)
     fails.fail_at = dict(fail_at)
+    if change is not None:
+        change(fails)
     trainer.train()
     return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], said
 
@@ -87,6 +98,8 @@ def check(folder: Path, places: dict[int, str], **settings: Any) -> None:
     assert losses == expected
     for name, value in weights(plain).items():
         assert torch.equal(value, weights(failing)[name]), name
+    seen = [trainer.model.get_base_model().model.layers[2].seen for trainer in (plain, failing)]
+    assert torch.equal(*seen)
     again = [line for line in said if "undone, and run again" in line]
     layer = failing.model.get_base_model().model.layers[2]
     assert len(again) == layer.raised == len(places) == 5
@@ -100,6 +113,35 @@ def test_each_failure_takes_a_smaller_plan(tmp_path: Path) -> None:
     sizes = [line.partition("under a plan of ")[2] for line in said if "run again" in line]
     assert len(set(sizes)) == 2
     assert callback.plan.recomputes
+
+
+def test_a_step_that_has_changed_weights_is_not_run_again(tmp_path: Path) -> None:
+    """As where an optimizer steps in backward, each weight as soon as its gradient is there."""
+
+    def early(fails: Fails) -> None:
+        fails.steps_early = True
+
+    with pytest.raises(OutOfMemoryError, match=r"cannot be run again: it had changed .*layers\.2\.inner.*lora_A"):
+        run(tmp_path, {2: "backward"}, change=early)
+
+
+def test_what_a_failed_step_drew_and_counted_is_undone() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    expected = (random.random(), np.random.random(), torch.rand(1))
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = _Before(model, set())
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.rand(3, 4) + random.random() + np.random.random())
+    assert not torch.equal(statistics["0.running_mean"], model[0].running_mean)  # pyright: ignore[reportArgumentType]
+    before.restore()
+    assert before.changed() is None
+    assert (random.random(), np.random.random(), torch.rand(1)) == expected
+    assert_same(statistics, dict(model.named_buffers()))
 
 
 def test_without_the_guard_the_run_dies(tmp_path: Path) -> None:
@@ -140,6 +182,7 @@ def test_another_error_is_not_swallowed_and_leaves_gradients_as_they_were(tmp_pa
 
     class Trains:
         callback_handler: Any = None
+        state = SimpleNamespace(global_step=0)
 
         def training_step(self, model: Any, inputs: Any) -> None:
             model(torch.ones(1, 2)).sum().backward()
@@ -147,12 +190,12 @@ def test_another_error_is_not_swallowed_and_leaves_gradients_as_they_were(tmp_pa
 
     trainer = Trains()
     guard = StepGuard(trainer, BudgetCallback(1), 3)
-    random = torch.get_rng_state()
+    drawn = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="shapes"):
         trainer.training_step(model, {})  # pyright: ignore[reportCallIssue]
     assert model.weight.grad is before
     assert torch.equal(before, torch.full_like(before, 3.0))
-    assert torch.equal(random, torch.get_rng_state())
+    assert torch.equal(drawn, torch.get_rng_state())
     guard.remove()
     assert "training_step" not in vars(trainer)
 
@@ -161,4 +204,8 @@ def test_a_budget_callback_is_needed(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     trainer = Trainer(model=with_lora(build("llama")), args=arguments, train_dataset=rows_of(9), data_collator=pad)
     with pytest.raises(UsageError, match="0 BudgetCallbacks"):
+        rematree.survive_out_of_memory(trainer)
+    trainer.add_callback(BudgetCallback("64MiB"))
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(UsageError, match="DeepSpeed trains"):
         rematree.survive_out_of_memory(trainer)

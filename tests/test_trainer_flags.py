@@ -247,6 +247,43 @@ def test_a_run_that_fails_leaves_the_next_one_whole(tmp_path: Path, least: int) 
     assert not checkpointing_in_effect(model)
 
 
+def test_another_callback_takes_over_from_one_that_was_interrupted(tmp_path: Path, least: int) -> None:
+    """A notebook: a run is stopped, and the cell that makes the Trainer is run again with another budget."""
+    plain, model = make(), make()
+    train(tmp_path, plain)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, model, quiet(least), Fails())
+    assert applied_handle(model) is not None
+    callback = quiet(AMPLE)
+    train(tmp_path, model, callback)
+    assert applied_handle(model) is None
+    assert callback.plan is not None
+    assert callback.plan.budget_bytes == 64 << 20
+    assert_same(weights(plain), weights(model))
+
+
+def test_a_plan_that_the_user_applied_is_not_taken_off(tmp_path: Path) -> None:
+    model = make()
+    batch = batch_for(model, tokens=12)
+    with rematree.apply(rematree.Planner(model, batch, cost=COST, forbid=["chunked_loss"]).plan(None), model):
+        with pytest.raises(UsageError, match="another plan is in force"):
+            train(tmp_path, model, quiet(AMPLE))
+        assert applied_handle(model) is not None
+
+
+def test_a_budget_given_to_the_switch_is_there_when_the_trainer_has_enabled_checkpointing(tmp_path: Path) -> None:
+    model, callback = make(), quiet()
+    rematree.activation_checkpointing_enable(model, {"budget": AMPLE})
+    train(tmp_path, model, callback, activation_checkpointing=True)
+    assert callback.plan is not None
+    assert callback.plan.budget_bytes == 64 << 20
+
+
+def test_a_loss_that_the_trainer_computes_itself_is_said_not_to_be_counted(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"label_smoothing_factor=0.1: the Trainer computes that loss from all logits"):
+        train(tmp_path, make(), quiet(AMPLE), label_smoothing_factor=0.1)
+
+
 class Generates(TrainerCallback):
     """Generates after every step as it comes, in training mode, and in every evaluation."""
 

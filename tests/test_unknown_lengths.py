@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -433,3 +435,38 @@ def test_a_ladder_grows_to_so_many_rungs() -> None:
         apart = apart.extended(planner(number, 41 - number))
     assert len(apart.planners) == MOST_APART, "none covers another"
     assert apart.number_for(planner(31, 10).fingerprint) >= 0, "the latest is there"
+
+
+def test_reading_batches_draws_nothing_of_the_run() -> None:
+    """A collator may draw from any generator, and the run goes on from where each of them was."""
+
+    def noisy(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        assert all(draw() is not None for draw in (random.random, np.random.random, lambda: torch.rand(1)))
+        return pad(examples)
+
+    for data in (rows_of(*LENGTHS), Rows()):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(5)
+        expected = (random.random(), np.random.random(), torch.rand(1))
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(5)
+        loader: DataLoader[Any] = DataLoader(data, batch_size=2, collate_fn=noisy)  # pyright: ignore[reportArgumentType]
+        batches = read_batches(loader, None)
+        assert batches.longest["input_ids"].shape[0] == 2
+        assert (random.random(), np.random.random(), torch.rand(1)) == expected
+
+
+def test_data_that_can_be_gone_through_once_loses_a_batch_and_that_is_said() -> None:
+    class Once(Rows):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = iter(self.rows)
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return self.left
+
+    loader = DataLoader(Once(), batch_size=2, collate_fn=pad)
+    with pytest.warns(UserWarning, match="its first batch is read to plan for, and not trained on"):
+        read_batches(loader, None)
+    assert sum(len(batch["input_ids"]) for batch in loader) == len(LENGTHS) - 2
+    read_batches(DataLoader(Rows(), batch_size=2, collate_fn=pad), None)  # warnings are errors

@@ -99,12 +99,13 @@ def calibrate(
     report("attention")
     shares |= _attention(device, clock, rates, figures)
     launch = _launch(device, clock, figures)
+    is_amd = kind == "cuda" and torch.version.hip is not None  # whose "capability" is the architecture's number
     name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine()
     measured = Device(
         name="calibrated-" + "-".join(name.lower().split()),
         title=f"{name}, measured",
         vendor="",
-        backend=kind,
+        backend="rocm" if is_amd else kind,
         memory_bytes=total_bytes,
         usable_bytes=total_bytes,
         usable_source=MEASURED,
@@ -116,7 +117,7 @@ def calibrate(
         context_bytes=CONTEXT_BYTES if kind == "cuda" else 0,
         workspace_bytes=workspace_here(torch.cuda.get_device_capability(device)[0]) if kind == "cuda" else 0,
         sources={"specification": "measured by rematree calibrate"},
-        capability=torch.cuda.get_device_capability(device)[0] if kind == "cuda" else 0,
+        capability=torch.cuda.get_device_capability(device)[0] if kind == "cuda" and not is_amd else 0,
     )
     return Profile(measured, torch.__version__, datetime.datetime.now(tz=datetime.UTC).date().isoformat(), figures)
 

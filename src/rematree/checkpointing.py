@@ -72,8 +72,12 @@ def gradient_checkpointing_enable(
     _switch_on(model, gradient_checkpointing_kwargs, every_n_layers)
 
 
-def _switch_on(model: nn.Module, kwargs: Mapping[str, Any] | None, every_n_layers: int) -> None:
-    options, budget = parse_with_budget(kwargs, every_n_layers)
+def _switch_on(
+    model: nn.Module, kwargs: Mapping[str, Any] | None, every_n_layers: int, budget: Bytes | None = None
+) -> None:
+    """Put the switch on; `budget` is that of a switch which was on before, if the arguments name none."""
+    options, named = parse_with_budget(kwargs, every_n_layers)
+    budget = budget if named is None else named
     check_can_switch(model)
     ours = switches(model)
     written = written_budget(model)
@@ -101,14 +105,15 @@ def parse_with_budget(
 
 
 def _again(root: nn.Module, kwargs: Mapping[str, Any] | None, every_n_layers: int, offload: bool) -> None:
-    """What the model's own method for enabling does while the switch is on."""
+    """What the model's own method for enabling does while the switch is on: a Trainer calls it, and names no budget."""
     if offload:  # transformers' own, which this library does not have: the last word is the user's
         for switch in switches(root):
             switch.remove()
         kind: Any = type(root)
         kind.activation_checkpointing_enable(root, kwargs, every_n_layers, offload=True)
     else:
-        _switch_on(root, kwargs, every_n_layers)
+        budget = next((switch.budget for switch in switches(root) if switch.budget is not None), None)
+        _switch_on(root, kwargs, every_n_layers, budget)
 
 
 def _again_by_new_name(

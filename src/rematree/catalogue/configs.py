@@ -44,7 +44,7 @@ def needs_no_weights(spec: str) -> bool:
     if path.is_dir():
         return (path / _CONFIG).is_file() and not any(any(path.glob(pattern)) for pattern in _WEIGHTS)
     shape = find_shape(spec)
-    return shape is not None and shape.hub.lower() != spec.strip().lower()
+    return shape is not None and not shape.is_id(spec)
 
 
 def read_config(spec: str, *, revision: str | None = None) -> ModelConfig:
@@ -63,7 +63,7 @@ def read_config(spec: str, *, revision: str | None = None) -> ModelConfig:
     if path.is_file():
         return _from_file(path)
     shape = find_shape(spec)
-    if shape is not None:
+    if shape is not None and not (shape.partial and shape.is_id(spec)):
         notes = (shape.note,) if shape.note else ()
         return ModelConfig(_as_object(shape.config, shape.name), f"{shape.name} (config of {shape.hub})", None, notes)
     if looks_like_shape(spec):

@@ -29,6 +29,7 @@ class NamedShape:
         config: Contents of its config.json, as far as they decide shapes and what is computed.
         sources: Where the figures stand.
         note: In what this is not the published model; empty if in nothing.
+        partial: Whether the checkpoint on the Hub holds more than this: a vision tower.
     """
 
     name: str
@@ -38,6 +39,11 @@ class NamedShape:
     config: dict[str, Any]
     sources: tuple[str, ...]
     note: str
+    partial: bool
+
+    def is_id(self, spec: str) -> bool:
+        """Whether `spec` is the id on the Hub, which means all of what is there, and not a name of this shape."""
+        return spec.strip().lower() == self.hub.lower()
 
 
 @functools.cache
@@ -52,6 +58,7 @@ def _catalogue() -> tuple[NamedShape, ...]:
             entry["config"],
             tuple(data["sources"][source] for source in entry["sources"]),
             entry.get("note", ""),
+            entry.get("partial", False),
         )
         for name, entry in data["shapes"].items()
     )

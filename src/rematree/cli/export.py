@@ -18,8 +18,10 @@ def export(plan: options.PlanFile, to: To, as_json: options.Json = False) -> Non
     What those settings do not express is said on standard error, and in comments of the YAML.
     """
     stored = read_plan(plan)
-    shape = find_shape(stored.run.get("model", ""))
-    found = export_plan(stored, to, None if shape is None else shape.hub)
+    model = stored.run.get("model", "")
+    shape = find_shape(model)
+    differs = shape is not None and shape.partial and not shape.is_id(model)
+    found = export_plan(stored, to, shape.hub if shape else None, shape.note if shape and differs else "")
     if as_json:
         emit_json(found.facts())
         return

@@ -61,8 +61,8 @@ def frontier(
     config = options.train_config(ctx)
     wanted = [options.parse_budget(text, "--budgets") for text in options.split_list(budgets)]
     target = options.target_of(ctx, config)
-    for budget in wanted:
-        target.budget(budget)
+    if target.device is not None:
+        wanted = [target.budget(budget) for budget in wanted]
     from rematree.report.sweep import plain_step, sweep
 
     planner = options.planner_of(target, config, full=full)

@@ -222,11 +222,13 @@ class Known:
 
     Attributes:
         routes: It chooses experts.
+        draws_on_host: Its first call drew from Python's or NumPy's generator; None: there was none.
         buffers: Those its own forward changes.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.routes = False
+        self.draws_on_host: bool | None = None
         self.buffers = ChangingBuffers()
         self._contents: _Contents | None = None
         self.contents(module)
@@ -243,7 +245,56 @@ class Known:
         return known
 
 
-class World:
+class Switches:
+    """What a user switches in a region: whether it trains, what of it does, and which adapters are on, by how much.
+
+    Args:
+        module: The region.
+        known: What is known of the region.
+    """
+
+    __slots__ = ("_adapters", "_modules", "_requires_grad", "_training")
+
+    def __init__(self, module: nn.Module, known: Known) -> None:
+        contents = known.contents(module)
+        self._modules = (module, *contents.parts)
+        self._training = [part.training for part in self._modules]
+        self._requires_grad = [
+            (p, p.requires_grad)
+            for part in self._modules
+            if part._parameters
+            for p in part._parameters.values()
+            if p is not None
+        ]
+        layers = [*((module, holders) for holders in contents.own), *contents.adapters]
+        self._adapters = [_Adapters(layer, holders or _holders_of(layer)) for layer, holders in layers]
+
+    def restore(self, region: str, undo: contextlib.ExitStack) -> None:
+        """Put it back until `undo` closes.
+
+        Raises:
+            RecomputeMismatchError: adapters were merged, unmerged or deleted since.
+        """
+        for module, training in zip(self._modules, self._training, strict=True):
+            if module.training != training:
+                undo.callback(setattr, module, "training", module.training)
+                module.training = training
+        for adapters in self._adapters:
+            adapters.restore(region, undo)
+        for parameter, flag in self._requires_grad:
+            if parameter.requires_grad != flag:
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(flag)
+
+    @contextlib.contextmanager
+    def restored(self, region: str) -> Generator[None]:
+        """As it was inside, as it is now again after; raises what `restore` does."""
+        with contextlib.ExitStack() as undo:
+            self.restore(region, undo)
+            yield
+
+
+class World(Switches):
     """Snapshot of everything around a region's forward except random state.
 
     Args:
@@ -254,23 +305,13 @@ class World:
         A pass over the region's modules and parameters; no walk down the tree unless a module was exchanged.
     """
 
-    __slots__ = ("_adapters", "_captured", "_hooks", "_kernels", "_modules", "_requires_grad", "_state", "_training")
+    __slots__ = ("_captured", "_hooks", "_kernels", "_state")
 
     def __init__(self, module: nn.Module, captured: list[Captured], known: Known) -> None:
+        super().__init__(module, known)
         contents = known.contents(module)
-        self._modules = modules = (module, *contents.parts)
-        self._training = [part.training for part in modules]
-        self._requires_grad = [
-            (p, p.requires_grad)
-            for part in modules
-            if part._parameters
-            for p in part._parameters.values()
-            if p is not None
-        ]
-        layers = [*((module, holders) for holders in contents.own), *contents.adapters]
-        self._adapters = [_Adapters(layer, holders or _holders_of(layer)) for layer, holders in layers]
         self._hooks = _Hooks(contents.parts)  # the region's own hooks run around it, and once
-        self._state = ModuleState(modules, ("", *contents.paths), known.buffers)
+        self._state = ModuleState(self._modules, ("", *contents.paths), known.buffers)
         self._kernels = AttentionKernels()
         self._captured = [(item, item.read()) for item in captured]
 
@@ -287,16 +328,7 @@ class World:
                 deleted, or weights were written to: what the forward used no longer exists.
         """
         with contextlib.ExitStack() as undo:
-            for module, training in zip(self._modules, self._training, strict=True):
-                if module.training != training:
-                    undo.callback(setattr, module, "training", module.training)
-                    module.training = training
-            for adapters in self._adapters:
-                adapters.restore(region, undo)
-            for parameter, flag in self._requires_grad:
-                if parameter.requires_grad != flag:
-                    undo.callback(parameter.requires_grad_, parameter.requires_grad)
-                    parameter.requires_grad_(flag)
+            self.restore(region, undo)
             self._hooks.restore(self._modules[1:], undo)
             self._kernels.restore(undo)
             for item, value in self._captured:

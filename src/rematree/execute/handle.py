@@ -1,6 +1,7 @@
 """Apply a plan to a live model, and take it off again without a trace."""
 
 import dataclasses
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from rematree.execute.context import Captured
 from rematree.execute.installation import Installation
 from rematree.execute.own_compile import refuse_compiled, refuse_compiling
 from rematree.execute.quantised import refuse_repacked
-from rematree.execute.random_state import refuse_other_generators
+from rematree.execute.random_state import HostState, refuse_other_generators
 from rematree.execute.recompute import Executor
 from rematree.execute.selection import OnLarger, Selection
 from rematree.execute.self_check import AdapterCheck
@@ -39,6 +40,7 @@ class Handle:
         plans: All of them, in the order in which they are tried; `plan` is the last.
         forwards: Training forwards so far.
         on_larger: Who is asked about a training batch that no plan covers.
+        by_callback: Whether a Trainer's callback put it on: the next one to train takes it off.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Handle:
         self.plans = (*smaller, plan)
         self.forwards = 0
         self.on_larger = OnLarger()
+        self.by_callback = False
         self._chosen = Selection(self.plans, model)
         self._model = model
         self._executor = Executor(watcher)
@@ -65,7 +68,11 @@ class Handle:
         self._said = False
         self._check = AdapterCheck(model) if watcher is None else None
         try:
-            self._executor.captured.append(Captured(bool, self._check_in_force))
+            keeps = self._executor, "keeps_outputs"  # what a group runs again is run by the executor, as in its forward
+            self._executor.captured += [
+                Captured(bool, self._check_in_force),
+                Captured(functools.partial(getattr, *keeps), functools.partial(setattr, *keeps)),
+            ]
             self._installed.put_on(check_loss=check_loss)
             self._leave_caches_out()
             self._outer = self._installed.override(model, self._outermost)
@@ -112,9 +119,31 @@ class Handle:
                 number = self._chosen.refuse_larger(batch)
             self._chosen.latest = number
             self.forwards += 1
-            self._executor.keeps_outputs = self._may_be_read()
-        with self._chosen.during(len(self.plans) - 1 if number is None else number):
-            return inner(*args, **kwargs)
+        self._executor.keeps_outputs = self._may_be_read()
+        host = HostState() if trains and self._check is not None else None
+        try:
+            with self._chosen.during(len(self.plans) - 1 if number is None else number):
+                out = inner(*args, **kwargs)
+        finally:
+            self._executor.keeps_outputs = True  # who calls a module inside is not seen here
+        if host is not None:
+            self._host_was_drawn_from(not host.same_as(HostState()))
+        return out
+
+    def _host_was_drawn_from(self, drawn: bool) -> None:
+        """R4: where forwards draw from Python's or NumPy's generator, regions look at them, which takes long.
+
+        Warns:
+            UserWarning: the model did for the first time after one that did not, and nobody had looked where.
+        """
+        if drawn and not self._executor.looks_at_host:
+            warnings.warn(
+                "Python's or NumPy's random generator was drawn from in a forward for the first time; if that was in "
+                "what runs again, gradients of this one step are of other numbers",
+                UserWarning,
+                stacklevel=5,
+            )
+        self._executor.looks_at_host = drawn
 
     def _may_be_read(self) -> bool:
         """Whether there are hooks that may read what saved regions return, also where they run again.

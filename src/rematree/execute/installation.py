@@ -88,6 +88,7 @@ class Installation:
         attention: dict[nn.Module, dict[int, Callable[..., Any]]] = {}
         for number, plan in enumerate(self._plans):
             self._install_plan(number, plan, attention)
+            self.decides_inside |= plan.recomputes and self._own_switch.was_on  # which the rerun would find on
         if attention:
             self._attention = AttentionRegions(
                 (module, arounds[0] if len(self._plans) == 1 else functools.partial(self._chosen.dispatch, arounds))
@@ -142,7 +143,8 @@ class Installation:
         for path, layer in lean.items():
             self.override(layer, self._lean(plan, path, layer), number)
         again = plan.recomputes and (plan.groups or plan.compiled or self._releases)
-        inside = (effective_action(plan.decisions, path) is Action.RECOMPUTE for path in lean)
+        changed = (split_function(path)[0] for path in plan.lean)
+        inside = (effective_action(plan.decisions, path) is Action.RECOMPUTE for path in changed)
         self.decides_inside |= bool(again) or any(inside)
         self._install_compiled(plan)  # before any recomputation of the block, which is around it
         for path, decision in plan.decisions.items():

@@ -29,7 +29,7 @@ from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.arguments import Arguments, is_cache
 from rematree.execute.context import Known, World, builds_graph
 from rematree.execute.input_grads import require_grad
-from rematree.execute.random_state import RandomState
+from rematree.execute.random_state import HostState, RandomState
 from rematree.execute.routing import Routing
 
 _DETERMINISM: Final = ("default", "none")
@@ -159,7 +159,7 @@ class LayerCheckpoint:
         if known is None:
             known = self._known[module] = Known(module)
         world = World(module, [], known)
-        call = _Call(function, self.region, world, keeps_random=not self.options.preserve_rng_state)
+        call = _Call(function, self.region, world, known, keeps_random=not self.options.preserve_rng_state)
         if known.routes:
             call.routing = Routing()
         if self.options.use_reentrant:
@@ -207,10 +207,13 @@ class _Call:
         rerun: The first time is over.
     """
 
-    def __init__(self, function: Callable[..., Any], region: str, world: World, *, keeps_random: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], region: str, world: World, known: Known, *, keeps_random: bool
+    ) -> None:
         self._function = function
         self._region = region
         self._world = world
+        self._known = known
         self._keeps_random = keeps_random
         self._random: RandomState | None = None
         self.arguments: Arguments | None = None
@@ -221,11 +224,15 @@ class _Call:
         if self.rerun:
             return self._again(args, kwargs)
         self.rerun = True
-        before = RandomState.now() if self._keeps_random else None
+        looks = self._known.draws_on_host is not False  # for torch's generators torch itself may look
+        host = HostState() if looks else None
+        before = RandomState.now(host=looks) if self._keeps_random or looks else None
         with contextlib.nullcontext() if self.routing is None else self.routing.recorded():
             out = self._function(*args, **kwargs)
-        if before is not None and not before.same_as(RandomState.now()):
+        if before is not None and not before.same_as(RandomState.now(host=looks)):
             self._random = before
+        if self._known.draws_on_host is None and host is not None:
+            self._known.draws_on_host = not host.same_as(HostState())
         self._world.settle()
         return out
 
@@ -236,7 +243,7 @@ class _Call:
         with self._world.restored(self._region), routed:
             if self._random is None:
                 return self._function(*args, **kwargs)
-            present = RandomState()
+            present = RandomState(host=self._random.has_host)
             self._random.restore()
             try:
                 return self._function(*args, **kwargs)

@@ -12,7 +12,11 @@ _METHODS: Final = ("activation_checkpointing_enable", "gradient_checkpointing_en
 
 
 class OwnSwitch:
-    """Off on `model` from now on, and its methods that would switch it on do nothing, until `remove()`."""
+    """Off on `model` from now on, and its methods that would switch it on do nothing, until `remove()`.
+
+    Attributes:
+        was_on: Whether any layer will be checkpointed again after `remove()`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._off: list[nn.Module] = []
@@ -20,6 +24,7 @@ class OwnSwitch:
             if module.__dict__.get("gradient_checkpointing") is True:
                 module.__dict__["gradient_checkpointing"] = False
                 self._off.append(module)
+        self.was_on = bool(self._off)
         self._base = unwrap(model)
         self._methods: list[tuple[str, Any]] = []
         for name in _METHODS:

@@ -1,5 +1,10 @@
 """The state of random number generators, which a rerun finds as the forward found it (R4), and where it would not."""
 
+import contextlib
+import pickle
+import random
+import sys
+from collections.abc import Generator
 from typing import Any, Final
 
 import torch
@@ -14,28 +19,64 @@ _STATE_BYTES: Final = 5056  # of torch.get_rng_state()
 _NO_GENERATOR: Final = ("cpu", "meta")  # none, or one that is always kept
 
 
+class HostState:
+    """State of Python's and NumPy's own generators.
+
+    Cost:
+        Some 80 microseconds, sixty times torch's: not for every region of every step.
+    """
+
+    __slots__ = ("_numpy", "_python")
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy.random")
+        self._numpy = None if numpy is None else pickle.dumps(numpy.get_state(legacy=False))
+
+    def same_as(self, other: "HostState") -> bool:
+        """Whether nothing was drawn between the two."""
+        return self._python == other._python and self._numpy == other._numpy
+
+    def restore(self) -> None:
+        """Set the generators to this state."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy.random"].set_state(pickle.loads(self._numpy))
+
+
 class RandomState:
-    """State of the generators an op of this region could draw from: the CPU's and the current accelerator's.
+    """State of the generators a region could draw from: torch's of the CPU and the current accelerator, and the host's.
+
+    The host's where they are looked at. Of two states they are compared where both have them.
 
     Under fake tensors nothing is drawn and there is no state; a stand-in of the same size takes its place, so that the
     referee counts its bytes, and the number of draws that lead to it tells two of them apart.
     """
 
-    __slots__ = ("__weakref__", "_accelerator", "_cpu", "_draws", "_watcher")
+    __slots__ = ("__weakref__", "_accelerator", "_cpu", "_draws", "_host", "_watcher")
 
-    def __init__(self, watcher: Watcher | None = None) -> None:
+    def __init__(self, watcher: Watcher | None = None, *, host: bool = False) -> None:
+        self._host = HostState() if host else None
         self._watcher = watcher
         self._draws = 0 if watcher is None else watcher.draws
         self._cpu = torch.get_rng_state() if watcher is None else torch.empty(_STATE_BYTES, dtype=torch.uint8)
         self._accelerator = torch.cuda.get_rng_state() if watcher is None and torch.cuda.is_initialized() else None
 
     @classmethod
-    def now(cls, watcher: Watcher | None = None) -> "RandomState | None":
-        """The present state. Under fake tensors a stand-in if `watcher` counts draws, else None."""
+    def now(cls, watcher: Watcher | None = None, *, host: bool = False) -> "RandomState | None":
+        """The present state, with Python's and NumPy's if `host`.
+
+        Under fake tensors a stand-in if `watcher` counts draws, else None.
+        """
         # The search for a fake mode costs more than the state; without any mode there is none to find.
         if not torch._C._len_torch_dispatch_stack() or detect_fake_mode() is None:
-            return cls()
+            return cls(host=host)
         return None if watcher is None else cls(watcher)
+
+    @property
+    def has_host(self) -> bool:
+        """Whether Python's and NumPy's generators are among them."""
+        return self._host is not None
 
     def same_as(self, other: "RandomState | None") -> bool:
         """Whether nothing was drawn between the two."""
@@ -44,6 +85,8 @@ class RandomState:
         if self._watcher is not None or other._watcher is not None:
             return self._draws == other._draws
         if not torch.equal(self._cpu, other._cpu):
+            return False
+        if self._host is not None and other._host is not None and not self._host.same_as(other._host):
             return False
         if self._accelerator is None or other._accelerator is None:
             return self._accelerator is other._accelerator
@@ -55,8 +98,21 @@ class RandomState:
             self._watcher.draws = self._draws
             return
         torch.set_rng_state(self._cpu)
+        if self._host is not None:
+            self._host.restore()
         if self._accelerator is not None:
             torch.cuda.set_rng_state(self._accelerator)
+
+
+@contextlib.contextmanager
+def nothing_drawn() -> Generator[None]:
+    """The CPU's generators, Python's and NumPy's are afterwards where they were before."""
+    host = HostState()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        host.restore()
 
 
 def generator_state(device: torch.device) -> torch.Tensor:

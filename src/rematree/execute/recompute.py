@@ -139,6 +139,7 @@ class Executor:
         captured: What a recomputation finds as it was.
         watcher: Told about placeholders and recomputations.
         keeps_outputs: Keep what saved regions return, whatever was decided: somebody may read it that nobody knew of.
+        looks_at_host: Reruns find Python's and NumPy's generators as the forward did, too.
     """
 
     def __init__(self, watcher: Watcher | None = None) -> None:
@@ -147,7 +148,8 @@ class Executor:
         self._known: dict[str, Known] = {}
         self._latest: dict[int, weakref.ref[RandomState]] = {}
         self.watcher = watcher
-        self.keeps_outputs = False
+        self.keeps_outputs = True
+        self.looks_at_host = watcher is None
 
     def __getstate__(self) -> dict[str, Any]:
         # What goes on in threads is no part of a copy, and weak references cannot be pickled.
@@ -155,7 +157,7 @@ class Executor:
 
     def random_now(self) -> RandomState | None:
         """State of the generators; the same object as last time in this thread, if nothing was drawn since."""
-        now = RandomState.now(self.watcher)
+        now = RandomState.now(self.watcher, host=self.looks_at_host)
         thread = threading.get_ident()
         latest = self._latest.get(thread)
         before = None if latest is None else latest()

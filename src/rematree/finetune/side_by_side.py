@@ -21,6 +21,8 @@ class DevicePlan:
         least_bytes: Smallest peak that any plan reaches.
         tokens: In one forward and backward pass.
         plan: The fastest within the budget; None where nothing fits.
+        passes: That are accumulated before the optimizer's step.
+        optimizer_seconds: Of a pass as predicted, what comes once in a step: clipping and the optimizer.
     """
 
     device: str
@@ -28,6 +30,8 @@ class DevicePlan:
     least_bytes: int
     tokens: int
     plan: Plan | None
+    passes: int = 1
+    optimizer_seconds: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -37,8 +41,11 @@ class DevicePlan:
     @property
     def tokens_per_second(self) -> float:
         """Tokens that are trained on in a second; 0 where nothing fits."""
-        seconds = 0.0 if self.plan is None else self.plan.predicted_step_seconds
-        return self.tokens / seconds if seconds > 0 else 0.0
+        if self.plan is None:
+            return 0.0
+        once = self.optimizer_seconds
+        seconds = self.passes * (self.plan.predicted_step_seconds - once) + once
+        return self.passes * self.tokens / seconds if seconds > 0 else 0.0
 
     def facts(self) -> dict[str, Any]:
         """JSON values."""
@@ -86,5 +93,6 @@ def plan_each(
         except InfeasibleBudgetError as error:
             found.append(DevicePlan(target.name, limit, error.min_peak, tokens, None))
         else:
-            found.append(DevicePlan(target.name, limit, planner.min_peak_bytes(), tokens, plan))
+            passes, once = config.gradient_accumulation_steps, planner.survey.plain.optimizer_seconds
+            found.append(DevicePlan(target.name, limit, planner.min_peak_bytes(), tokens, plan, passes, once))
     return found

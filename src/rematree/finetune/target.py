@@ -89,7 +89,9 @@ class Target:
 
         rates = self.device.flops_per_second
         # Devices that compute in fp16 and not in bf16 have a rate for the one alone; without either, nothing is known.
-        return torch.float32 if "fp16" in rates and "bf16" not in rates else torch.bfloat16
+        # A profile has a rate of bf16 where it is emulated, too, which is no faster than what emulates it.
+        emulated = rates["bf16"] <= rates.get("fp32", 0.0) if "bf16" in rates else "fp16" in rates
+        return torch.float32 if emulated else torch.bfloat16
 
     def budget(self, wanted: int | None) -> int:
         """The bytes that a plan may take: those `wanted`, or all that the device has.

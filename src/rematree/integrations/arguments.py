@@ -62,6 +62,18 @@ def warn_of_what_has_no_effect(args: Any) -> None:
         )
 
 
+def warn_of_losses_outside(args: Any) -> None:
+    """Warn if the Trainer takes the labels away and computes the loss from all logits, which no plan counts."""
+    smoothing = getattr(args, "label_smoothing_factor", 0.0)
+    if smoothing:
+        warnings.warn(
+            f"label_smoothing_factor={smoothing}: the Trainer computes that loss from all logits, outside the model, "
+            "and the plan is for the model's own; the peak may be above the prediction",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def _arguments(args: Any) -> list[dict[str, Any]]:
     """Of checkpointing, among the training arguments; by either name, which transformers keeps equal."""
     given = [getattr(args, f"{kind}_kwargs", None) for kind in _KINDS]

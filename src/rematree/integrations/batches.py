@@ -8,6 +8,7 @@ tokens; else the first batch is a beginning, and the ones that turn out larger a
 for some more (`roomier`).
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from rematree.errors import UsageError
+from rematree.execute.random_state import nothing_drawn
 from rematree.fingerprint import describe_batch
 from rematree.planning.ladder import batch_weights
 
@@ -60,12 +62,18 @@ def read_batches(loader: Any, most: int | None = None) -> Batches:
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and size is not None and loader.collate_fn is not None:
         if len(data) == 0:
             raise UsageError("the training data is empty: there is no batch to plan for")
-        with torch.random.fork_rng(devices=[]):  # data and collator may draw; the run must not notice
+        with nothing_drawn():  # data and collator may draw; the run must not notice
             lengths = _lengths(data)
             if lengths is not None:
                 return _of_known_lengths(loader, lengths, size, most)
+    if isinstance(data, Iterable) and iter(data) is iter(data):  # pyright: ignore[reportUnknownArgumentType]
+        warnings.warn(
+            "the training data can be gone through once: its first batch is read to plan for, and not trained on",
+            UserWarning,
+            stacklevel=2,
+        )
     # accelerate's loader around it remembers an iterator that was begun and not ended
-    with torch.random.fork_rng(devices=[]):
+    with nothing_drawn():
         found = next(iter(getattr(loader, "base_dataloader", loader)), None)
     if found is None:
         raise UsageError("the training data is empty: there is no batch to plan for")
@@ -144,7 +152,7 @@ def _of_known_lengths(loader: Any, lengths: Sequence[int], size: int, most: int 
     mixed = cut[order[0]] != cut[order[-1]]
 
     def as_given(indices: Sequence[int]) -> dict[str, Any]:
-        with torch.random.fork_rng(devices=[]):
+        with nothing_drawn():
             return _as_mapping(loader.collate_fn([loader.dataset[index] for index in indices]))
 
     odd = next((index for index in order if cut[index] % 2), order[-1])

@@ -5,7 +5,8 @@
     trainer.train()
 
 A prediction can be wrong about a device: other programs use it, its allocator fragments. The step that fails has left
-nothing behind then: no gradient half added, and the random generators where they were. The budget shrinks to below what
+nothing behind then: no gradient half added, running statistics and random generators where they were; weights that an
+optimizer changed in the middle of backward end the run. The budget shrinks to below what
 has just failed, the plan for it is taken, and the same batch runs again. With levers that are exact, the run goes on as
 if nothing had happened.
 """
@@ -13,18 +14,20 @@ if nothing had happened.
 import contextlib
 import functools
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
 
 from rematree.errors import InfeasibleBudgetError, OutOfMemoryError, PlanMismatchError, UsageError
-from rematree.execute.random_state import RandomState
+from rematree.execute.random_state import HostState, RandomState
 from rematree.integrations.trainer import BudgetCallback
 from rematree.units import format_bytes
 
 _SHARE: Final = 0.9  # of a peak that did not fit, what is tried next
 _ATTEMPTS: Final = 5
+_SMALL: Final = 4096  # elements; such a buffer is copied at every step, since it may change for the first time
 # By the allocators of a CPU; by CUDA, cuBLAS, cuDNN and Triton, which do not raise torch's own error.
 _SAID: Final = ("not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory", "ALLOC_FAILED")
 
@@ -38,8 +41,8 @@ def survive_out_of_memory(trainer: Any, *, attempts: int = _ATTEMPTS) -> "StepGu
     Returns:
         The guard, with `remove()`.
     Raises:
-        UsageError: there is no `BudgetCallback`, or more than one process trains: one that runs a step again while the
-            others wait for its gradients would stop them all.
+        UsageError: there is no `BudgetCallback`, DeepSpeed trains, or more than one process does: one that runs a step
+            again while the others wait for its gradients would stop them all.
     """
     callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, BudgetCallback)]
     if len(callbacks) != 1:
@@ -49,6 +52,8 @@ def survive_out_of_memory(trainer: Any, *, attempts: int = _ATTEMPTS) -> "StepGu
         )
     if trainer.args.world_size > 1:
         raise UsageError(f"{trainer.args.world_size} processes train: a step cannot be run again in one of them alone")
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        raise UsageError("DeepSpeed trains: it keeps what a backward that fails has reduced so far")
     return StepGuard(trainer, callbacks[0], attempts)
 
 
@@ -64,6 +69,8 @@ class StepGuard:
         self._callback = callback
         self._attempts = attempts
         self._inner = trainer.training_step
+        self._changing = set[str]()  # names of the buffers that steps change
+        self._begun: tuple[int, _Random] | None = None  # the step under way, and what it found
         self.survived = 0
         trainer.training_step = functools.update_wrapper(functools.partial(self._step), self._inner)
 
@@ -72,9 +79,11 @@ class StepGuard:
         self._trainer.__dict__.pop("training_step", None)
 
     def _step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        failures = 0
+        failures, number = 0, self._trainer.state.global_step
+        if self._begun is None or self._begun[0] != number:  # the first of the passes that are accumulated
+            self._begun = number, _Random()
         while True:
-            before = _Before(model)
+            before = _Before(model, self._changing)
             try:
                 # A trainer may take entries out of a batch; where the model writes them, it is a list of prompts.
                 given = dict(inputs) if isinstance(inputs, Mapping) else inputs
@@ -88,8 +97,14 @@ class StepGuard:
                 if reason is None:
                     raise
                 _forget_frames(error)
+                if (changed := before.changed()) is not None:
+                    raise OutOfMemoryError(
+                        f"{reason}, and the step cannot be run again: it had changed {changed}",
+                        remedies=["an optimizer that steps after backward", "a smaller budget to begin with"],
+                    ) from None
             else:
                 before.add()
+                self._changing |= before.changed_buffers()
                 self.survived += failures > 0
                 return loss
             failures += 1
@@ -124,8 +139,11 @@ class StepGuard:
         trainer, plan = self._trainer, self._callback.in_force
         saved: list[str] = []
         if trainer.state.global_step > 0:
+            if self._begun is not None:  # who resumes begins with the first pass of this step
+                self._begun[1].restore()
             with contextlib.suppress(OSError):
-                trainer._save_checkpoint(trainer.model, None)
+                if not (Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}").exists():
+                    trainer._save_checkpoint(trainer.model, None)
                 saved = [f"the run so far is in {trainer.args.output_dir}: train(resume_from_checkpoint=True)"]
         lines = [] if plan is None else [line.text() for line in plan.ledger]
         raise OutOfMemoryError(
@@ -139,26 +157,60 @@ class StepGuard:
         )
 
 
+class _Random:
+    """State of all generators that a step may draw from: torch's, Python's and NumPy's."""
+
+    def __init__(self) -> None:
+        self._torch, self._host = RandomState.now(None), HostState()
+
+    def restore(self) -> None:
+        if self._torch is not None:
+            self._torch.restore()
+        self._host.restore()
+
+
 class _Before:
-    """What a step changes before the optimizer runs: gradients, and the random generators.
+    """What a step changes before the optimizer runs: gradients, buffers, and the random generators.
 
     Gradients of earlier micro-batches are put aside, because a backward that fails halfway has added to some of them.
     Added afterwards they are the same sums. While a step runs they are beside the new ones, which is more than the plan
     predicted by the size of one set of gradients; only with accumulation.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, changing: Collection[str]) -> None:
+        named: list[tuple[str, torch.Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+        self._versions = [(name, tensor, tensor._version) for name, tensor in named]
+        self._buffers = {
+            name: (buffer, buffer.detach().clone())
+            for name, buffer in model.named_buffers()
+            if name in changing or buffer.numel() <= _SMALL
+        }
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = [p.grad for p in self._parameters]
-        self._random = RandomState.now(None)
+        self._random = _Random()
         for parameter in self._parameters:
             parameter.grad = None
 
     def restore(self) -> None:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        if self._random is not None:
-            self._random.restore()
+        self._random.restore()
+        with torch.no_grad():
+            for buffer, before in self._buffers.values():  # no version says that a norm has counted its statistics
+                buffer.copy_(before)
+
+    def changed_buffers(self) -> set[str]:
+        """Names of the buffers that were written to, as far as their versions say so."""
+        return {
+            name
+            for name, tensor, version in self._versions
+            if tensor._version != version and not isinstance(tensor, torch.nn.Parameter)
+        }
+
+    def changed(self) -> str | None:
+        """The first tensor that was written to and is not as it was; None if there is none."""
+        written = (name for name, tensor, version in self._versions if tensor._version != version)
+        return next((name for name in written if name not in self._buffers), None)
 
     def add(self) -> None:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):

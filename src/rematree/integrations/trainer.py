@@ -22,12 +22,18 @@ from transformers import TrainerCallback
 from rematree.checkpointing import take_budget_from_transformers
 from rematree.engines import not_counted, refuse_copies, without_engine
 from rematree.errors import InfeasibleBudgetError, PlanMismatchError, RematreeError, UsageError
-from rematree.execute.handle import Handle, apply
+from rematree.execute.handle import Handle, applied_handle, apply
 from rematree.execute.input_grads import SuspendedInputGrads
 from rematree.execute.own_compile import compiled_elsewhere, refuse_compiled
 from rematree.execute.selection import covers
 from rematree.fingerprint import describe_batch
-from rematree.integrations.arguments import kind_of, most_tokens, wanted_budget, warn_of_what_has_no_effect
+from rematree.integrations.arguments import (
+    kind_of,
+    most_tokens,
+    wanted_budget,
+    warn_of_losses_outside,
+    warn_of_what_has_no_effect,
+)
 from rematree.integrations.batches import padded, read_batches
 from rematree.integrations.job import Job
 from rematree.integrations.trl import as_called, call_of, generated_batches
@@ -108,10 +114,14 @@ class BudgetCallback(TrainerCallback):
             UsageError: DeepSpeed trains the model, and by other means than ZeRO-2 or -3 as `referee.ranks` reads them.
             UnsupportedModelError: the adapter is prefix tuning.
         Warns:
-            UserWarning: the arguments ask for checkpointing in a way that has no effect under a plan.
+            UserWarning: the arguments ask for checkpointing in a way that has no effect under a plan, or for a loss
+                outside the model.
         """
         self._remove()  # what a training loop left that an error ended
         model: Any = without_engine(kwargs["model"])
+        left = applied_handle(model)
+        if left is not None and left.by_callback:  # another callback's, whose training was interrupted
+            left.remove(reports=False)
         packed = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
         # The Trainer makes no copies of packed weights.
         refuse_copies(model, 1 if packed else getattr(args, "n_gpu", 1))
@@ -128,6 +138,7 @@ class BudgetCallback(TrainerCallback):
         if getattr(args, "torch_compile", False):  # accelerate compiles a wrapper that the callback does not see
             raise compiled_elsewhere("TrainingArguments(torch_compile=True)")
         warn_of_what_has_no_effect(args)
+        warn_of_losses_outside(args)
         self._inputs = SuspendedInputGrads(model)
         try:
             self._plan_and_apply(args, state.max_steps, model, budget, ranks, kwargs)
@@ -198,6 +209,7 @@ class BudgetCallback(TrainerCallback):
             before.remove(reports=False)
         *smaller, self.plan = self.plans = plans
         self._handle = apply(self.plan, self._job.model, smaller=smaller)
+        self._handle.by_callback = True
         if before is not None:
             self._handle.on_larger = before.on_larger
         self._over = 0

@@ -39,6 +39,9 @@ _PCIE_ENCODING: Final = 128 / 130
 # A driver keeps a few percent for itself where no figure is known; Metal lets a process have about three quarters.
 _DRIVER_SHARE: Final = 0.97
 _METAL_SHARE: Final = 0.75
+# CUDA on Linux offers 260 to 520 MiB less than the total that nvidia-smi shows, before any context: totals in torch's
+# out-of-memory messages, as users quote them, of T4, L4, A10G, RTX 4090 and 5090, L40S and H100.
+_KEPT_BY_DRIVER: Final = 512 * MIB
 # Not measured on GPU: estimated, the context with the kernels a fine-tuning step loads.
 CONTEXT_BYTES: Final = 512 * MIB
 _LAUNCH_SECONDS: Final = 5e-6
@@ -56,8 +59,8 @@ class Device:
         vendor: "nvidia", "amd", "apple"; "" for a CPU.
         backend: "cuda", "rocm", "mps" or "cpu".
         memory_bytes: Nominal.
-        usable_bytes: What the driver reports, after ECC and firmware; the CUDA context comes out of it and has a
-            line of its own in a plan's ledger. Estimated (see `usable_source`) where no figure is known.
+        usable_bytes: What CUDA offers, after ECC, firmware and what the driver keeps; the CUDA context comes out of it
+            and has a line of its own in a plan's ledger. Estimated (see `usable_source`) where no figure is known.
         usable_source: How `usable_bytes` was obtained.
         bytes_per_second: Memory bandwidth.
         flops_per_second: Dense peak by dtype: "bf16", "fp16", "tf32", "fp32", "int8". Empty when none is published.
@@ -68,7 +71,8 @@ class Device:
         workspace_bytes: Workspace of cuBLAS, or of hipBLAS, in one thread.
         sources: Document of each group of figures.
         note: What a reader should know.
-        capability: Major number of the compute capability, from Hopper (9) on; 0 for older ones and other vendors.
+        capability: Major number of the compute capability, from Hopper (9) on and below Ampere (8); 0 for those
+            between and for other vendors.
     """
 
     name: str
@@ -258,7 +262,7 @@ def _device(entry: _Entry) -> Device:
     shares, _ = _table()
     memory = entry.memory_gib * GIB
     if entry.driver_mib is not None:
-        usable, source = entry.driver_mib * MIB, entry.sources["driver_mib"]
+        usable, source = entry.driver_mib * MIB - _KEPT_BY_DRIVER, f"{entry.sources['driver_mib']}, less 512 MiB"
     else:
         share = _METAL_SHARE if entry.backend == "mps" else _DRIVER_SHARE
         usable, source = int(memory * share), f"estimated: {share:.0%} of the nominal memory"

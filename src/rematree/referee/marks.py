@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from rematree.memory.accounts import BACKWARD, LOGITS
 from rematree.memory.ledger import Ledger
 
+OPTIMIZER: Final = "optimizer"  # the mark of its step
 HEAD: Final = "head"  # the mark of everything between the last block's forward and its backward
 
 

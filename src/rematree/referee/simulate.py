@@ -41,7 +41,7 @@ from rematree.referee.folding import (
 )
 from rematree.referee.held import Held
 from rematree.referee.layout import layout_of
-from rematree.referee.marks import BlockMarks
+from rematree.referee.marks import OPTIMIZER, BlockMarks
 from rematree.referee.ranks import Ranks
 from rematree.referee.simulation import Simulation
 from rematree.referee.zero.stage3 import ZeroThree
@@ -49,7 +49,6 @@ from rematree.trace import Segment
 
 _BETWEEN: Final = "between backward and optimizer"
 _NOBODY: Final = Fingerprint("", "", "", "", (), "", "")  # the executor checks it only against live models
-_OPTIMIZER: Final = "optimizer"
 _FIRST: Final = "backward 0"
 
 
@@ -202,7 +201,7 @@ class Referee:
                 left = self._adopt_gradients(ledger, [] if self.layout.takes_gradients else absent, self._stand_ins)
                 self._adopt_gradients(ledger, self._masters)
                 ledger.category = STEP
-                ledger.mark(_OPTIMIZER)
+                ledger.mark(OPTIMIZER)
                 engine.stepping()
                 if self._stepper is not None and self.optimizer != "none":
                     with ledger:

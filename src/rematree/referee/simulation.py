@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rematree.referee.held import Held
-from rematree.referee.marks import HEAD
+from rematree.referee.marks import HEAD, OPTIMIZER
 from rematree.trace import Segment
 
 
@@ -62,6 +62,12 @@ class Simulation:
         backward = self.backward(block)
         tail = self.tail_seconds if block == 0 else 0.0
         return self.forward(block).seconds + (backward.seconds - tail if backward else 0.0)
+
+    @property
+    def optimizer_seconds(self) -> float:
+        """Seconds of clipping and of the optimizer's step, which come once however many passes are accumulated."""
+        segment = self.segment(OPTIMIZER)
+        return 0.0 if segment is None else segment.seconds
 
     @property
     def head(self) -> Segment:

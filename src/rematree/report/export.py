@@ -62,13 +62,14 @@ def _scalar(value: object) -> str:
     return json.dumps(value)
 
 
-def export_plan(plan: Plan, trainer: str, weights: str | None = None) -> Export:
+def export_plan(plan: Plan, trainer: str, weights: str | None = None, note: str = "") -> Export:
     """The settings of `trainer` that come nearest to `plan`.
 
     Args:
         plan: A stored plan.
         trainer: "trl" or "axolotl".
         weights: Where the weights are, if not where the plan says: a name of the catalogue is none of the Hub.
+        note: In what the model that was planned is not the one whose weights they are.
     Raises:
         UsageError: another trainer, or a plan that does not say what it was made for.
     """
@@ -89,7 +90,9 @@ def export_plan(plan: Plan, trainer: str, weights: str | None = None) -> Export:
         ) from error
     if model.startswith(_BUNDLED) or model.endswith((".json", ".gguf")):
         lost.insert(0, f"the weights: {trainer} loads a folder or an id on the Hub, and {model} is none")
-    lost += [*_loss(plan, trainer), *_levers(plan)]
+    if note:
+        lost.insert(0, f"what was planned: {note}")
+    lost += [*_rows(plan, trainer), *_adapters(plan, trainer), *_loss(plan, trainer), *_levers(plan)]
     budget = plan.budget_bytes if plan.budget_bytes is not None else plan.predicted_peak_bytes
     lost.append(f"the budget of {format_bytes(budget)}: {trainer} does not look at the peak before it trains")
     return Export(trainer, settings, tuple(lost))
@@ -139,6 +142,25 @@ def _short(plan: Plan, path: str) -> str:
 
 def _nth(every: int) -> str:
     return "layer" if every == 1 else f"{every}th layer"
+
+
+def _rows(plan: Plan, trainer: str) -> list[str]:
+    """What becomes of packed rows. Source: `DataCollatorForLanguageModeling` of TRL's `sft_trainer.py`."""
+    rows = _number(plan.run["per_device_train_batch_size"])
+    if trainer != TRL or rows == 1 or not _number(plan.run["packing"]):
+        return []
+    return [
+        f"{rows} packed rows beside each other: TRL lays them end to end, and its default attention (sdpa) masks one "
+        f'row as long as all of them; attn_implementation "flash_attention_2" needs no mask'
+    ]
+
+
+def _adapters(plan: Plan, trainer: str) -> list[str]:
+    """In what adapters of packed weights are trained. Source: `SFTTrainer.__init__`, which casts them to bfloat16."""
+    packed = any(f"load_in_{bits}bit" in plan.run for bits in (4, 8))
+    if trainer != TRL or not packed or "lora_r" not in plan.run:
+        return []
+    return ["adapters in fp32, with their gradients and moments: TRL trains those of packed weights in bfloat16"]
 
 
 def _loss(plan: Plan, trainer: str) -> list[str]:
@@ -206,7 +228,8 @@ def _axolotl(plan: Plan, model: str, every: int) -> dict[str, Any]:
     if "revision" in run:
         out["revision_of_model"] = run["revision"]
     if run.get("dtype", "auto") != "auto":
-        out["bf16"] = run["dtype"] == "bfloat16"
+        out["bf16"] = False  # axolotl's bf16 is autocast; the plan is for a step without
+        out["bfloat16"] = run["dtype"] == "bfloat16"
     for bits in (4, 8):
         out[f"load_in_{bits}bit"] = f"load_in_{bits}bit" in run
     if "load_in_4bit" in run:
@@ -225,6 +248,8 @@ def _axolotl(plan: Plan, model: str, every: int) -> dict[str, Any]:
     out |= {
         "sequence_len": _number(run["max_length"]),
         "sample_packing": packing,
+        # Without one of its attentions axolotl packs and lets examples read each other. This is the plan's.
+        **({"sdp_attention": True} if packing else {}),
         "pad_to_sequence_len": packing,
         "micro_batch_size": _number(run["per_device_train_batch_size"]),
         "gradient_accumulation_steps": _number(run["gradient_accumulation_steps"]),

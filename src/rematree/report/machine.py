@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from rematree.pricing.devices import CONTEXT_BYTES
 from rematree.units import KIB, MIB, format_bytes
 
 _LIBRARIES: Final = ("rematree", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "datasets")
-# What a process needs besides the tensors that a budget counts: libraries, allocator slack, the page cache of its data.
+# What a process needs besides the tensors that a budget counts: libraries, pages of the heap, the page cache of its
+# data.
 _RESERVE_BYTES: Final = 512 * MIB
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
@@ -39,7 +41,13 @@ class Machine:
 
     @property
     def largest_budget_bytes(self) -> int:
-        """What a budget may be now: the free memory less what a process needs beside it, in whole MiB."""
+        """What a budget may be now, in whole MiB.
+
+        On a CPU the free memory less what a process needs beside it. On a GPU a budget holds all that, its context too,
+        which this process has and has not free.
+        """
+        if self.device == "cuda":
+            return min(self.total_bytes, self.free_bytes + CONTEXT_BYTES) // MIB * MIB
         return max(0, self.free_bytes - _RESERVE_BYTES) // MIB * MIB
 
     def facts(self) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def frontier_facts(
         "points": [
             {
                 "budget_bytes": point.budget_bytes,
-                "fits": point.plan is not None,
+                "fits": point.plan is not None and (room is None or point.plan.predicted_peak_bytes <= room[1]),
                 "predicted_peak_bytes": point.plan.predicted_peak_bytes if point.plan else None,
                 "predicted_step_seconds": point.plan.predicted_step_seconds if point.plan else None,
                 "loss_chunk_rows": point.plan.loss_chunk_rows if point.plan else None,

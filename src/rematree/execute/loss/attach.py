@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from rematree.engines import any_sharded
 from rematree.errors import UnsupportedModelError, UsageError
+from rematree.execute.context import Known, Switches
 from rematree.execute.loss.chunked import chunked_loss
 from rematree.execute.loss.deferred import defer_head
 from rematree.execute.loss.head import HeadCall, autocast_as, autocast_now, dropout_off, find_head
@@ -105,6 +106,7 @@ class ChunkedLoss:
         self._check_pending = check
         self._warned = False
         self._armed = False
+        self._known = Known(head)
         self._probed: dict[Any, tuple[int, torch.dtype, torch.device]] = {}
         names = list(inspect.signature(causal_lm.forward).parameters)
         self._labels_position = names.index("labels") if "labels" in names else len(names)
@@ -148,7 +150,18 @@ class ChunkedLoss:
         num_classes, dtype, device = self._probe(inner, hidden, autocast)
         params = tuple(param for param in self._head.parameters() if param.requires_grad)
         return defer_head(
-            HeadCall(inner, params, num_classes, dtype, device, autocast, self.rows, self._cross_entropy), hidden
+            HeadCall(
+                inner,
+                params,
+                num_classes,
+                dtype,
+                device,
+                autocast,
+                self.rows,
+                self._cross_entropy,
+                Switches(self._head, self._known),
+            ),
+            hidden,
         )
 
     def _probe(self, inner: Forward, hidden: Tensor, autocast: Any) -> tuple[int, torch.dtype, torch.device]:
@@ -197,8 +210,9 @@ class ChunkedLoss:
             again=None if self._watcher is None else functools.partial(self._watcher.again, {}),
             given_away=None if self._watcher is None else self._watcher.given_away,
         )
-        if self._check_pending:
-            with dropout_off(self._head):
-                self._check_pending = not verify_window(rows, job, type(self._head).__name__)
-        self.effective = head.fate.chunked = True
-        return chunked_loss(job, rows.hidden if tracked else rows.hidden.detach())
+        with head.switches.restored("the logits"):  # this may be called after the model's own forward
+            if self._check_pending:
+                with dropout_off(self._head):
+                    self._check_pending = not verify_window(rows, job, type(self._head).__name__)
+            self.effective = head.fate.chunked = True
+            return chunked_loss(job, rows.hidden if tracked else rows.hidden.detach())

@@ -8,8 +8,9 @@ their gradient, and goes on with them.
 Letters: B batch, T tokens, D model width, V vocabulary, N = B*T rows. [..., D] is any number of leading row dimensions.
 
 Not covered: logits read after an optimizer step are those of the new weights, and a head with dropout draws a new mask
-for every reading. A hook for the gradient of logits whose loss was computed in chunks is refused: that gradient never
-is one tensor. Hooks of torch's engines are not: DDP and FSDP2 put theirs on whatever a model returns.
+for every reading. Adapters and training flags are those of the forward. A hook for the gradient of logits whose loss
+was computed in chunks is refused: that gradient never is one tensor. Hooks of torch's engines are not: DDP and FSDP2
+put theirs on whatever a model returns.
 """
 
 from collections.abc import Callable
@@ -97,7 +98,12 @@ class DeferredLogits(Tensor):
                 return _deferred(args[0], outcome)
         writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
         real_args, real_kwargs = _with_real_logits((args, kwargs), shared=writes)
-        return func(*real_args, **real_kwargs)
+        out = func(*real_args, **real_kwargs)
+        if not writes and _is_part_of(out, (args, kwargs), (real_args, real_kwargs)):
+            # What is written to it later is written to the logits, whose loss is still to come.
+            real_args, real_kwargs = _with_real_logits((args, kwargs), shared=True)
+            out = func(*real_args, **real_kwargs)
+        return out
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,18 +128,33 @@ def _may_wait(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a hook for the gradient of deferred logits can be put on these themselves: an engine's can.
 
     Raises:
-        UnsupportedModelError: it is another's, and would not be called any more.
+        UnsupportedModelError: it is another's, and would not be called.
     """
     logits, *others = args
     hook = others[0] if others else kwargs.get("hook")
     if (getattr(hook, "__module__", None) or "").startswith(_ENGINES):
         return True
+    why = None
     if logits.rows.source.head.fate.chunked:
+        why = "their loss was computed in chunks, and their gradient with it, before this was called"
+    elif logits.rows.views:
+        why = "they are a part of the logits that is made anew for each use"
+    if why is not None:
         raise UnsupportedModelError(
-            f"logits.{name}: their loss was computed in chunks, and their gradient with it, before this was called",
-            remedies=["apply a plan without the chunked loss: forbid=('chunked_loss',)"],
+            f"logits.{name}: {why}", remedies=["apply a plan without the chunked loss: forbid=('chunked_loss',)"]
         )
     return False
+
+
+def _is_part_of(out: Any, deferred: Any, real: Any) -> bool:
+    """Whether `out` shares memory with logits that were made for this use alone, while a loss of them may come."""
+    made = {
+        there.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+        for leaf, there in zip(tree_leaves(deferred), tree_leaves(real), strict=True)
+        if isinstance(leaf, DeferredLogits) and leaf.rows.source.real is None and not leaf.rows.source.head.fate.chunked
+    }
+    shared = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)) if made else ()
+    return any(leaf.untyped_storage()._cdata in made for leaf in shared)  # pyright: ignore[reportPrivateUsage]
 
 
 def _with_real_logits(tree: Any, *, shared: bool = False) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rematree.engines import any_sharded
+from rematree.execute.context import Switches
 
 Unary = Callable[[Tensor], Tensor]
 
@@ -62,6 +63,7 @@ class HeadCall:
         autocast: Device type and dtype of the autocast that was on, None if it was off.
         chunk_rows: Rows computed at once where an operation allows it.
         cross_entropy: Called as `cross_entropy(rows, target, **options)`; None means: not supported, use real logits.
+        switches: Adapters and training flags as they are now.
         fate: Of what the call returned.
     """
 
@@ -73,6 +75,7 @@ class HeadCall:
     autocast: tuple[str, torch.dtype] | None
     chunk_rows: int
     cross_entropy: Callable[..., Tensor | None]
+    switches: Switches
     fate: Fate = field(default_factory=Fate)
 
 

@@ -98,7 +98,15 @@ class LogitRows:
 
         Args:
             shared: They will be written to, so every view must see the same memory.
+        Raises:
+            RecomputeMismatchError: an adapter of the head was merged or deleted since the forward.
         """
+        if self.source.real is not None:
+            return self._real(shared=shared)
+        with self.source.head.switches.restored("the logits"):
+            return self._real(shared=shared)
+
+    def _real(self, *, shared: bool) -> Tensor:
         source = self.source
         tracked = torch.is_grad_enabled() and self.tracked
         if source.real is None and (shared or (tracked and self.whole)):

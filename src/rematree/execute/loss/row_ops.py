@@ -120,7 +120,7 @@ def _argmax(rows: LogitRows, dim: int | None = None, keepdim: bool = False) -> T
     """Trainers report token accuracy from the logits: rows are enough for that, too."""
     if dim is None or dim % len(rows.shape) != len(rows.shape) - 1:
         return None
-    with torch.no_grad():
+    with torch.no_grad(), rows.source.head.switches.restored("the logits"):
         parts = torch.split(rows.hidden.reshape(-1, rows.hidden.shape[-1]), rows.source.head.chunk_rows)
         best = torch.cat([rows.logits(part).argmax(-1) for part in parts]).reshape(rows.shape[:-1])
     return best.unsqueeze(-1) if keepdim else best

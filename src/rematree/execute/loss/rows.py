@@ -35,7 +35,7 @@ def leading_shape(name: str, rest: tuple[Any, ...], shape: torch.Size) -> tuple[
             return None
         return (*shape[:start], shape[start : end + 1].numel(), *shape[end + 1 : -1])
     sizes = rest[0] if len(rest) == 1 and not isinstance(rest[0], int) else rest
-    if not sizes or not all(isinstance(size, int) for size in sizes):
+    if not isinstance(sizes, tuple | list) or not sizes or not all(isinstance(size, int) for size in sizes):
         return None
     *lead, last = sizes
     num_rows = shape[:-1].numel()
