@@ -1,6 +1,7 @@
 """Calls and modules that a recomputation once got wrong: each compared with the plain model, or refused by it too."""
 
 import contextlib
+import dataclasses
 import io
 import random
 import warnings
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+import rematree
 from both_paths import AGAIN, EVERY_WAY, KEEP, NOT_REENTRANT, SAVE, Ours, by_plan, plan_of
 from models import assert_same, batch_for, build, with_lora
 from rematree.errors import RecomputeMismatchError
@@ -323,6 +325,75 @@ def test_numbers_that_are_drawn_in_later_steps_alone_are_said_once() -> None:
         with pytest.warns(UserWarning, match="was drawn from in a forward for the first time"):
             _once(model, X)
         _once(model, X)  # warnings are errors
+
+
+class _Asked(nn.Module):
+    """A block that draws where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, draws: bool) -> torch.Tensor:
+        out = torch.tanh(self.inner(x))
+        return x + out * (1 + random.random()) if draws else x + out
+
+
+class _Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dropout = nn.Dropout(0.1)
+        self.layers = nn.ModuleList(_Asked() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, draws: bool = True) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        for layer in self.layers:
+            x = layer(self.dropout(x), draws)
+        return x.pow(2).mean()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_batches_that_draw_and_batches_that_do_not(grouped: bool, together: bool) -> None:
+    """One after the other, and two forwards before their backward; a loss of one's own draws between the two."""
+    after: list[float] = []
+
+    def step(model: Any, batch: Mapping[str, Any]) -> None:
+        random.seed(3)
+        for draws in (True, False, True, False, True):
+            loss = model(**batch, draws=draws)
+            loss = loss + model(**batch, draws=not draws) if together else loss
+            (loss * random.random()).backward()
+            after.append(random.random())
+
+    def ours(model: nn.Module, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        blocks = ("layers.0", "layers.1", "layers.2")
+        plan = plan_of(model, batch, dict.fromkeys(blocks, AGAIN))
+        return rematree.apply(dataclasses.replace(plan, groups=(blocks,)) if grouped else plan, model)
+
+    _same(_Mixed, ours, step)
+    assert after[: len(after) // 2] == after[len(after) // 2 :]
+
+
+def test_a_loss_that_draws_between_forward_and_backward_goes_on_from_there() -> None:
+    """The first step looks at all generators, and finds that the model draws from torch's alone."""
+    after: list[float] = []
+
+    def step(model: Any, batch: Mapping[str, Any]) -> None:
+        random.seed(3)
+        loss = model(**batch, draws=False)
+        (loss * random.random()).backward()
+        after.append(random.random())
+
+    class Drops(_Mixed):
+        def __init__(self) -> None:
+            super().__init__()
+            for layer in self.layers:
+                layer.inner = nn.Sequential(layer.inner, nn.Dropout(0.1))  # pyright: ignore[reportArgumentType]
+
+    _same(Drops, by_plan, step)
+    assert after[0] == after[1]
 
 
 @EVERY_WAY

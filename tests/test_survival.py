@@ -1,5 +1,6 @@
 """Steps that run out of memory: undone, planned tighter, run again, and the run ends with the same numbers."""
 
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,33 @@ def test_a_step_that_has_changed_weights_is_not_run_again(tmp_path: Path) -> Non
         run(tmp_path, {2: "backward"}, change=early)
 
 
+def test_a_frozen_weight_that_is_written_to_changes_nothing_that_counts(tmp_path: Path) -> None:
+    """Adapters of expert weights set them anew in every forward, and adapters are merged to generate."""
+
+    def parametrized(fails: Fails) -> None:
+        frozen = next(p for p in fails.inner.parameters() if not p.requires_grad)
+
+        def set_anew(*_: Any) -> None:
+            if not torch._C._len_torch_dispatch_stack():
+                with torch.no_grad():
+                    frozen.set_(frozen.detach())  # pyright: ignore[reportArgumentType]
+
+        fails.register_forward_pre_hook(set_anew)
+
+    trainer, losses, _ = run(tmp_path, {2: "backward"}, change=parametrized)
+    assert len(losses) == 8
+    assert trainer.training_step.func.__self__.survived == 1
+
+
+def test_buffers_made_without_versions_stay_as_they_are() -> None:
+    model = nn.Linear(4, 4)
+    with torch.inference_mode():
+        model.register_buffer("frequencies", torch.ones(4))
+    before = _Before(model, set())
+    before.restore()
+    assert before.changed() is None
+
+
 def test_what_a_failed_step_drew_and_counted_is_undone() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
     random.seed(0)
@@ -150,14 +178,17 @@ def test_without_the_guard_the_run_dies(tmp_path: Path) -> None:
 
 
 def test_repeated_failure_ends_with_the_ledger_advice_and_a_checkpoint(tmp_path: Path) -> None:
+    for step in range(1, 8):  # of an earlier run in the same folder
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (0, 0))
     with pytest.raises(OutOfMemoryError) as caught:
         run(tmp_path, dict.fromkeys(range(4, 40), "backward"))
     text = str(caught.value)
     assert "base weights" in text
     assert "resume_from_checkpoint=True" in text
     assert "rematree fit" in text
-    (checkpoint,) = tmp_path.glob("checkpoint-*")
-    assert (checkpoint / "optimizer.pt").is_file()
+    (saved,) = tmp_path.glob("checkpoint-*/optimizer.pt")
+    assert (saved.parent / "trainer_state.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -249,10 +249,12 @@ def test_a_run_that_fails_leaves_the_next_one_whole(tmp_path: Path, least: int) 
 
 def test_another_callback_takes_over_from_one_that_was_interrupted(tmp_path: Path, least: int) -> None:
     """A notebook: a run is stopped, and the cell that makes the Trainer is run again with another budget."""
-    plain, model = make(), make()
+    plain, model, first = make(), make(), quiet(least)
     train(tmp_path, plain)
+    model.enable_input_require_grads()
+    hooks = dict(model.get_input_embeddings()._forward_hooks)
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(tmp_path, model, quiet(least), Fails())
+        train(tmp_path, model, first, Fails())
     assert applied_handle(model) is not None
     callback = quiet(AMPLE)
     train(tmp_path, model, callback)
@@ -260,6 +262,8 @@ def test_another_callback_takes_over_from_one_that_was_interrupted(tmp_path: Pat
     assert callback.plan is not None
     assert callback.plan.budget_bytes == 64 << 20
     assert_same(weights(plain), weights(model))
+    assert hooks
+    assert dict(model.get_input_embeddings()._forward_hooks) == hooks
 
 
 def test_a_plan_that_the_user_applied_is_not_taken_off(tmp_path: Path) -> None:

@@ -463,10 +463,13 @@ def test_data_that_can_be_gone_through_once_loses_a_batch_and_that_is_said() -> 
             self.left = iter(self.rows)
 
         def __iter__(self) -> Iterator[dict[str, Any]]:
-            return self.left
+            return self
+
+        def __next__(self) -> dict[str, Any]:
+            return next(self.left)
 
     loader = DataLoader(Once(), batch_size=2, collate_fn=pad)
-    with pytest.warns(UserWarning, match="its first batch is read to plan for, and not trained on"):
+    with pytest.warns(UserWarning, match="its first batch, which is read to plan for, is not trained on"):
         read_batches(loader, None)
     assert sum(len(batch["input_ids"]) for batch in loader) == len(LENGTHS) - 2
     read_batches(DataLoader(Rows(), batch_size=2, collate_fn=pad), None)  # warnings are errors

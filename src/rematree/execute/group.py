@@ -135,8 +135,7 @@ class _Frame:
 
     def _rerun(self, task: int, only: _Holder | None) -> None:
         rerun = _Rerun(self, task, only)
-        draws = any(call.random is not None for call in self.calls)
-        present = self.executor.random_now() if draws else None
+        present = self.executor.present(call.random for call in self.calls)
         watcher = self.executor.watcher
         if watcher is not None:
             watcher.recomputation(entered=True)

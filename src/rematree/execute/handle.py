@@ -40,7 +40,6 @@ class Handle:
         plans: All of them, in the order in which they are tried; `plan` is the last.
         forwards: Training forwards so far.
         on_larger: Who is asked about a training batch that no plan covers.
-        by_callback: Whether a Trainer's callback put it on: the next one to train takes it off.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class Handle:
         self.plans = (*smaller, plan)
         self.forwards = 0
         self.on_larger = OnLarger()
-        self.by_callback = False
         self._chosen = Selection(self.plans, model)
         self._model = model
         self._executor = Executor(watcher)
@@ -66,13 +64,16 @@ class Handle:
         )
         self._cacheless: Cacheless | None = None
         self._said = False
+        self._drawn_from = False  # Python's or NumPy's generator, in any forward
         self._check = AdapterCheck(model) if watcher is None else None
         try:
-            keeps = self._executor, "keeps_outputs"  # what a group runs again is run by the executor, as in its forward
-            self._executor.captured += [
-                Captured(bool, self._check_in_force),
-                Captured(functools.partial(getattr, *keeps), functools.partial(setattr, *keeps)),
-            ]
+            self._executor.captured.append(Captured(bool, self._check_in_force))
+            for name in ("keeps_outputs", "looks_at_host"):  # a group has the executor run again what it ran in forward
+                place = self._executor, name
+                self._executor.captured.append(
+                    Captured(functools.partial(getattr, *place), functools.partial(setattr, *place))
+                )
+            self._executor.may_be_read = self._may_be_read
             self._installed.put_on(check_loss=check_loss)
             self._leave_caches_out()
             self._outer = self._installed.override(model, self._outermost)
@@ -125,16 +126,18 @@ class Handle:
             with self._chosen.during(len(self.plans) - 1 if number is None else number):
                 out = inner(*args, **kwargs)
         finally:
-            self._executor.keeps_outputs = True  # who calls a module inside is not seen here
+            self._executor.keeps_outputs = None  # who calls a module inside is not seen here
         if host is not None:
             self._host_was_drawn_from(not host.same_as(HostState()))
         return out
 
     def _host_was_drawn_from(self, drawn: bool) -> None:
-        """R4: where forwards draw from Python's or NumPy's generator, regions look at them, which takes long.
+        """R4: where a forward draws from Python's or NumPy's generator, regions look at them, which takes long.
+
+        In the first forward they do, and from one that draws on.
 
         Warns:
-            UserWarning: the model did for the first time after one that did not, and nobody had looked where.
+            UserWarning: this one is the first that does, and nobody had looked where.
         """
         if drawn and not self._executor.looks_at_host:
             warnings.warn(
@@ -143,7 +146,8 @@ class Handle:
                 UserWarning,
                 stacklevel=5,
             )
-        self._executor.looks_at_host = drawn
+        self._drawn_from |= drawn
+        self._executor.looks_at_host = self._drawn_from
 
     def _may_be_read(self) -> bool:
         """Whether there are hooks that may read what saved regions return, also where they run again.

@@ -47,7 +47,7 @@ class HostState:
 class RandomState:
     """State of the generators a region could draw from: torch's of the CPU and the current accelerator, and the host's.
 
-    The host's where they are looked at. Of two states they are compared where both have them.
+    The host's where they are looked at.
 
     Under fake tensors nothing is drawn and there is no state; a stand-in of the same size takes its place, so that the
     referee counts its bytes, and the number of draws that lead to it tells two of them apart.
@@ -86,7 +86,10 @@ class RandomState:
             return self._draws == other._draws
         if not torch.equal(self._cpu, other._cpu):
             return False
-        if self._host is not None and other._host is not None and not self._host.same_as(other._host):
+        if self._host is None or other._host is None:
+            if self._host is not other._host:
+                return False
+        elif not self._host.same_as(other._host):
             return False
         if self._accelerator is None or other._accelerator is None:
             return self._accelerator is other._accelerator

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -96,10 +96,10 @@ class _Frame:
                     if leaf.written:
                         yield call.region
 
-    @property
-    def draws(self) -> bool:
-        """Whether a rerun sets the generators."""
-        return self.random_before is not None or any(call.random_after is not None for call in self.calls)
+    def states(self) -> Iterator[RandomState | None]:
+        """What a rerun sets the generators to; None: not at that point."""
+        yield self.random_before
+        yield from (call.random_after for call in self.calls)
 
 
 @dataclass(slots=True)
@@ -139,6 +139,8 @@ class Executor:
         captured: What a recomputation finds as it was.
         watcher: Told about placeholders and recomputations.
         keeps_outputs: Keep what saved regions return, whatever was decided: somebody may read it that nobody knew of.
+            None: nobody has asked, because the forward of the whole model was not called.
+        may_be_read: Asks.
         looks_at_host: Reruns find Python's and NumPy's generators as the forward did, too.
     """
 
@@ -148,7 +150,8 @@ class Executor:
         self._known: dict[str, Known] = {}
         self._latest: dict[int, weakref.ref[RandomState]] = {}
         self.watcher = watcher
-        self.keeps_outputs = True
+        self.keeps_outputs: bool | None = None
+        self.may_be_read: Callable[[], bool] | None = None
         self.looks_at_host = watcher is None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,6 +168,13 @@ class Executor:
             return None if now is None else before
         self._latest[thread] = weakref.ref(now)
         return now
+
+    def present(self, then: Iterable[RandomState | None]) -> RandomState | None:
+        """State of the generators to come back to from a rerun that sets them to states of `then`; None: to none."""
+        states = [state for state in then if state is not None]
+        if any(state.has_host for state in states):  # whatever is looked at by now
+            return RandomState.now(self.watcher, host=True)
+        return self.random_now() if states else None
 
     @contextlib.contextmanager
     def inside(self, what: _Frame | _Rerun | _Plain | Around) -> Generator[None]:
@@ -229,7 +239,7 @@ class Executor:
 
     @contextlib.contextmanager
     def _rerun(self, frame: _Frame) -> Generator[None]:
-        present = self.random_now() if frame.draws else None
+        present = self.present(frame.states())
         if self.watcher is not None:
             self.watcher.recomputation(entered=True)
         try:
@@ -256,7 +266,10 @@ class Executor:
             out = inner(*args, **kwargs)
         after = self.random_now()
         leaves, spec = tree_flatten(out)
-        stash = stash or self.keeps_outputs
+        keeps = self.keeps_outputs
+        if keeps is None and self.may_be_read is not None:
+            keeps = self.may_be_read()
+        stash = stash or bool(keeps)
         kept = [Leaf.of(leaf, stash, around.around) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         around.skipped(_Call(region, kept, spec, None), before, after)
         return out

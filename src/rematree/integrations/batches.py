@@ -9,7 +9,7 @@ for some more (`roomier`).
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -66,9 +66,10 @@ def read_batches(loader: Any, most: int | None = None) -> Batches:
             lengths = _lengths(data)
             if lengths is not None:
                 return _of_known_lengths(loader, lengths, size, most)
-    if isinstance(data, Iterable) and iter(data) is iter(data):  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(data, Iterator) and not getattr(loader, "num_workers", 0):  # workers read copies of it
         warnings.warn(
-            "the training data can be gone through once: its first batch is read to plan for, and not trained on",
+            "the training data is its own iterator: if it can be gone through once, its first batch, which is read to "
+            "plan for, is not trained on",
             UserWarning,
             stacklevel=2,
         )

@@ -13,6 +13,7 @@ if nothing had happened.
 
 import contextlib
 import functools
+import time
 import traceback
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, Final, NoReturn
 import torch
 
 from rematree.errors import InfeasibleBudgetError, OutOfMemoryError, PlanMismatchError, UsageError
+from rematree.execute.noted import version_of
 from rematree.execute.random_state import HostState, RandomState
 from rematree.integrations.trainer import BudgetCallback
 from rematree.units import format_bytes
@@ -69,6 +71,7 @@ class StepGuard:
         self._callback = callback
         self._attempts = attempts
         self._inner = trainer.training_step
+        self._since = time.time()
         self._changing = set[str]()  # names of the buffers that steps change
         self._begun: tuple[int, _Random] | None = None  # the step under way, and what it found
         self.survived = 0
@@ -142,7 +145,8 @@ class StepGuard:
             if self._begun is not None:  # who resumes begins with the first pass of this step
                 self._begun[1].restore()
             with contextlib.suppress(OSError):
-                if not (Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}").exists():
+                there = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+                if not there.exists() or there.stat().st_mtime < self._since:  # another run's, or half of one
                     trainer._save_checkpoint(trainer.model, None)
                 saved = [f"the run so far is in {trainer.args.output_dir}: train(resume_from_checkpoint=True)"]
         lines = [] if plan is None else [line.text() for line in plan.ledger]
@@ -178,11 +182,13 @@ class _Before:
     """
 
     def __init__(self, model: Any, changing: Collection[str]) -> None:
-        named: list[tuple[str, torch.Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-        self._versions = [(name, tensor, tensor._version) for name, tensor in named]
+        # Versions of frozen weights move where nothing changes: adapters are merged to generate, parametrized, or set.
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if not buffer.is_inference()]
+        self._versions = [(name, tensor, version_of(tensor)) for name, tensor in (*trained, *buffers)]
         self._buffers = {
             name: (buffer, buffer.detach().clone())
-            for name, buffer in model.named_buffers()
+            for name, buffer in buffers
             if name in changing or buffer.numel() <= _SMALL
         }
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -204,12 +210,12 @@ class _Before:
         return {
             name
             for name, tensor, version in self._versions
-            if tensor._version != version and not isinstance(tensor, torch.nn.Parameter)
+            if version_of(tensor) != version and not isinstance(tensor, torch.nn.Parameter)
         }
 
     def changed(self) -> str | None:
         """The first tensor that was written to and is not as it was; None if there is none."""
-        written = (name for name, tensor, version in self._versions if tensor._version != version)
+        written = (name for name, tensor, version in self._versions if version_of(tensor) != version)
         return next((name for name in written if name not in self._buffers), None)
 
     def add(self) -> None:

@@ -11,10 +11,12 @@ force before is in force again afterwards.
 
 import sys
 import time
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import TrainerCallback
@@ -47,6 +49,7 @@ from rematree.units import format_bytes, format_seconds, parse_bytes
 
 _COUNT: Final = "num_items_in_batch"  # which the Trainer adds to a batch for models whose loss takes it
 _T = TypeVar("_T")
+_OWNERS: "WeakKeyDictionary[Handle, weakref.ref[BudgetCallback]]" = WeakKeyDictionary()  # who put a plan on
 
 
 class BudgetCallback(TrainerCallback):
@@ -120,7 +123,10 @@ class BudgetCallback(TrainerCallback):
         self._remove()  # what a training loop left that an error ended
         model: Any = without_engine(kwargs["model"])
         left = applied_handle(model)
-        if left is not None and left.by_callback:  # another callback's, whose training was interrupted
+        if left is not None and left in _OWNERS:  # of another callback, whose training was interrupted
+            owner = _OWNERS[left]()
+            if owner is not None:
+                owner._remove()
             left.remove(reports=False)
         packed = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
         # The Trainer makes no copies of packed weights.
@@ -209,7 +215,7 @@ class BudgetCallback(TrainerCallback):
             before.remove(reports=False)
         *smaller, self.plan = self.plans = plans
         self._handle = apply(self.plan, self._job.model, smaller=smaller)
-        self._handle.by_callback = True
+        _OWNERS[self._handle] = weakref.ref(self)
         if before is not None:
             self._handle.on_larger = before.on_larger
         self._over = 0

@@ -24,7 +24,7 @@ _RESOLUTION: Final = 16384  # quanta of the chain solver between the first block
 _MAX_CONFIRMATIONS: Final = 6  # simulated steps spent on one budget
 _WORTH_GROUPS: Final = 0.003  # of the step: groups that win less are left alone
 _WORTH_SEARCHING: Final = 0.001  # of the step: when no plan in between can win more, the search for one ends
-_FINER: Final = 4  # parts of a quantum near the smallest peak
+_FINER: Final = 4  # times, near the smallest peak
 _LONGEST: Final = 4  # plain steps: for the last hundredth of memory, groups in groups can take thirty of 80 blocks
 _NEAR_LEAST: Final = 3  # limits tried for the smallest peak
 
@@ -114,8 +114,7 @@ class Search:
         if not problem.advances or (alone is not None and self._groups_cannot_win(alone, limit)):
             return alone
         # Near the smallest peak, where there is nothing without groups, a quantum more or less is a whole forward.
-        quantum = quantum_for(problem, limit)
-        grouped = solve_groups(problem, limit, max(1, quantum // _FINER) if alone is None else quantum)
+        grouped = solve_groups(problem, limit, quantum_for(problem, limit, _FINER if alone is None else 1))
         if grouped is not None and grouped.seconds > self._most:
             return alone
         if alone is None or grouped is None:

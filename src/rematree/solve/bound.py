@@ -33,7 +33,7 @@ from rematree.solve.tables import Tables, beside_of, runs_of
 _ROUNDS: Final = 12  # of column generation
 _CLOSE: Final = 1e-4  # of the bound: closer to the LP's value it cannot get by more groups
 _STATES: Final = 400  # of the tables for groups: coarser ones only lower the bound
-_HALVINGS: Final = 3  # of the quantum
+_FINER: Final = (2, 4, 8)  # times, what a bound is looked for with that is not close enough
 _WORTH_LOOKING: Final = 1e-3  # of the bound: what is closer is close enough
 _CHEAPEST: Final = 40  # groups taken in at a time, beside those on the cheapest path
 
@@ -126,12 +126,10 @@ def tightened(problem: ChainProblem, limit: int, best: float, known: float) -> f
     Cost:
         Nothing where they are close; at most three more runs of the dynamic program, the last in quanta of an eighth.
     """
-    quantum = quantum_for(problem, limit)
-    for _ in range(_HALVINGS):
-        quantum //= 2
-        if not quantum or known - best <= _WORTH_LOOKING * abs(best):
+    for finer in _FINER:
+        if known - best <= _WORTH_LOOKING * abs(best):
             break
-        swept, _ = seconds_at_least(problem, limit, quantum)
+        swept, _ = seconds_at_least(problem, limit, quantum_for(problem, limit, finer))
         best = max(best, swept - _rounding(problem, swept))
     return best
 

@@ -22,13 +22,18 @@ _STATES: Final = 3000  # of the tables, at most: limits above that are counted i
 _INFINITY: Final = float("inf")
 
 
-def quantum_for(problem: ChainProblem, limit: int) -> int:
+def quantum_for(problem: ChainProblem, limit: int, finer: int = 1) -> int:
     """Bytes of one state: the tables up to `limit` are as fine as is quickly solved.
 
     If possible it divides what a group keeps, the least that there is, so that nothing is lost where blocks keep little
     else: near the smallest peak, where one output more or less is a whole forward.
+
+    Args:
+        problem: With what groups keep.
+        limit: Bytes.
+        finer: How many times as fine.
     """
-    finest = max(1, -(-(limit - problem.base + 1) // _STATES))
+    finest = max(1, -(-(limit - problem.base + 1) // (_STATES * finer)))
     outputs = [advance.output for advance in problem.advances if advance is not None and advance.output]
     unit = min(outputs, default=0)
     parts = next((parts for parts in range(unit // finest, unit // (2 * finest), -1) if unit % parts == 0), None)
