@@ -608,6 +608,17 @@ MASKS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
+def plain_and_real(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+    """Outputs without a chunked loss and with one that had to make the logits: the same loss and gradients."""
+    loss, grads, plain = step(model, **batch)
+    handle = attach_chunked_loss(model, 7, check=False)
+    real_loss, real_grads, outputs = step(model, **batch)
+    assert handle.effective is False
+    assert torch.equal(loss, real_loss)
+    assert worst(grads, real_grads) == 0.0
+    return plain, outputs
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("part", [False, True], ids=["all-rows", "some-rows"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad], ids=["grad", "no-grad"])
@@ -624,12 +635,7 @@ def test_what_is_written_to_a_view_of_the_logits_is_in_their_loss(
 
     model, batch = make("llama"), make_batch(num_ignored=0)
     model.loss_function = masked
-    loss, grads, _ = step(model, **batch)
-    handle = attach_chunked_loss(model, 7, check=False)
-    chunked_loss, chunked_grads, outputs = step(model, **batch)
-    assert handle.effective is False
-    assert torch.equal(loss, chunked_loss)
-    assert worst(grads, chunked_grads) == 0.0
+    _, outputs = plain_and_real(model, batch)
     assert bool((outputs.logits[:, :-1, KEPT] == -1e4).all())
 
 
@@ -642,12 +648,7 @@ def test_what_a_hook_of_the_head_writes_is_in_the_loss(dtype: torch.dtype) -> No
     model, batch = make("llama", dtype), make_batch()
     batch["labels"].clamp_(max=KEPT - 1)
     model.lm_head.register_forward_hook(hide)
-    loss, grads, plain = step(model, **batch)
-    handle = attach_chunked_loss(model, 7, check=False)
-    chunked_loss, chunked_grads, outputs = step(model, **batch)
-    assert handle.effective is False
-    assert torch.equal(loss, chunked_loss)
-    assert worst(grads, chunked_grads) == 0.0
+    plain, outputs = plain_and_real(model, batch)
     assert torch.equal(outputs.logits, plain.logits)
 
 

@@ -19,7 +19,7 @@ from rematree.execute.input_grads import (
     remove_input_grad_hooks,
 )
 from rematree.execute.layer_checkpoint import CheckpointOptions
-from rematree.in_effect import BUDGET_KEY, checkpointing_in_effect, handle_on, written_budget
+from rematree.in_effect import BUDGET_KEY, checkpointing_in_effect, handle_on, switched_budget, written_budget
 from rematree.units import Bytes, format_bytes, parse_bytes
 
 _PREFIXES: Final = ("PREFIX_TUNING", "CARTRIDGE")  # they hand their prefix to the layers as a key-value cache
@@ -112,8 +112,7 @@ def _again(root: nn.Module, kwargs: Mapping[str, Any] | None, every_n_layers: in
         kind: Any = type(root)
         kind.activation_checkpointing_enable(root, kwargs, every_n_layers, offload=True)
     else:
-        budget = next((switch.budget for switch in switches(root) if switch.budget is not None), None)
-        _switch_on(root, kwargs, every_n_layers, budget)
+        _switch_on(root, kwargs, every_n_layers, switched_budget(root))
 
 
 def _again_by_new_name(

@@ -38,6 +38,11 @@ def requested_budget(model: nn.Module) -> Bytes | None:
     written = written_budget(model)
     if written is not None:
         return written
+    return switched_budget(model)
+
+
+def switched_budget(model: nn.Module) -> Bytes | None:
+    """What the arguments of checkpointing that is on named."""
     return next((switch.budget for switch in switches(model) if switch.budget is not None), None)
 
 

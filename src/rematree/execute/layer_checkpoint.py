@@ -29,7 +29,7 @@ from rematree.errors import UnsupportedModelError, UsageError
 from rematree.execute.arguments import Arguments, is_cache
 from rematree.execute.context import Known, World, builds_graph
 from rematree.execute.input_grads import require_grad
-from rematree.execute.random_state import HostState, RandomState
+from rematree.execute.random_state import RandomState
 from rematree.execute.routing import Routing
 
 _DETERMINISM: Final = ("default", "none")
@@ -225,14 +225,15 @@ class _Call:
             return self._again(args, kwargs)
         self.rerun = True
         looks = self._known.draws_on_host is not False  # for torch's generators torch itself may look
-        host = HostState() if looks else None
         before = RandomState.now(host=looks) if self._keeps_random or looks else None
         with contextlib.nullcontext() if self.routing is None else self.routing.recorded():
             out = self._function(*args, **kwargs)
-        if before is not None and not before.same_as(RandomState.now(host=looks)):
-            self._random = before
-        if self._known.draws_on_host is None and host is not None:
-            self._known.draws_on_host = not host.same_as(HostState())
+        after = None if before is None else RandomState.now(host=looks)
+        if before is not None and after is not None:
+            if not before.same_as(after):
+                self._random = before
+            if self._known.draws_on_host is None:
+                self._known.draws_on_host = before.drew_on_host(after)
         self._world.settle()
         return out
 

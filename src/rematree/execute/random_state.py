@@ -95,6 +95,12 @@ class RandomState:
             return self._accelerator is other._accelerator
         return torch.equal(self._accelerator, other._accelerator)
 
+    def drew_on_host(self, after: "RandomState") -> bool:
+        """Whether Python's or NumPy's generator, which both looked at, was drawn from between the two."""
+        assert self._host is not None
+        assert after._host is not None
+        return not self._host.same_as(after._host)
+
     def restore(self) -> None:
         """Set the generators to this state."""
         if self._watcher is not None:

@@ -90,7 +90,7 @@ def _find(spec: str, torch_dtype: torch.dtype, revision: str | None, quantisatio
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or not spec.strip():
         raise _not_there(spec, f"there is no directory {path}")
     shape = find_shape(spec)
-    if shape is not None and shape.hub.lower() != spec.lower():
+    if shape is not None and not shape.is_id(spec):
         raise UsageError(
             f"{spec} is a shape without weights: it can be planned, not trained",
             remedies=[f"--model {shape.hub}   (the weights, from the Hub)", f"rematree plan {spec} --device ..."],

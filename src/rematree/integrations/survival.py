@@ -6,9 +6,8 @@
 
 A prediction can be wrong about a device: other programs use it, its allocator fragments. The step that fails has left
 nothing behind then: no gradient half added, running statistics and random generators where they were; weights that an
-optimizer changed in the middle of backward end the run. The budget shrinks to below what
-has just failed, the plan for it is taken, and the same batch runs again. With levers that are exact, the run goes on as
-if nothing had happened.
+optimizer changed in the middle of backward end the run. The budget shrinks to below what has just failed, the plan for
+it is taken, and the same batch runs again. With levers that are exact, the run goes on as if nothing had happened.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ import torch
 
 from rematree.errors import InfeasibleBudgetError, OutOfMemoryError, PlanMismatchError, UsageError
 from rematree.execute.noted import version_of
-from rematree.execute.random_state import HostState, RandomState
+from rematree.execute.random_state import RandomState
 from rematree.integrations.trainer import BudgetCallback
 from rematree.units import format_bytes
 
@@ -73,7 +72,7 @@ class StepGuard:
         self._inner = trainer.training_step
         self._since = time.time()
         self._changing = set[str]()  # names of the buffers that steps change
-        self._begun: tuple[int, _Random] | None = None  # the step under way, and what it found
+        self._begun: tuple[int, RandomState] | None = None  # the step under way, and what it found
         self.survived = 0
         trainer.training_step = functools.update_wrapper(functools.partial(self._step), self._inner)
 
@@ -84,7 +83,7 @@ class StepGuard:
     def _step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         failures, number = 0, self._trainer.state.global_step
         if self._begun is None or self._begun[0] != number:  # the first of the passes that are accumulated
-            self._begun = number, _Random()
+            self._begun = number, RandomState(host=True)
         while True:
             before = _Before(model, self._changing)
             try:
@@ -161,18 +160,6 @@ class StepGuard:
         )
 
 
-class _Random:
-    """State of all generators that a step may draw from: torch's, Python's and NumPy's."""
-
-    def __init__(self) -> None:
-        self._torch, self._host = RandomState.now(None), HostState()
-
-    def restore(self) -> None:
-        if self._torch is not None:
-            self._torch.restore()
-        self._host.restore()
-
-
 class _Before:
     """What a step changes before the optimizer runs: gradients, buffers, and the random generators.
 
@@ -191,9 +178,9 @@ class _Before:
             for name, buffer in buffers
             if name in changing or buffer.numel() <= _SMALL
         }
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = [p for _, p in trained]
         self._gradients = [p.grad for p in self._parameters]
-        self._random = _Random()
+        self._random = RandomState(host=True)
         for parameter in self._parameters:
             parameter.grad = None
 

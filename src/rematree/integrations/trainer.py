@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import TrainerCallback
@@ -49,7 +48,9 @@ from rematree.units import format_bytes, format_seconds, parse_bytes
 
 _COUNT: Final = "num_items_in_batch"  # which the Trainer adds to a batch for models whose loss takes it
 _T = TypeVar("_T")
-_OWNERS: "WeakKeyDictionary[Handle, weakref.ref[BudgetCallback]]" = WeakKeyDictionary()  # who put a plan on
+_OWNERS: "weakref.WeakKeyDictionary[Handle, weakref.ref[BudgetCallback]]" = (
+    weakref.WeakKeyDictionary()
+)  # who put a plan on
 
 
 class BudgetCallback(TrainerCallback):

@@ -37,11 +37,13 @@ class Confirmed:
         choice: Options by index.
         simulation: The step under them.
         peak_bytes: All that the device must have.
+        added_bytes: What the solver adds up: the smallest limit that has this choice.
     """
 
     choice: ChainChoice
     simulation: Simulation
     peak_bytes: int
+    added_bytes: int
 
 
 def quantum_of(survey: Survey) -> int:
@@ -97,7 +99,8 @@ class Search:
                 raise UnsupportedModelError(
                     f"{sorted(result.misread)[0]}: its output is read after all; this is a bug in the survey"
                 )
-            self._confirmed[key] = Confirmed(choice, result, self.peak(result))
+            added = choice_peak(self._survey.problem, choice)
+            self._confirmed[key] = Confirmed(choice, result, self.peak(result), added)
         return self._confirmed[key]
 
     def _solve(self, limit: int, exactly: bool) -> ChainChoice | None:
@@ -132,13 +135,11 @@ class Search:
 
         It is more where the referee found less live than the solver had added up.
         """
-        problem = self._survey.problem
-        limit = choice_peak(problem, entry.choice)
+        limit = entry.added_bytes
         if budget is not None:
             limit = max(limit, min(budget - self._beside, self._top))
-        within = (e.choice for e in self._confirmed.values() if choice_peak(problem, e.choice) <= limit)
-        known = min(choice.seconds for choice in within)
-        return tightened(problem, limit, self._certify(limit, known).seconds, known)
+        known = min(e.choice.seconds for e in self._confirmed.values() if e.added_bytes <= limit)
+        return tightened(self._survey.problem, limit, self._certify(limit, known).seconds, known)
 
     def _certify(self, limit: int, known: float = math.inf) -> Certified:
         if limit not in self._certified:
@@ -189,8 +190,7 @@ class Search:
                 if low is None:
                     # Down to what it adds up to the choice is the same. Steps double: the allocator's slack may grow
                     # as the limit falls, and where nothing fitted in the end, the slowest plan would be taken.
-                    taken = choice_peak(self._survey.problem, entry.choice)
-                    limit = min(limit - (max(over, self._quantum) << tried), taken - self._quantum)
+                    limit = min(limit - (max(over, self._quantum) << tried), entry.added_bytes - self._quantum)
                 else:
                     limit = (low + limit) // 2
             tried += 1
@@ -210,7 +210,7 @@ class Search:
         fastest = self.best_within(None)
         assert fastest is not None
         # Above what the fastest choice takes there is nothing to win; both ends are confirmed already.
-        room = max(0, choice_peak(self._survey.problem, fastest.choice) - self._least_limit)
+        room = max(0, fastest.added_bytes - self._least_limit)
         for index in range(1, points - 1):
             self._at(self._least_limit + room * index // (points - 1))
         front: list[Confirmed] = []
